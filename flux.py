@@ -1,0 +1,626 @@
+"""FLUX.1 in raw JAX: the MMDiT, loading, sampling, and one layer's activations.
+
+Copy it with `harvest.py`, `text.py` and `vae.py`, which it imports.
+
+    model = flux.load("nano")                                             # or "schnell", "dev", a folder, a repo id
+    images = flux.generate(model, ["a red cube"], steps=8, size=128)      # uint8 [1, 128, 128, 3]
+    acts = flux.residuals(model, ["a red cube"], layer=10, site="img")    # [1, 64, D]
+
+    python flux.py "a red cube left of a blue sphere" "another prompt" --model nano --steps 8 --seed 0 --out out.png
+
+Letters: B batch, T text tokens, I image tokens, S = T + I, C latent channels, D width, H heads, K head width, L layers.
+A layer is one number: the double blocks come first, then the single blocks. The blocks sow their output streams as
+`double.img`, `double.txt`, `single.img`, `single.txt` and their MLP neurons as `double.img.neurons`,
+`double.txt.neurons`, `single.neurons`, each stacked over the layers of its kind (see `harvest.py`).
+"""
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import text as text_encoders
+import vae
+from harvest import reap, sow
+
+REPOS = {"schnell": "black-forest-labs/FLUX.1-schnell", "dev": "black-forest-labs/FLUX.1-dev"}
+SITES = ("img", "txt", "both")
+
+
+@dataclass(frozen=True)
+class Config:
+    """`transformer/config.json`, by its own names; the defaults are FLUX.1-schnell's."""
+    in_channels: int = 64
+    out_channels: int | None = None
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    patch_size: int = 1
+
+    def __post_init__(self):
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise ValueError(f"axes_dims_rope {self.axes_dims_rope} must add up to the head width {self.attention_head_dim}")
+
+    @property
+    def width(self):
+        return self.attention_head_dim * self.num_attention_heads
+
+    @property
+    def layers(self):
+        return self.num_layers + self.num_single_layers
+
+
+# ---------------------------------------------------------------- the model
+
+
+def velocity(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, walk=None):
+    """The flow's velocity [B, I, C] at packed `latents` [B, I, C]; d latents / d timestep, as FLUX.1 predicts it.
+
+    text [B, T, joint_attention_dim]: T5 states. pooled [B, pooled_projection_dim]: CLIP's vector. timestep [B] in 0…1
+    (1 is pure noise). guidance [B]: the scale itself (3.5), for models with `guidance_embeds` only.
+    grid: (rows, columns) of packed tokens, rows * columns = I. walk: how the blocks are run (`scan_blocks`). Raises ValueError where these do not fit the model.
+    """
+    img, _, vec = _run(params, cfg, latents, text, pooled, timestep, guidance, grid, cfg.layers, walk)
+    scale, shift = jnp.split(_linear(params["out"]["mod"], jax.nn.silu(vec))[:, None], 2, axis=-1)
+    return _linear(params["out"]["proj"], _modulate(img, shift, scale))
+
+
+def residual(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, layer, site, walk=None):
+    """The residual stream that leaves block `layer`, and nothing computed after it: [B, I, D] for site "img",
+    [B, T, D] for "txt", [B, T + I, D] for "both" (text first). Other arguments as for `velocity`."""
+    check_layer(cfg, layer, site)
+    img, txt, _ = _run(params, cfg, latents, text, pooled, timestep, guidance, grid, layer + 1, walk)
+    return {"img": img, "txt": txt, "both": jnp.concatenate([txt, img], 1)}[site]
+
+
+def check_layer(cfg, layer, site):
+    if site not in SITES:
+        raise ValueError(f"unknown site {site!r}: it is one of {', '.join(SITES)}")
+    if not isinstance(layer, (int, np.integer)) or not 0 <= layer < cfg.layers:
+        raise ValueError(f"unknown layer {layer!r}: the model has layers 0 to {cfg.layers - 1} "
+                         f"({cfg.num_layers} double, {cfg.num_single_layers} single)")
+
+
+def _run(params, cfg, latents, text, pooled, timestep, guidance, grid, stop, walk):
+    """Streams (img [B, I, D], txt [B, T, D]) after the first `stop` blocks, and the conditioning vector [B, D]."""
+    _check_inputs(cfg, latents, text, guidance, grid)
+    dtype = params["img_in"]["b"].dtype                          # biases are never quantized: they tell the dtype
+    vec = _embed(params, cfg, pooled.astype(dtype), timestep, guidance)
+    img, txt = _linear(params["img_in"], latents.astype(dtype)), _linear(params["txt_in"], text.astype(dtype))
+    rope, T = _rope_tables(cfg, txt.shape[1], grid), txt.shape[1]
+    mod, walk = jax.nn.silu(vec), walk or scan_blocks
+    img, txt = walk(lambda x, p: _double_block(p, cfg, *x, mod, rope), (img, txt), params["double"],
+                     min(stop, cfg.num_layers))
+    if stop > cfg.num_layers:
+        x = walk(lambda x, p: _single_block(p, cfg, x, mod, rope, T), jnp.concatenate([txt, img], 1),
+                  params["single"], stop - cfg.num_layers)
+        txt, img = x[:, :T], x[:, T:]
+    return img, txt, vec
+
+
+def _double_block(p, cfg, img, txt, mod, rope):
+    """One MMDiT block: two streams with weights of their own, one attention over both (SD3, arXiv 2403.03206)."""
+    streams = {"txt": txt, "img": img}
+    shift, scale, gate, shift2, scale2, gate2 = {}, {}, {}, {}, {}, {}
+    qkv = []
+    for s, x in streams.items():
+        parts = jnp.split(_linear(p[s]["mod"], mod)[:, None], 6, axis=-1)
+        shift[s], scale[s], gate[s], shift2[s], scale2[s], gate2[s] = parts
+        qkv.append(_qkv(p[s], cfg, _linear(p[s]["qkv"], _modulate(x, shift[s], scale[s]))))
+    attn = _attention(*(jnp.concatenate(pair, 1) for pair in zip(*qkv)), rope)
+    attn = dict(zip(streams, jnp.split(attn, [txt.shape[1]], axis=1)))
+    for s, x in streams.items():
+        x = x + gate[s] * _linear(p[s]["o"], attn[s])
+        neurons = jax.nn.gelu(_linear(p[s]["fc1"], _modulate(x, shift2[s], scale2[s])), approximate=True)
+        x = x + gate2[s] * _linear(p[s]["fc2"], sow(neurons, name=f"double.{s}.neurons"))
+        streams[s] = sow(x, name=f"double.{s}")
+    return streams["img"], streams["txt"]
+
+
+def _single_block(p, cfg, x, mod, rope, T):
+    """One block over the joined stream [B, S, D], attention and MLP side by side (ViT-22B, arXiv 2302.05442)."""
+    shift, scale, gate = jnp.split(_linear(p["mod"], mod)[:, None], 3, axis=-1)
+    qkv, hidden = jnp.split(_linear(p["in"], _modulate(x, shift, scale)), [3 * cfg.width], axis=-1)
+    attn = _attention(*_qkv(p, cfg, qkv), rope)
+    neurons = sow(jax.nn.gelu(hidden, approximate=True), name="single.neurons")
+    x = x + gate * _linear(p["out"], jnp.concatenate([attn, neurons], -1))
+    return jnp.concatenate([sow(x[:, :T], name="single.txt"), sow(x[:, T:], name="single.img")], 1)
+
+
+def _embed(params, cfg, pooled, timestep, guidance):
+    """The conditioning vector [B, D]: time, guidance (where the model has it) and pooled text."""
+    def mlp(p, x):
+        return _linear(p["fc2"], jax.nn.silu(_linear(p["fc1"], x)))
+
+    vec = mlp(params["time"], _sinusoid(timestep).astype(pooled.dtype))
+    if cfg.guidance_embeds:
+        vec = vec + mlp(params["guidance"], _sinusoid(guidance).astype(pooled.dtype))
+    return vec + mlp(params["pooled"], pooled)
+
+
+def _sinusoid(t, width=256):
+    """[B] → [B, 256]: cosines, then sines, of 1000 t at frequencies 1 … 1/10000; in float32, where 1000 t is exact."""
+    angles = 1000 * t.astype(jnp.float32)[:, None] * jnp.exp(-np.log(1e4) * jnp.arange(width // 2) / (width // 2))
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+def _linear(p, x):
+    """x @ w + b over all tokens as one product [B S, in]: its gradient then needs no transposed copy of x."""
+    y = x.reshape(-1, x.shape[-1]) @ p["w"] + p["b"]             # a quantized weight answers by __rmatmul__
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _modulate(x, shift, scale):
+    """adaLN: layer norm without weights, then scale and shift; statistics in float32."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, -1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)
+    return y.astype(x.dtype) * (1 + scale) + shift
+
+
+def _qkv(p, cfg, qkv):
+    """[B, S, 3D] → q, k, v [B, S, H, K], q and k RMS-normalized over each head (in float32)."""
+    def norm(x, weight):
+        y = x.astype(jnp.float32)
+        return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)).astype(x.dtype) * weight
+
+    q, k, v = (x.reshape(*x.shape[:2], cfg.num_attention_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
+    return norm(q, p["q_norm"]), norm(k, p["k_norm"]), v
+
+
+def _attention(q, k, v, rope):
+    """Attention of all S tokens over all S tokens: [B, S, H, K] → [B, S, D]."""
+    out = jax.nn.dot_product_attention(_rotate(q, rope), _rotate(k, rope), v)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def _rotate(x, rope):
+    """RoPE on neighbouring pairs of channels, in float32: half precision would blur large positions."""
+    cos, sin = rope
+    even, odd = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+    return pairs.reshape(x.shape).astype(x.dtype)
+
+
+def _rope_tables(cfg, text_tokens, grid):
+    """cos and sin [S, 1, K/2] of the positions (0, row, column): text tokens all sit at (0, 0, 0)."""
+    rows, columns = np.indices(grid).reshape(2, -1)
+    axes = [np.concatenate([np.zeros(text_tokens), p]) for p in (np.zeros_like(rows), rows, columns)]
+    angles = [p[:, None] * 1e4 ** (-np.arange(0, n, 2) / n) for p, n in zip(axes, cfg.axes_dims_rope)]
+    angles = np.concatenate(angles, -1)[:, None]
+    return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+
+
+def scan_blocks(block, x, stack, stop):
+    """x through the first `stop` of the stacked blocks, as one `lax.scan`: compile time does not grow with depth.
+
+    The default of every `walk` argument. block: (x, parameters of one layer) → x. stack: parameters [L, ...].
+    """
+    depth = jax.tree.leaves(stack)[0].shape[0]
+    if stop == depth:
+        return jax.lax.scan(lambda x, p: (block(x, p), None), x, stack)[0]
+    # A shorter walk indexes the whole stack, since a slice of the stack would be a second copy of its weights.
+    return jax.lax.scan(lambda x, i: (block(x, jax.tree.map(lambda w: w[i], stack)), None), x, jnp.arange(stop))[0]
+
+
+def _check_inputs(cfg, latents, text, guidance, grid):
+    if latents.ndim != 3 or latents.shape[1:] != (grid[0] * grid[1], cfg.in_channels):
+        raise ValueError(f"latents are {list(latents.shape)}; a grid of {grid[0]}x{grid[1]} tokens needs "
+                         f"[B, {grid[0] * grid[1]}, {cfg.in_channels}]")
+    if text.shape[-1] != cfg.joint_attention_dim:
+        raise ValueError(f"text is {list(text.shape)}; its last axis must be {cfg.joint_attention_dim}")
+    if cfg.guidance_embeds and guidance is None:
+        raise ValueError("this model has a guidance embedding: pass guidance [B], for example 3.5")
+    if guidance is not None and not cfg.guidance_embeds:
+        raise ValueError("this model has no guidance embedding (it is of the schnell kind): leave guidance out")
+
+
+# ---------------------------------------------------------------- its tensors, and loading
+
+# Our module → the torch modules that make it up ("{}": the layer), in diffusers' files and in Black Forest Labs' own.
+DIFFUSERS = {
+    "": ("", {
+        "img_in": "x_embedder", "txt_in": "context_embedder", "out.mod": "norm_out.linear", "out.proj": "proj_out",
+        **{f"{ours}.fc{i}": f"time_text_embed.{theirs}_embedder.linear_{i}" for i in (1, 2)
+           for ours, theirs in {"time": "timestep", "guidance": "guidance", "pooled": "text"}.items()}}),
+    "double.": ("transformer_blocks.{}.", {
+        "img.mod": "norm1.linear", "img.qkv": "attn.to_q attn.to_k attn.to_v", "img.q_norm": "attn.norm_q.weight",
+        "img.k_norm": "attn.norm_k.weight", "img.o": "attn.to_out.0", "img.fc1": "ff.net.0.proj",
+        "img.fc2": "ff.net.2", "txt.mod": "norm1_context.linear",
+        "txt.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "txt.q_norm": "attn.norm_added_q.weight",
+        "txt.k_norm": "attn.norm_added_k.weight", "txt.o": "attn.to_add_out", "txt.fc1": "ff_context.net.0.proj",
+        "txt.fc2": "ff_context.net.2"}),
+    "single.": ("single_transformer_blocks.{}.", {
+        "mod": "norm.linear", "in": "attn.to_q attn.to_k attn.to_v proj_mlp", "q_norm": "attn.norm_q.weight",
+        "k_norm": "attn.norm_k.weight", "out": "proj_out"}),
+}
+BFL = {
+    "": ("", {
+        "img_in": "img_in", "txt_in": "txt_in", "out.mod": "final_layer.adaLN_modulation.1",
+        "out.proj": "final_layer.linear",
+        **{f"{ours}.fc{i + 1}": f"{theirs}_in.{layer}_layer" for i, layer in enumerate(("in", "out"))
+           for ours, theirs in {"time": "time", "guidance": "guidance", "pooled": "vector"}.items()}}),
+    "double.": ("double_blocks.{}.", {f"{s}.{ours}": f"{s}_{theirs}" for s in ("img", "txt") for ours, theirs in {
+        "mod": "mod.lin", "qkv": "attn.qkv", "q_norm": "attn.norm.query_norm.scale",
+        "k_norm": "attn.norm.key_norm.scale", "o": "attn.proj", "fc1": "mlp.0", "fc2": "mlp.2"}.items()}),
+    "single.": ("single_blocks.{}.", {
+        "mod": "modulation.lin", "in": "linear1", "q_norm": "norm.query_norm.scale", "k_norm": "norm.key_norm.scale",
+        "out": "linear2"}),
+}
+
+
+def table(cfg, layout=DIFFUSERS):
+    """Every tensor of the transformer, once (see `text.Tensor`), under the names of one file layout."""
+    D, C, K = cfg.width, cfg.in_channels, cfg.attention_head_dim
+    names = {ours + k: [prefix + n for n in v.split()] for ours, (prefix, part) in layout.items() for k, v in part.items()}
+    depth = {"double": cfg.num_layers, "single": cfg.num_single_layers}
+
+    def lin(path, n_in, *widths, std=None):
+        widths = widths if len(names[path]) > 1 else [sum(widths)]
+        return text_encoders.linear(n_in, dict(zip(names[path], widths)), layers=depth.get(path.split(".")[0]), std=std)
+
+    def norm(path):
+        return text_encoders.Tensor((K,), {names[path][0]: K}, depth[path.split(".")[0]], mean=1.0)
+
+    def mlp(path, n_in):
+        return {"fc1": lin(f"{path}.fc1", n_in, D, std=0.02), "fc2": lin(f"{path}.fc2", D, D, std=0.02)}
+
+    # Modulations and the last projection start at zero, so that each block starts as the identity (DiT, 2212.09748).
+    def stream(s):
+        return {"mod": lin(f"{s}.mod", D, 6 * D, std=0.0), "qkv": lin(f"{s}.qkv", D, D, D, D),
+                "q_norm": norm(f"{s}.q_norm"), "k_norm": norm(f"{s}.k_norm"), "o": lin(f"{s}.o", D, D),
+                "fc1": lin(f"{s}.fc1", D, 4 * D), "fc2": lin(f"{s}.fc2", 4 * D, D)}
+
+    return {
+        "img_in": lin("img_in", C, D), "txt_in": lin("txt_in", cfg.joint_attention_dim, D), "time": mlp("time", 256),
+        **({"guidance": mlp("guidance", 256)} if cfg.guidance_embeds else {}),
+        "pooled": mlp("pooled", cfg.pooled_projection_dim),
+        "double": {"img": stream("double.img"), "txt": stream("double.txt")},
+        "single": {"mod": lin("single.mod", D, 3 * D, std=0.0), "in": lin("single.in", D, D, D, D, 4 * D),
+                   "q_norm": norm("single.q_norm"), "k_norm": norm("single.k_norm"),
+                   "out": lin("single.out", 5 * D, D)},
+        "out": {"mod": lin("out.mod", D, 2 * D, std=0.0),
+                "proj": lin("out.proj", D, cfg.patch_size ** 2 * (cfg.out_channels or C), std=0.0)},
+    }
+
+
+def load_transformer(path, *, put=None, dtype=jnp.bfloat16):
+    """(Config, params) from a diffusers `transformer/` folder or from Black Forest Labs' single safetensors file.
+
+    put: (name, array [in, out] of one layer, a numpy array) → the leaf to keep, called once per weight as it streams
+    from disk; the layers' leaves are then stacked. Raises ValueError on a missing, unexpected or misshapen tensor.
+    """
+    weights = text_encoders.open_weights(path)
+    if Path(path).is_dir():
+        cfg, layout = text_encoders.read_config(Config, Path(path) / "config.json"), DIFFUSERS
+    else:
+        weights = {name.removeprefix("model.diffusion_model."): piece for name, piece in weights.items()}
+        weights = {k: _Swapped(v) if k.startswith(BFL[""][1]["out.mod"]) else v for k, v in weights.items()}
+        cfg, layout = _bfl_config(weights, path), BFL
+    return cfg, text_encoders.load_tensors(table(cfg, layout), weights, put=put, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class _Swapped:
+    """A lazy slice whose halves change places: BFL's last modulation is (shift, scale), diffusers' (scale, shift)."""
+    piece: object
+
+    def get_shape(self):
+        return self.piece.get_shape()
+
+    def __getitem__(self, item):
+        return np.roll(self.piece[:], self.get_shape()[0] // 2, axis=0)[item]
+
+
+def _bfl_config(weights, path):
+    """BFL's file brings no config: all of it follows from names and shapes (the RoPE split from FLUX.1's 16:56:56)."""
+    try:
+        D, C = weights["img_in.weight"].get_shape()
+        K = weights["double_blocks.0.img_attn.norm.query_norm.scale"].get_shape()[0]
+        depth = [1 + max((int(n.split(".")[1]) for n in weights if n.startswith(f"{kind}_blocks.")), default=-1)
+                 for kind in ("double", "single")]
+        return Config(
+            in_channels=C, out_channels=weights["final_layer.linear.weight"].get_shape()[0], num_layers=depth[0],
+            num_single_layers=depth[1], attention_head_dim=K, num_attention_heads=D // K,
+            joint_attention_dim=weights["txt_in.weight"].get_shape()[1],
+            pooled_projection_dim=weights["vector_in.in_layer.weight"].get_shape()[1],
+            guidance_embeds="guidance_in.in_layer.weight" in weights,
+            axes_dims_rope=(K - 4 * (7 * K // 32), 2 * (7 * K // 32), 2 * (7 * K // 32)))
+    except KeyError as error:
+        raise ValueError(f"{path} is not a FLUX.1 transformer in Black Forest Labs' layout: {error} is missing") from None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A whole pipeline. cfg, params: of the transformer; the others likewise; `source` is where it was loaded from."""
+    cfg: Config
+    params: dict
+    t5: tuple                                                    # (T5Config, params)
+    clip: tuple                                                  # (CLIPConfig, params)
+    vae: tuple                                                   # (vae.Config, params)
+    scheduler: dict                                              # scheduler_config.json
+    source: Path
+    text_tokens: int                                             # T5's length where a call does not say
+    size: int                                                    # pixels a side where a call does not say
+
+    def tokenize(self, prompts, text_tokens=None):
+        """T5 ids [B, text_tokens] and CLIP ids [B, 77] (or as many as the model has positions)."""
+        t5 = text_encoders.t5_tokenizer(self.source / "tokenizer_2", text_tokens or self.text_tokens)
+        clip = text_encoders.clip_tokenizer(self.source / "tokenizer", self.clip[0].max_position_embeddings)
+        return t5(prompts), clip(prompts)
+
+
+def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None):
+    """A `Model` from "nano", "schnell", "dev", a diffusers folder or a Hugging Face repo id.
+
+    put(name, array): see `load_transformer`; names start with transformer., t5., clip. or vae. here. transformer: a
+    path to take the transformer from instead, for example `flux1-schnell.safetensors`.
+    """
+    folder = resolve(model)
+
+    def part(prefix):
+        return None if put is None else lambda name, array: put(f"{prefix}.{name}", array)
+
+    cfg, params = load_transformer(transformer or folder / "transformer", put=part("transformer"), dtype=dtype)
+    tokens = text_encoders.tokenizer_config(folder / "tokenizer_2").get("model_max_length", 512)
+    return Model(
+        cfg, params,
+        t5=text_encoders.load_t5(folder / "text_encoder_2", put=part("t5"), dtype=dtype),
+        clip=text_encoders.load_clip(folder / "text_encoder", put=part("clip"), dtype=dtype),
+        vae=vae.load(folder / "vae", put=part("vae"), dtype=dtype),
+        scheduler=text_encoders.read_json(folder / "scheduler" / "scheduler_config.json"),
+        source=folder, text_tokens=min(tokens, 512 if cfg.guidance_embeds else 256),
+        size=text_encoders.read_json(folder / "vae" / "config.json").get("sample_size", 1024))
+
+
+def resolve(model):
+    """The folder of `model` (see `load`), downloaded if it is a repo. Raises ValueError saying what is wrong with it."""
+    if str(model) == "nano" and not Path("nano/model_index.json").exists():
+        model = Path(__file__).parent / "nano"
+    if Path(model).is_dir():
+        return Path(model)
+    repo = REPOS.get(str(model), str(model))
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise ValueError(f"unknown model {str(model)!r}: give nano, schnell, dev, an existing folder or a repo id owner/name")
+    return _download(repo)
+
+
+def _download(repo):
+    from huggingface_hub import errors, snapshot_download
+    parts = [f"{part}/*" for part in ("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae",
+                                      "scheduler")]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["model_index.json", *parts]))
+    except errors.GatedRepoError:
+        raise ValueError(f"{repo} is gated: accept its license on the hub, then log in with `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(f"no repo {repo} on the hub (or it is private and you are not logged in)") from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+        raise ValueError(f"cannot fetch {repo}: {str(error).splitlines()[0]}") from None
+
+
+def default_model():
+    """What "auto" stands for on this machine, and why: ("schnell" or "nano", reason)."""
+    kind = jax.devices()[0].platform
+    return ("nano", "JAX sees only a CPU") if kind == "cpu" else ("schnell", f"JAX sees a {kind.upper()}")
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def sigmas(scheduler, steps, tokens):
+    """The noise levels 1 … 0 [steps + 1] of flow-match Euler sampling, float32.
+
+    scheduler: the fields of scheduler_config.json. With `use_dynamic_shifting` (dev) they shift toward 1 with the
+    number of image tokens, as SD3 (arXiv 2403.03206, section 5.3.2) derives; else (schnell) by the constant `shift`.
+    """
+    for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling"):
+        if scheduler.get(name):
+            raise ValueError(f"the scheduler sets {name}, which FLUX.1 does not use and fae does not implement")
+    s = np.linspace(1, 1 / steps, steps).astype(np.float32)
+    if scheduler.get("use_dynamic_shifting"):
+        low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+        base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+        mu = base + (top - base) * (tokens - low) / (high - low)
+        mu = np.exp(mu) if scheduler.get("time_shift_type", "exponential") == "exponential" else mu
+        s = mu / (mu + (1 / s - 1))
+    else:
+        shift = scheduler.get("shift", 1.0)
+        s = shift * s / (1 + (shift - 1) * s)
+    if scheduler.get("shift_terminal"):
+        s = 1 - (1 - s) * (1 - scheduler["shift_terminal"]) / (1 - s[-1])
+    return np.append(s, 0).astype(np.float32)
+
+
+def generate(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, text_tokens=None, progress=None):
+    """Draw one image per prompt: uint8 [B, H, W, 3].
+
+    size: pixels, an int or (height, width). noise: packed initial latents [B, I, C]; without it they are drawn from
+    `seed` and the prompt's place in the list. guidance: for models with a guidance embedding (default 3.5).
+    progress: called with each step's number when it is done. Raises ValueError where an argument does not fit.
+    """
+    start = prepare(model, prompts, steps=steps, size=size, seed=seed, noise=noise, guidance=guidance,
+                    text_tokens=text_tokens)
+    latents = start.latents
+    for i in range(steps):
+        latents = _euler(model.params, model.cfg, latents, *start.condition, *start.sigmas[i:i + 2], grid=start.grid)
+        if progress:
+            jax.block_until_ready(latents)
+            progress(i + 1)
+    return decode(model, latents, start.grid)
+
+
+def residuals(model, prompts, *, layer, site, seed=0, steps=1, size=None, noise=None, guidance=None, text_tokens=None):
+    """The residual stream at one layer while `model` draws `prompts`: [B, N, D], or [steps, B, N, D] where steps > 1.
+
+    N is I, T or T + I for site "img", "txt", "both" (see `residual`). It is taken at every sampling step, the first at
+    pure noise; the last step runs no block after `layer`. size: default 256 pixels, or the model's own if smaller.
+    """
+    check_layer(model.cfg, layer, site)
+    start = prepare(model, prompts, steps=steps, size=size or min(256, model.size), seed=seed, noise=noise,
+                    guidance=guidance, text_tokens=text_tokens)
+    args, latents, caught = start.condition, start.latents, []
+    for i in range(steps - 1):
+        latents, acts = _euler_and_residual(model.params, model.cfg, latents, *args, *start.sigmas[i:i + 2],
+                                            grid=start.grid, layer=int(layer), site=site)
+        caught.append(acts)
+    caught.append(_residual(model.params, model.cfg, latents, *args, start.sigmas[steps - 1], grid=start.grid,
+                            layer=int(layer), site=site))
+    return caught[0] if steps == 1 else jnp.stack(caught)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What sampling starts from: latents [B, I, C] float32, (text, pooled, guidance or None), sigmas, token grid."""
+    latents: jax.Array
+    condition: tuple
+    sigmas: np.ndarray
+    grid: tuple[int, int]
+
+
+def prepare(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, text_tokens=None):
+    """Check the arguments of `generate`, encode the prompts and draw the noise."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("no prompt given")
+    if not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; it must be a whole number from 1")
+    grid = token_grid(model, size)
+    shape = (len(prompts), grid[0] * grid[1], model.cfg.in_channels)
+    if noise is None:
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
+    elif np.shape(noise) != shape:
+        raise ValueError(f"noise is {list(np.shape(noise))}; {len(prompts)} prompt(s) at this size need {list(shape)}")
+    if guidance is None and model.cfg.guidance_embeds:
+        guidance = 3.5
+    if guidance is not None:
+        guidance = jnp.full(len(prompts), guidance, jnp.float32)
+    text, pooled = encode_text(model, prompts, text_tokens)
+    return Start(jnp.asarray(noise, jnp.float32), (text, pooled, guidance), sigmas(model.scheduler, steps, shape[1]), grid)
+
+
+def token_grid(model, size):
+    """(rows, columns) of packed tokens of an image of `size` pixels: 8 by the VAE, 2 by packing, for FLUX.1."""
+    height, width = (size, size) if isinstance(size, (int, np.integer)) else size
+    pixels = 2 * model.vae[0].downsampling
+    if min(height, width) < pixels or height % pixels or width % pixels:
+        raise ValueError(f"size {height}x{width}: both sides must be multiples of {pixels} pixels")
+    return height // pixels, width // pixels
+
+
+def encode_text(model, prompts, text_tokens=None):
+    """T5 states [B, T, joint_attention_dim] and CLIP's pooled vector [B, pooled_projection_dim]."""
+    t5_ids, clip_ids = model.tokenize(prompts, text_tokens)
+    return _t5(model.t5[1], model.t5[0], t5_ids), _clip(model.clip[1], model.clip[0], clip_ids)
+
+
+def decode(model, latents, grid):
+    """Packed latents [B, I, C] → images uint8 [B, H, W, 3]."""
+    images = np.asarray(_decode(model.vae[1], model.vae[0], latents, grid=tuple(grid)))
+    return np.round(np.clip(images / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+
+
+def pack(latents):
+    """[B, h, w, c] → [B, h/2 * w/2, 4c]: each token holds a 2x2 patch, channel by channel, as FLUX.1 packs it."""
+    B, h, w, c = latents.shape
+    return latents.reshape(B, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4).reshape(B, h * w // 4, 4 * c)
+
+
+def unpack(latents, grid):
+    """The inverse of `pack`: [B, I, C] → [B, 2 rows, 2 columns, C/4]."""
+    B, (h, w), c = latents.shape[0], grid, latents.shape[-1] // 4
+    return latents.reshape(B, h, w, c, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(B, 2 * h, 2 * w, c)
+
+
+_t5 = jax.jit(text_encoders.t5, static_argnums=1)
+_clip = jax.jit(text_encoders.clip, static_argnums=1)
+
+
+@partial(jax.jit, static_argnames=("cfg", "grid"))
+def _decode(params, cfg, latents, *, grid):
+    dtype = jax.tree.leaves(params)[0].dtype
+    return vae.decode(params, cfg, unpack(latents, grid).astype(dtype)).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("cfg", "grid"))
+def _euler(params, cfg, latents, text, pooled, guidance, sigma, following, *, grid):
+    t = jnp.full(len(latents), sigma)
+    v = velocity(params, cfg, latents, text, pooled, t, guidance, grid=grid)
+    return latents + (following - sigma) * v.astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("cfg", "grid", "layer", "site"))
+def _residual(params, cfg, latents, text, pooled, guidance, sigma, *, grid, layer, site):
+    t = jnp.full(len(latents), sigma)
+    return residual(params, cfg, latents, text, pooled, t, guidance, grid=grid, layer=layer, site=site)
+
+
+@partial(jax.jit, static_argnames=("cfg", "grid", "layer", "site"))
+def _euler_and_residual(params, cfg, latents, *args, grid, layer, site):
+    kind, i = ("double", layer) if layer < cfg.num_layers else ("single", layer - cfg.num_layers)
+    names = {f"{kind}.{s}": i for s in (("txt", "img") if site == "both" else (site,))}
+    latents, caught = reap(partial(_euler, grid=grid), names)(params, cfg, latents, *args)
+    return latents, jnp.concatenate([caught[name] for name in names], 1)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(*prompts, model="auto", steps=4, seed=0, size=None, guidance=None, noise=None, dtype="bfloat16",
+         text_tokens=None, transformer=None, out="out.png", **unknown):
+    """Draw images: one PNG per prompt at --out (numbered where there are several)."""
+    from PIL import Image
+    from tqdm import tqdm
+    no_unknown_flags(unknown)
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"--dtype {dtype}: it is bfloat16, float16 or float32")
+    if not prompts:
+        raise ValueError('no prompt given: python flux.py "a red cube" --model nano')
+    if noise is not None:
+        noise = np.load(noise, allow_pickle=False)
+    loaded = load(announce(model), dtype=jnp.dtype(dtype), transformer=transformer)
+    with tqdm(total=steps, unit="step") as bar:
+        images = generate(loaded, prompts, steps=steps, size=size or loaded.size, seed=seed, noise=noise,
+                          guidance=guidance, text_tokens=text_tokens, progress=lambda i: bar.update())
+    out = Path(out)
+    for i, image in enumerate(images):
+        file = out if len(images) == 1 else out.with_stem(f"{out.stem}_{i}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+        print(file)
+
+
+def announce(model):
+    """Print which model runs, and why it was chosen; "auto" becomes a name."""
+    name, why = default_model() if model == "auto" else (model, "as asked")
+    print(f"model: {name} ({why})")
+    return name
+
+
+def no_unknown_flags(flags):
+    if flags:
+        raise ValueError(f"unknown flag{'s' * (len(flags) > 1)} {', '.join('--' + name for name in flags)} (see --help)")
+
+
+def command(function):
+    """Run `function` as a command line. A user's mistake ends in one line on stderr and exit code 2, not a traceback."""
+    import fire
+    from fire.decorators import SetParseFn
+    SetParseFn(str)(function)
+    try:
+        fire.Fire(function)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command(main)

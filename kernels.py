@@ -1,0 +1,143 @@
+"""Exact top-k and the sparse encoder and decoder of a TopK SAE, forward and backward, in plain XLA.
+
+Nothing else must be copied with this file. B batch, D model width, F features, k active features.
+
+A TopK SAE touches k of its F features per row, so a dense backward pass wastes a factor F/k of the work and builds
+several [B, F] arrays. Here the only [B, F] array is the encoder's own output. Everything else is one of three
+operations that are each other's derivatives (names as in sparse linear algebra), with features as *rows*, [F, D]:
+
+    spmm   out[b]         = sum_j values[b, j] * rows[indices[b, j]]                    [B, k], [F, D] -> [B, D]
+    sddmm  out[b, j]      = x[b] . rows[indices[b, j]]                                  [B, D], [F, D] -> [B, k]
+    outer  out[f]         = sum_{b, j: indices[b, j] = f} values[b, j] * x[b]           [B, k], [B, D] -> [F, D]
+
+Each walks the k columns in a scan whose temporaries are [B, D]. Measured against gathering all of [B, k, D] at once
+this is 2 to 9 times as fast on two CPU cores (k = 32; B, D, F = 4096, 128, 2048 and 1024, 3072, 16384), and against a
+scatter sorted by feature 3 to 7 times. The whole gradient takes half the time of the dense one.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def topk(x: Array, k: int) -> tuple[Array, Array]:
+    """The k largest of the last axis, exact, in falling order: x [..., F] -> values, indices [..., k].
+
+    Never `approx_max_k`: its recall is below one. Of equal values the one with the lower index comes first.
+    """
+    if not 1 <= k <= x.shape[-1]:
+        raise ValueError(f"k = {k} of F = {x.shape[-1]} features; it must lie in 1..F")
+    return lax.top_k(x, k)
+
+
+def _spmm(values: Array, indices: Array, rows: Array) -> Array:
+    """values, indices [B, k], rows [F, D] -> [B, D], summed in float32 whatever the inputs are."""
+
+    def add(total, column):
+        value, index = column
+        return total + value[:, None] * rows[index], None
+
+    dtype = jnp.promote_types(values.dtype, rows.dtype)
+    start = jnp.zeros((values.shape[0], rows.shape[1]), jnp.promote_types(dtype, jnp.float32))
+    return lax.scan(add, start, (values.T, indices.T))[0].astype(dtype)
+
+
+def _sddmm(x: Array, rows: Array, indices: Array) -> Array:
+    """x [B, D], rows [F, D], indices [B, k] -> [B, k]."""
+    return lax.map(lambda index: jnp.sum(x * rows[index], axis=-1), indices.T).T
+
+
+def _outer(values: Array, indices: Array, x: Array, features: int) -> Array:
+    """values, indices [B, k], x [B, D] -> [F, D], summed in float32; repeated indices add up."""
+
+    def add(total, column):
+        value, index = column
+        return total.at[index].add(value[:, None] * x), None
+
+    dtype = jnp.promote_types(values.dtype, x.dtype)
+    start = jnp.zeros((features, x.shape[1]), jnp.promote_types(dtype, jnp.float32))
+    return lax.scan(add, start, (values.T, indices.T))[0]
+
+
+@jax.custom_vjp
+def sparse_decode(values: Array, indices: Array, W_dec: Array) -> Array:
+    """values, indices [B, k], W_dec [F, D] -> [B, D]: each row's k decoder rows, weighted and summed.
+
+    Equals `sparse_decode_dense`, gradients included; those for `values` and `W_dec` touch active features only.
+    """
+    return _spmm(values, indices, W_dec)
+
+
+def _sparse_decode_forward(values, indices, W_dec):
+    return _spmm(values, indices, W_dec), (values, indices, W_dec)
+
+
+def _sparse_decode_backward(residuals, g):
+    values, indices, W_dec = residuals
+    d_values = _sddmm(g, W_dec, indices).astype(values.dtype)
+    return d_values, None, _outer(values, indices, g, W_dec.shape[0]).astype(W_dec.dtype)
+
+
+sparse_decode.defvjp(_sparse_decode_forward, _sparse_decode_backward)
+
+
+def preactivations(x: Array, W_enc: Array, b_enc: Array) -> Array:
+    """x [B, D], W_enc [F, D], b_enc [F] -> [B, F], the one array of that size. Not differentiable: see `select`.
+
+    W_enc holds features as rows, so that its gradient is row-sparse like W_dec's; the product is as fast either way.
+    HIGHEST, because a TPU's default rounds float32 to bfloat16, which reorders the top-k.
+    """
+    x, W_enc, b_enc = lax.stop_gradient((x, W_enc, b_enc))
+    return lax.dot_general(x, W_enc, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST) + b_enc
+
+
+def select(pre: Array, k: int, x: Array, W_enc: Array, b_enc: Array) -> tuple[Array, Array]:
+    """ReLU of the top k of `pre` [B, F] -> values, indices [B, k]; differentiable in x, W_enc, b_enc, not in `pre`.
+
+    `pre` is `preactivations(x, W_enc, b_enc)`, perhaps with entries masked by -inf (which become 0 without gradient).
+    The same `pre` can be selected from more than once.
+    """
+    values, indices = topk(lax.stop_gradient(pre), k)
+    return _attach(jax.nn.relu(values), indices, x, W_enc, b_enc), indices
+
+
+def sparse_encode(x: Array, W_enc: Array, b_enc: Array, k: int) -> tuple[Array, Array]:
+    """x [B, D], W_enc [F, D], b_enc [F] -> values, indices [B, k]: ReLU(top-k(x W_enc^T + b_enc)).
+
+    Equals `sparse_encode_dense`, gradients included; those for W_enc and b_enc touch active features only.
+    """
+    return select(preactivations(x, W_enc, b_enc), k, x, W_enc, b_enc)
+
+
+@jax.custom_vjp
+def _attach(values: Array, indices: Array, x: Array, W_enc: Array, b_enc: Array) -> Array:
+    """`values` [B, k] as they are, with the derivative of ReLU(x[b] . W_enc[indices[b, j]] + b_enc[indices[b, j]])."""
+    return values
+
+
+def _attach_forward(values, indices, x, W_enc, b_enc):
+    return values, (values > 0, indices, x, W_enc, b_enc)
+
+
+def _attach_backward(residuals, g):
+    active, indices, x, W_enc, b_enc = residuals
+    g = jnp.where(active, g, 0)
+    d_W = _outer(g, indices, x, W_enc.shape[0]).astype(W_enc.dtype)
+    d_b = jnp.zeros_like(b_enc).at[indices.reshape(-1)].add(g.reshape(-1).astype(b_enc.dtype))
+    return jnp.zeros_like(g), None, _spmm(g, indices, W_enc).astype(x.dtype), d_W, d_b
+
+
+_attach.defvjp(_attach_forward, _attach_backward)
+
+
+def sparse_decode_dense(values: Array, indices: Array, W_dec: Array) -> Array:
+    """The plain reference of `sparse_decode`: scatter the values to [B, F], then one dense product."""
+    dense = jnp.zeros((values.shape[0], W_dec.shape[0]), values.dtype)
+    dense = dense.at[jnp.arange(values.shape[0])[:, None], indices].add(values)
+    return jnp.matmul(dense, W_dec, precision=lax.Precision.HIGHEST)
+
+
+def sparse_encode_dense(x: Array, W_enc: Array, b_enc: Array, k: int) -> tuple[Array, Array]:
+    """The plain reference of `sparse_encode`: JAX's own derivative, through [B, F]."""
+    values, indices = topk(jnp.matmul(x, W_enc.T, precision=lax.Precision.HIGHEST) + b_enc, k)
+    return jax.nn.relu(values), indices

@@ -1,0 +1,419 @@
+"""The SAE: training against its definitions, recovery of a known dictionary, files, SAELens both ways."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import kernels
+import sae
+
+CFG = sae.Config(d_in=12, features=50, k=4, lr=1e-3)
+STEP = jax.jit(sae.step, static_argnums=1)
+
+
+def residuals(n=512, d=12, seed=0):
+    """Raw residuals with FLUX's troubles: scales over four orders of magnitude, means far from zero, heavy tails."""
+    r = np.random.default_rng(seed)
+    fixed = np.random.default_rng(99)
+    scale, mean = 10 ** fixed.uniform(-2, 2, d), 5 * fixed.standard_normal(d)
+    x = r.standard_t(4, (n, d)) + 2 * r.standard_t(4, (n, 1)) * fixed.standard_normal(d)
+    return (scale * (x + mean)).astype(np.float32)
+
+
+def trained(steps=5, cfg=CFG):
+    state = sae.init(jax.random.key(0), cfg, residuals())
+    for i in range(steps):
+        state, _ = STEP(state, cfg, residuals(64, seed=i))
+    return state
+
+
+def assert_same(a, b):
+    """Bit for bit, types and structure included."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert x.dtype == y.dtype and x.shape == y.shape and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def test_init_takes_normalization_and_bias_from_the_data_and_ties_the_weights():
+    x = residuals()
+    x[:, 3] = 7.0  # a constant dimension
+    x[:, 5] = 0.0
+    state = sae.init(jax.random.key(0), CFG, x)
+    np.testing.assert_allclose(state.mean, x.mean(0, dtype=np.float64), rtol=1e-5)
+    changing = x.std(0) > 0
+    np.testing.assert_allclose(state.std[changing], x.std(0, dtype=np.float64)[changing], rtol=1e-5)
+    assert (state.std > 0).all()
+    p = state.params
+    np.testing.assert_allclose(jnp.linalg.norm(p["dec"], axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(p["enc"] / jnp.linalg.norm(p["enc"], axis=1, keepdims=True), p["dec"], atol=1e-6)
+    u = (x - np.asarray(state.mean)) / np.asarray(state.std)
+
+    def distance(center):
+        return np.linalg.norm(u - center, axis=1).sum()
+
+    assert distance(np.asarray(p["b_dec"])) < distance(np.median(u, axis=0)) and distance(p["b_dec"]) < distance(0)
+    _, metrics = STEP(state, CFG, x[:64])
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_metrics_against_numpy():
+    state, x = trained(), residuals(96, seed=5)
+    _, metrics = STEP(state, CFG, x)
+    p = {name: np.asarray(value, np.float64) for name, value in state.params.items()}
+    u = (x - np.asarray(state.mean, np.float64)) / np.asarray(state.std, np.float64)
+    pre = (u - p["b_dec"]) @ p["enc"].T + p["b_enc"]
+    z = np.where(pre >= -np.sort(-pre, axis=1)[:, [CFG.k - 1]], np.maximum(pre, 0), 0)
+    out = z @ p["dec"] + p["b_dec"]
+    r = [np.corrcoef(u[:, d], out[:, d])[0, 1] for d in range(CFG.d_in)]
+    cosine = (u * out).sum(1) / np.linalg.norm(u, axis=1) / np.linalg.norm(out, axis=1)
+    fvu = ((u - out) ** 2).sum() / ((u - u.mean(0)) ** 2).sum()
+    expected = {"fvu": fvu, "loss": fvu, "aux": 0, "l0": (z > 0).sum(1).mean(), "dead": 0}
+    expected |= {"cosine": cosine.mean(), "variance_explained": np.mean(np.square(r))}
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, err_msg=name)
+    assert metrics.keys() == expected.keys()
+
+
+def test_fvu_divides_by_the_variance():
+    """Predicting the mean has an FVU of 1, however far the mean is from zero, and a 'variance explained' of 0."""
+    cfg = sae.Config(d_in=4, features=8, k=2)
+    params = {"W_enc": jnp.zeros((4, 8)), "b_enc": jnp.zeros(8), "W_dec": jnp.zeros((8, 4))}
+    x = residuals(500, 4) + 1000
+    found = sae.evaluate(params | {"b_dec": jnp.asarray(x.mean(0))}, cfg, x)
+    np.testing.assert_allclose([found.fvu, found.fvu_standardized], 1, rtol=1e-3)
+    assert found.variance_explained < 1e-6 and found.l0 == 0 and found.dead == 1 and found.tokens == 500
+
+
+def test_evaluate_against_numpy_and_over_any_batches():
+    state, x = trained(), residuals(700, seed=3)
+    params = sae.fold(state, CFG)
+    values, indices = map(np.asarray, sae.encode(params, CFG, x))
+    out, x64 = np.asarray(sae.decode(params, CFG, values, indices), np.float64), x.astype(np.float64)
+    error, deviation = ((x64 - out) ** 2).sum(0), ((x64 - x64.mean(0)) ** 2).sum(0)
+    r = [np.corrcoef(x64[:, d], out[:, d])[0, 1] for d in range(CFG.d_in)]
+    density = np.bincount(indices[values > 0], minlength=CFG.features) / len(x)
+    cosine = ((x64 * out).sum(1) / np.linalg.norm(x64, axis=1) / np.linalg.norm(out, axis=1)).mean()
+    expected = {"tokens": 700, "fvu": error.sum() / deviation.sum(), "fvu_standardized": np.mean(error / deviation)}
+    expected |= {"l0": (values > 0).sum(1).mean(), "cosine": cosine, "dead": np.mean(density == 0)}
+    expected |= {"variance_explained": np.mean(np.square(r)), "density": density}
+    for batches in (x, x.reshape(7, 100, 12), [x[:100], x[100:350], x[350:]], (x[i : i + 350] for i in (0, 350))):
+        for name, value in sae.evaluate(params, CFG, batches)._asdict().items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-9, err_msg=name)
+    with pytest.raises(ValueError, match="no residuals"):
+        sae.evaluate(params, CFG, [])
+
+
+def test_decoder_rows_stay_unit_and_gradients_orthogonal():
+    rows = np.asarray(trained().params["dec"])
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+    gradient = np.random.default_rng(0).standard_normal(rows.shape).astype(np.float32)
+    left = np.asarray(sae.remove_parallel(gradient, rows))
+    assert np.abs((left * rows).sum(1)).max() < 1e-5
+    along = (gradient * rows).sum(1, keepdims=True) * rows
+    np.testing.assert_allclose(left + along, gradient, atol=1e-5)
+
+
+def test_aux_makes_dead_features_point_at_the_error():
+    """The sign: descending AuxK's gradient lowers |e - e_hat|, for e = u - u_hat, and moves dead features only."""
+    state, x = trained(), residuals(256, seed=8)
+    u = (x - state.mean) / state.std
+    _, (_, _, _, u_hat) = sae._reconstruct(state.params, CFG, u)
+    dead, error = jnp.arange(CFG.features) < 20, u - u_hat
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        pre = kernels.preactivations(u - params["b_dec"], params["enc"], params["b_enc"])
+        return sae._aux_loss(params, CFG, u, pre, dead, error)
+
+    params, (before, _) = state.params, loss(state.params)
+    for _ in range(30):
+        _, gradient = loss(params)
+        for name in ("enc", "dec", "b_enc"):
+            assert (gradient[name][20:] == 0).all() and (gradient[name][:20] != 0).any()
+        assert (gradient["b_dec"] == 0).all()
+        params = jax.tree.map(lambda p, g: p - 0.3 * g, params, gradient)
+    assert loss(params)[0] < 0.97 * before
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1 / 32])
+def test_auxk_revives_dead_features(coefficient):
+    """30 of 50 features whose encoder is too weak to reach any top-k, long silent, with and without AuxK."""
+    cfg = dataclasses.replace(CFG, aux_coefficient=coefficient, lr=1e-2, dead_after=640, k_aux=6, warmup=1)
+    state, dead = sae.init(jax.random.key(0), cfg, residuals()), np.arange(50) < 30
+    weak = state.params["enc"] * np.where(dead, 0.1, 1.0)[:, None].astype(np.float32)
+    state = state._replace(params=state.params | {"enc": weak}, idle=jnp.asarray(dead * 10**6, jnp.int32))
+    for i in range(200):
+        state, metrics = STEP(state, cfg, residuals(64, seed=i))
+        if i == 0:
+            assert metrics["dead"] >= 0.5 and np.isfinite(metrics["aux"]) and metrics["aux"] > 0
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
+    assert metrics["dead"] < 0.2 if coefficient else metrics["dead"] > 0.5, metrics["dead"]
+
+
+def test_idle_counts_tokens_since_a_feature_fired():
+    state, x = trained(0), residuals(64, seed=1)
+    params = sae.fold(state, CFG)
+    values, indices = map(np.asarray, sae.encode(params, CFG, x))
+    fired = np.isin(np.arange(CFG.features), indices[values > 0])
+    assert 0 < fired.sum() < CFG.features
+    state, _ = STEP(state._replace(idle=jnp.full(CFG.features, 5, jnp.int32)), CFG, x)
+    np.testing.assert_array_equal(state.idle, np.where(fired, 0, 5 + 64))
+    assert int(state.step) == 1
+
+
+def test_recovers_a_known_dictionary():
+    """Sparse sums of 64 known atoms, standardization undone: >= 90 % are found at cosine > 0.9."""
+    r = np.random.default_rng(0)
+    atoms = r.standard_normal((64, 32)).astype(np.float32)
+    atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
+    scale = 10 ** r.uniform(-2, 2, 32)
+
+    def data(n):
+        z = np.zeros((n, 64), np.float32)
+        chosen = np.argsort(r.random((n, 64)), axis=1)[:, :3]
+        np.put_along_axis(z, chosen, r.uniform(0.5, 1.5, (n, 3)).astype(np.float32), axis=1)
+        return ((z @ atoms + 1.0) * scale).astype(np.float32)
+
+    cfg = sae.Config(d_in=32, features=96, k=3, lr=3e-3, decay=(500, 700))
+    state = sae.init(jax.random.key(0), cfg, data(4096))
+    for _ in range(700):
+        state, metrics = STEP(state, cfg, data(512))
+    W_dec = np.asarray(sae.fold(state, cfg)["W_dec"]) / scale
+    cosine = (atoms @ (W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)).T).max(1)
+    assert np.mean(cosine > 0.9) >= 0.9, f"{np.mean(cosine > 0.9):.3f} found, {metrics}"
+    assert metrics["fvu"] < 0.1
+
+
+def test_sharp_errors_for_shapes():
+    state = trained(0)
+    with pytest.raises(ValueError, match=r"x has shape \(3, 7\); need \[B, 12\]"):
+        sae.step(state, CFG, jnp.zeros((3, 7)))
+    with pytest.raises(ValueError, match=r"sample has shape \(5, 7\)"):
+        sae.init(jax.random.key(0), CFG, np.zeros((5, 7)))
+    with pytest.raises(ValueError, match="not finite in 1 of 12"):
+        sae.init(jax.random.key(0), CFG, np.where(np.arange(12) == 3, np.nan, residuals()))
+    with pytest.raises(ValueError, match="k = 9, features = 8"):
+        sae.Config(d_in=4, features=8, k=9)
+    with pytest.raises(ValueError, match="k_aux = 0"):
+        sae.Config(d_in=4, features=8, k=2, k_aux=0)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_folded_equals_training_space():
+    state, x = trained(), residuals(128, seed=4)
+    params = sae.fold(state, CFG)
+    u = (x - state.mean) / state.std
+    _, (_, values, indices, u_hat) = sae._reconstruct(state.params, CFG, u)
+    raw_values, raw_indices = sae.encode(params, CFG, x)
+    np.testing.assert_array_equal(raw_indices, indices)
+    np.testing.assert_allclose(raw_values, values, rtol=1e-4, atol=1e-4)
+    out = sae.decode(params, CFG, raw_values, raw_indices)
+    np.testing.assert_allclose((out - state.mean) / state.std, u_hat, rtol=1e-3, atol=1e-4)
+    batched = sae.encode(params, CFG, x.reshape(2, 64, 12))
+    np.testing.assert_array_equal(batched[1].reshape(128, -1), indices)
+    assert sae.decode(params, CFG, *batched).shape == (2, 64, 12)
+
+
+def relative(a, b):
+    return np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()
+
+
+def assert_agrees_with_saelens(theirs, params, cfg, x):
+    """Features, and reconstructions per dimension in units of its spread, to 1e-5."""
+    import torch
+
+    values, indices = sae.encode(params, cfg, x)
+    dense = np.zeros((len(x), cfg.features), np.float32)
+    np.put_along_axis(dense, np.asarray(indices), np.asarray(values), axis=1)
+    with torch.no_grad():
+        z = theirs.encode(torch.from_numpy(x))
+        assert relative(dense, z.numpy()) < 1e-5
+        theirs_out = theirs.decode(z).numpy()
+    out = np.asarray(sae.decode(params, cfg, values, indices))
+    size = np.abs(theirs_out).max(0)
+    assert (np.abs(out - theirs_out) / size).max() < 1e-5
+
+
+def test_saelens_reads_ours(tmp_path):
+    from sae_lens import SAE
+
+    state, x = trained(20), residuals(300, seed=6)
+    assert np.asarray(state.std).max() / np.asarray(state.std).min() > 1e3
+    sae.checkpoint(tmp_path / "sae", state, CFG, metadata={"model": "nano", "layer": 3, "site": "img"})
+    params, cfg = sae.load(tmp_path / "sae")
+    assert cfg == CFG and sae.load_metadata(tmp_path / "sae")["layer"] == 3
+    assert_same(params, sae.fold(state, CFG))
+    theirs = SAE.load_from_disk(tmp_path / "sae")
+    assert theirs.cfg.architecture() == "topk" and theirs.cfg.k == CFG.k and theirs.cfg.metadata.site == "img"
+    assert_same(theirs.W_dec.detach().numpy(), np.asarray(params["W_dec"]))  # nothing renormalized
+    assert_agrees_with_saelens(theirs, params, cfg, x)
+
+
+@pytest.mark.parametrize("apply_b_dec", [False, True])
+@pytest.mark.parametrize("rescale", [False, True])
+def test_we_read_saelens(tmp_path, apply_b_dec, rescale):
+    import torch
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    torch.manual_seed(0)
+    theirs = TopKSAE(TopKSAEConfig(9, 31, k=5, apply_b_dec_to_input=apply_b_dec, rescale_acts_by_decoder_norm=rescale))
+    for parameter in theirs.parameters():
+        parameter.data = torch.randn_like(parameter)
+    theirs.save_model(tmp_path)
+    params, cfg = sae.load(tmp_path)
+    assert (cfg.d_in, cfg.features, cfg.k) == (9, 31, 5)
+    assert_agrees_with_saelens(
+        theirs, params, cfg, np.random.default_rng(0).standard_normal((64, 9)).astype(np.float32)
+    )
+
+
+def test_resumed_run_is_bit_identical(tmp_path):
+    cfg = dataclasses.replace(CFG, dead_after=128, warmup=4, decay=(8, 12))
+    straight = trained(12, cfg)
+    key, position = jax.random.key_data(jax.random.key(7)), np.int64(2**40)
+    sae.checkpoint(tmp_path / "run", trained(5, cfg), cfg, extra={"key": key, "position": position})
+    state, loaded, extra = sae.load_state(tmp_path / "run")
+    assert loaded == cfg and set(extra) == {"key", "position"}
+    assert_same((extra["key"], extra["position"]), (np.asarray(key), np.asarray(position)))
+    assert_same(state, trained(5, cfg))
+    for i in range(5, 12):
+        state, _ = STEP(state, cfg, residuals(64, seed=i))
+    assert_same(state, straight)
+
+
+SAVER = """
+import sys, itertools, jax, numpy as np, sae
+folder, cfg = sys.argv[1], sae.Config(d_in=64, features=512, k=4)
+state = sae.init(jax.random.key(0), cfg, np.random.default_rng(0).standard_normal((64, 64)))
+for i in itertools.count(1):
+    state = state._replace(step=state.step + 1, params=state.params | {"b_enc": state.params["b_enc"] + 1})
+    sae.checkpoint(folder, state, cfg, metadata={"step": i}, extra={"step": np.int64(i)})
+    print(i, flush=True)
+"""
+
+
+def test_killed_while_saving(tmp_path):
+    """kill -9 at random moments, the first creation included: afterwards the folder is absent or whole."""
+    r, folder = np.random.default_rng(0), tmp_path / "run"
+    for round in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVER, folder], stdout=subprocess.PIPE, cwd=Path(sae.__file__).parent
+        )
+        if round:
+            process.stdout.readline()
+            time.sleep(r.uniform(0, 0.3))
+        else:
+            while not list(tmp_path.iterdir()):  # in the middle of the first creation
+                time.sleep(0.0005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        if folder.exists():
+            params, cfg = sae.load(folder)
+            state, _, extra = sae.load_state(folder)
+            assert cfg.features == 512 and params["W_enc"].shape == (64, 512)
+            assert int(extra["step"]) == int(state.step) == state.params["b_enc"][0] >= 1
+    (folder / ".notes.fae-tmp").write_text("not ours")
+    sae.checkpoint(folder, state, cfg)
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"cfg.json", "sae_weights.safetensors", "state.safetensors", ".notes.fae-tmp"}
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_saving_leaves_other_files_and_other_saes_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    sae.checkpoint(tmp_path, trained(0), CFG)
+    other = dataclasses.replace(CFG, k=3)
+    with pytest.raises(ValueError, match="k is 4, not 3"):
+        sae.save(tmp_path, sae.fold(trained(0), CFG), other)
+    sae.save(tmp_path, sae.fold(trained(0), CFG), CFG)
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n" and sae.load(tmp_path)[1] == CFG
+
+
+def edit_config(folder, **changes):
+    path = folder / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder, change):
+    path = folder / "sae_weights.safetensors"
+    arrays = load_file(path)
+    change(arrays)
+    save_file(arrays, path)
+
+
+def truncate(folder, name):
+    (folder / name).write_bytes((folder / name).read_bytes()[:-10])
+
+
+BROKEN = {
+    "cfg.json is missing": lambda f: (f / "cfg.json").unlink(),
+    "sae_weights.safetensors is missing": lambda f: (f / "sae_weights.safetensors").unlink(),
+    "cfg.json is not JSON": lambda f: truncate(f, "cfg.json"),
+    "sae_weights.safetensors is damaged": lambda f: truncate(f, "sae_weights.safetensors"),
+    "architecture is 'standard'; only 'topk'": lambda f: edit_config(f, architecture="standard"),
+    "d_sae is '50'": lambda f: edit_config(f, d_sae="50"),
+    "k is None": lambda f: edit_config(f, k=None),
+    "normalize_activations is 'layer_norm'": lambda f: edit_config(f, normalize_activations="layer_norm"),
+    r"W_dec has shape \[50, 12\]; its config says \[50, 13\]": lambda f: edit_config(f, d_in=13),
+    r"missing tensors \['b_enc'\], unknown tensors \[\]": lambda f: edit_weights(f, lambda a: a.pop("b_enc")),
+    r"unknown tensors \['threshold'\]": lambda f: edit_weights(f, lambda a: a.update(threshold=a["b_enc"])),
+    "W_dec holds 1 values that are not finite": lambda f: edit_weights(
+        f, lambda a: a["W_dec"].__setitem__((3, 4), np.nan)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_broken_folders_are_named(tmp_path, message):
+    sae.save(tmp_path / "sae", sae.fold(trained(0), CFG), CFG)
+    BROKEN[message](tmp_path / "sae")
+    with pytest.raises(ValueError, match=message) as error:
+        sae.load(tmp_path / "sae")
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_broken_states_are_named(tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'state.safetensors'} is missing")):
+        sae.load_state(tmp_path)
+    sae.checkpoint(tmp_path / "run", trained(0), CFG)
+    path = tmp_path / "run" / "state.safetensors"
+    arrays = load_file(path)
+    save_file(arrays, path)
+    with pytest.raises(ValueError, match="no usable config in its header"):
+        sae.load_state(tmp_path / "run")
+    save_file(
+        arrays | {"idle": arrays["idle"].astype(np.float32)}, path, {"config": json.dumps(dataclasses.asdict(CFG))}
+    )
+    with pytest.raises(ValueError, match="idle is float32; need int32"):
+        sae.load_state(tmp_path / "run")
+
+
+def test_nothing_broken_is_written(tmp_path):
+    params = sae.fold(trained(0), CFG)
+    with pytest.raises(ValueError, match="b_dec holds 12 values that are not finite"):
+        sae.save(tmp_path / "sae", params | {"b_dec": params["b_dec"] * jnp.nan}, CFG)
+    with pytest.raises(ValueError, match="W_enc has shape"):
+        sae.save(tmp_path / "sae", params | {"W_enc": params["W_enc"].T}, CFG)
+    assert not (tmp_path / "sae").exists()

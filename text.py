@@ -1,0 +1,435 @@
+"""Text encoders of FLUX.1: T5 (one vector per token) and CLIP (one pooled vector), with their tokenizers.
+
+Stands alone: copy this one file. It also holds the table-driven loader that `flux.py` uses: a model declares each of
+its tensors once, and loading, initialization and saving follow from that table.
+
+    cfg, params = text.load_t5("FLUX.1-schnell/text_encoder_2")
+    ids = text.t5_tokenizer("FLUX.1-schnell/tokenizer_2", 256)(["a red cube"])      # [B, T] int32
+    states = text.t5(params, cfg, ids)                                              # [B, T, D]
+
+Letters: B batch, T tokens, D model width, H heads, K head width, L layers. Weights are [in, out], blocks are stacked
+on axis 0. Sources: T5 v1.1 (arXiv 2002.05202, 1910.10683), CLIP (arXiv 2103.00020), as `transformers` runs them.
+"""
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+# ---------------------------------------------------------------- tables of tensors: load, initialize, save
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor, declared once.
+
+    shape: as we keep it, without the layer axis. parts: {name in the file: width on our last axis}, joined in this
+    order; "{}" in a name stands for the layer number. layers: how many are stacked on axis 0 (None: not stacked).
+    transposed: the file holds torch's [out, in]. mean, std: of the initialization (std 0: a constant).
+    """
+    shape: tuple[int, ...]
+    parts: dict[str, int]
+    layers: int | None = None
+    transposed: bool = False
+    mean: float = 0.0
+    std: float = 0.0
+
+    def file_shape(self, width):
+        shape = (*self.shape[:-1], width)
+        return shape[::-1] if self.transposed else shape
+
+    def names(self):
+        return [part.format(i) for i in range(self.layers or 1) for part in self.parts]
+
+
+def linear(n_in, parts, *, layers=None, bias=True, std=None):
+    """Tensors of `x @ w + b`; `parts` maps each torch module's name to its number of outputs, joined as one weight."""
+    n_out = sum(parts.values())
+    std = n_in ** -0.5 if std is None else std
+    table = {"w": Tensor((n_in, n_out), {f"{k}.weight": n for k, n in parts.items()}, layers, True, std=std)}
+    if bias:
+        table["b"] = Tensor((n_out,), {f"{k}.bias": n for k, n in parts.items()}, layers)
+    return table
+
+
+def open_weights(path):
+    """{tensor name: lazy slice} of a safetensors file, or of a folder with one file or a sharded set and its index.
+
+    Nothing is read yet: a slice has `get_shape()` and reads what `[...]` asks for. Raises FileNotFoundError, ValueError.
+    """
+    path, weights = Path(path), {}
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}")
+    for file in [path] if path.is_file() else _weight_files(path):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is named by the index beside it but is missing")
+        try:
+            reader = safe_open(file, "np")
+        except Exception as error:
+            raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
+        weights |= {name: reader.get_slice(name) for name in reader.keys()}
+    return weights
+
+
+def _weight_files(folder):
+    index = sorted(folder.glob("*.safetensors.index.json"))
+    if index:
+        return sorted({folder / name for name in read_json(index[0])["weight_map"].values()})
+    for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
+        if (folder / name).exists():
+            return [folder / name]
+    raise FileNotFoundError(f"{folder} holds neither model.safetensors, diffusion_pytorch_model.safetensors nor an index")
+
+
+def load_tensors(table, weights, *, put=None, dtype=jnp.bfloat16, ignore=()):
+    """Read `weights` (as `open_weights` gives them) into the shape of `table`, one tensor at a time.
+
+    put: (name, array [in, out] of one layer) → the leaf to keep; the leaves of a stack are then joined on axis 0.
+    Before anything is read, a missing, unexpected (unless in `ignore`) or misshapen tensor raises ValueError.
+    """
+    check_tensors(table, weights, ignore)
+    put = put or (lambda name, array: jnp.asarray(array))
+
+    def leaf(path, tensor):
+        name = path_name(path)
+        if tensor.layers is None:
+            return put(name, _read(tensor, weights, 0, dtype))
+        layers = [put(name, _read(tensor, weights, i, dtype)) for i in range(tensor.layers)]
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *layers) if layers else jnp.zeros((0, *tensor.shape), dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, table)
+
+
+def check_tensors(table, weights, ignore=()):
+    """Raise ValueError, with names and shapes, unless `weights` holds exactly the tensors that `table` declares."""
+    expected = {part.format(i): tensor.file_shape(width) for tensor in jax.tree.leaves(table)
+                for i in range(1 if tensor.layers is None else tensor.layers) for part, width in tensor.parts.items()}
+    shapes = {name: tuple(piece.get_shape()) for name, piece in weights.items() if name not in ignore}
+    for problem, names in (("missing", sorted(expected.keys() - shapes)), ("unexpected", sorted(shapes.keys() - expected))):
+        if names:
+            raise ValueError(f"{problem} tensor{'s' * (len(names) > 1)} in the weights: {', '.join(names[:5])}"
+                             + (f" and {len(names) - 5} more" if len(names) > 5 else ""))
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ValueError(f"misshapen tensor in the weights: {name} is {list(shapes[name])}, should be {list(shape)}")
+
+
+def _read(tensor, weights, layer, dtype):
+    """One layer of one tensor as [in, out], its parts joined: each value is moved once, while it is transposed."""
+    array, start = np.empty(tensor.shape, jnp.dtype(dtype)), 0
+    for part, width in tensor.parts.items():
+        piece = weights[part.format(layer)][:]
+        array[..., start:start + width] = piece.T if tensor.transposed else piece
+        start += width
+    return array
+
+
+def init_tensors(table, key, dtype=jnp.float32):
+    """Random parameters as `table` declares them (normal, mean and std per tensor)."""
+    leaves, structure = jax.tree.flatten(table)
+    keys = jax.random.split(key, max(len(leaves), 1))
+
+    def leaf(tensor, key):
+        shape = tensor.shape if tensor.layers is None else (tensor.layers, *tensor.shape)
+        noise = tensor.std * jax.random.normal(key, shape) if tensor.std else 0.0
+        return jnp.broadcast_to(tensor.mean + noise, shape).astype(dtype)
+
+    return structure.unflatten([leaf(tensor, k) for tensor, k in zip(leaves, keys)])
+
+
+def save_tensors(table, params, file, dtype=jnp.bfloat16):
+    """Write `params` under the names that `table` gives, in the file's layout; the inverse of `load_tensors`."""
+    arrays = {}
+    for tensor, value in zip(jax.tree.leaves(table), jax.tree.structure(table).flatten_up_to(params)):
+        value = np.asarray(value).astype(jnp.dtype(dtype))
+        for i in range(1 if tensor.layers is None else tensor.layers):
+            layer, start = value if tensor.layers is None else value[i], 0
+            for part, width in tensor.parts.items():
+                piece = layer[..., start:start + width]
+                arrays[part.format(i)] = np.ascontiguousarray(piece.T if tensor.transposed else piece)
+                start += width
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, file, metadata={"format": "pt"})
+
+
+def path_name(path):
+    return ".".join(str(getattr(entry, "key", entry)) for entry in path)
+
+
+def read_json(file):
+    """The JSON object in `file`; a missing or broken file raises an error that names it."""
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+
+
+def read_config(cls, file, **fixed):
+    """A config dataclass from the JSON `file`: fields that the file lacks keep the default; others are ignored."""
+    given = read_json(file) if not isinstance(file, dict) else file
+    names = {f.name for f in fields(cls)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in names and v is not None}
+    return cls(**values | fixed)
+
+
+# ---------------------------------------------------------------- T5
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """`text_encoder_2/config.json`, by its own names; the defaults are T5 v1.1 XXL's."""
+    vocab_size: int = 32128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "gated-gelu"
+
+    def __post_init__(self):
+        if self.feed_forward_proj != "gated-gelu":
+            raise ValueError(f"T5 feed_forward_proj is {self.feed_forward_proj!r}; FLUX uses 'gated-gelu'")
+
+
+def t5_table(cfg):
+    """Every tensor of the T5 encoder."""
+    D, inner, L = cfg.d_model, cfg.num_heads * cfg.d_kv, cfg.num_layers
+    attn, ff = "encoder.block.{}.layer.0.", "encoder.block.{}.layer.1."
+
+    def weight(n_in, names, n_out, std):
+        return linear(n_in, {name: n_out for name in names}, layers=L, bias=False, std=std)["w"]
+
+    def norm(name, layers=None):
+        return Tensor((D,), {f"{name}layer_norm.weight": D}, layers, mean=1.0)
+
+    # T5's own initialization: attention is not scaled by 1/sqrt(K), so the query weights carry that factor.
+    return {
+        "embed": Tensor((cfg.vocab_size, D), {"shared.weight": D}, std=1.0),
+        "bias": Tensor((cfg.relative_attention_num_buckets, cfg.num_heads),
+                       {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": cfg.num_heads},
+                       std=D ** -0.5),
+        "block": {
+            "norm1": norm(attn, L),
+            "q": weight(D, [attn + "SelfAttention.q"], inner, (D * cfg.d_kv) ** -0.5),
+            "kv": weight(D, [attn + "SelfAttention.k", attn + "SelfAttention.v"], inner, D ** -0.5),
+            "o": weight(inner, [attn + "SelfAttention.o"], D, inner ** -0.5),
+            "norm2": norm(ff, L),
+            "wi": weight(D, [ff + "DenseReluDense.wi_0", ff + "DenseReluDense.wi_1"], cfg.d_ff, D ** -0.5),
+            "wo": weight(cfg.d_ff, [ff + "DenseReluDense.wo"], D, cfg.d_ff ** -0.5),
+        },
+        "norm": norm("encoder.final_"),
+    }
+
+
+def load_t5(folder, *, put=None, dtype=jnp.bfloat16):
+    """(T5Config, params) from a transformers folder (config.json and safetensors)."""
+    cfg = read_config(T5Config, Path(folder) / "config.json")
+    ignore = ("encoder.embed_tokens.weight",)                    # a second name of shared.weight
+    return cfg, load_tensors(t5_table(cfg), open_weights(folder), put=put, dtype=dtype, ignore=ignore)
+
+
+def t5(params, cfg, ids):
+    """Encoder states [B, T, D] of token ids [B, T]. No attention mask: FLUX lets every token see the padding."""
+    x = params["embed"][ids]
+    bias = params["bias"].astype(jnp.float32)[_buckets(cfg, ids.shape[1])].transpose(2, 0, 1)      # [H, T, T]
+
+    def block(x, p):
+        h = _rms_norm(x, p["norm1"], cfg.layer_norm_epsilon)
+        q, k, v = (_heads(y, cfg.num_heads) for y in (h @ p["q"], *jnp.split(h @ p["kv"], 2, axis=-1)))
+        x = x + _attend(q, k, v, bias) @ p["o"]                  # T5 does not scale the scores by 1/sqrt(K)
+        h = _rms_norm(x, p["norm2"], cfg.layer_norm_epsilon)
+        gate, up = jnp.split(h @ p["wi"], 2, axis=-1)
+        return x + (jax.nn.gelu(gate, approximate=True) * up) @ p["wo"], None
+
+    x, _ = jax.lax.scan(block, x, params["block"])
+    return _rms_norm(x, params["norm"], cfg.layer_norm_epsilon)
+
+
+def _buckets(cfg, length):
+    """Relative position buckets [T, T] (Raffel et al., section 2.1): half for each direction, exact near, log far."""
+    distance = np.arange(length)[None] - np.arange(length)[:, None]          # key minus query
+    half = cfg.relative_attention_num_buckets // 2
+    exact, n = half // 2, np.abs(distance)
+    ratio = np.log(np.maximum(n, 1).astype(np.float32) / exact) / np.log(cfg.relative_attention_max_distance / exact)
+    far = np.minimum(exact + (ratio.astype(np.float32) * (half - exact)).astype(np.int32), half - 1)
+    return np.where(distance > 0, half, 0) + np.where(n < exact, n, far)
+
+
+# ---------------------------------------------------------------- CLIP
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """`text_encoder/config.json`, by its own names; the defaults are CLIP ViT-L/14's."""
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 2
+
+    def __post_init__(self):
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"CLIP hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
+
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+def clip_table(cfg, prefix=""):
+    """Every tensor of the CLIP text encoder; files of transformers 4 prefix all names with "text_model."."""
+    D, L = cfg.hidden_size, cfg.num_hidden_layers
+    block = prefix + "encoder.layers.{}."
+
+    def norm(name, layers=None):
+        return {"w": Tensor((D,), {f"{name}.weight": D}, layers, mean=1.0), "b": Tensor((D,), {f"{name}.bias": D}, layers)}
+
+    return {
+        "embed": Tensor((cfg.vocab_size, D), {prefix + "embeddings.token_embedding.weight": D}, std=0.02),
+        "position": Tensor((cfg.max_position_embeddings, D), {prefix + "embeddings.position_embedding.weight": D}, std=0.01),
+        "block": {
+            "norm1": norm(block + "layer_norm1", L),
+            "qkv": linear(D, {block + f"self_attn.{n}_proj": D for n in "qkv"}, layers=L),
+            "o": linear(D, {block + "self_attn.out_proj": D}, layers=L),
+            "norm2": norm(block + "layer_norm2", L),
+            "fc1": linear(D, {block + "mlp.fc1": cfg.intermediate_size}, layers=L),
+            "fc2": linear(cfg.intermediate_size, {block + "mlp.fc2": D}, layers=L),
+        },
+        "norm": norm(prefix + "final_layer_norm"),
+    }
+
+
+def load_clip(folder, *, put=None, dtype=jnp.bfloat16):
+    """(CLIPConfig, params) from a transformers folder (config.json and safetensors)."""
+    cfg, weights = read_config(CLIPConfig, Path(folder) / "config.json"), open_weights(folder)
+    prefix = "text_model." if any(name.startswith("text_model.") for name in weights) else ""
+    ignore = (prefix + "embeddings.position_ids",)               # a buffer that old files carry
+    return cfg, load_tensors(clip_table(cfg, prefix), weights, put=put, dtype=dtype, ignore=ignore)
+
+
+def clip(params, cfg, ids):
+    """Pooled text vector [B, D] of token ids [B, T ≤ max_position_embeddings]: the state at the end-of-text token."""
+    length = ids.shape[1]
+    if length > cfg.max_position_embeddings:
+        raise ValueError(f"{length} CLIP tokens, but the model has {cfg.max_position_embeddings} positions")
+    x = params["embed"][ids] + params["position"][:length]
+    causal = jnp.where(np.tril(np.ones((length, length), bool)), 0.0, -jnp.inf)
+    K = cfg.hidden_size // cfg.num_attention_heads
+
+    def block(x, p):
+        h = _layer_norm(x, p["norm1"], cfg.layer_norm_eps)
+        q, k, v = (_heads(y, cfg.num_attention_heads) for y in jnp.split(h @ p["qkv"]["w"] + p["qkv"]["b"], 3, axis=-1))
+        x = x + _attend(q * K ** -0.5, k, v, causal) @ p["o"]["w"] + p["o"]["b"]
+        h = _layer_norm(x, p["norm2"], cfg.layer_norm_eps)
+        h = ACTIVATIONS[cfg.hidden_act](h @ p["fc1"]["w"] + p["fc1"]["b"])
+        return x + h @ p["fc2"]["w"] + p["fc2"]["b"], None
+
+    x, _ = jax.lax.scan(block, x, params["block"])
+    # Configs from before transformers 4.31 say eos_token_id 2 and mean "the highest id", which is end-of-text.
+    end = jnp.argmax(ids if cfg.eos_token_id == 2 else ids == cfg.eos_token_id, axis=1)
+    return _layer_norm(x[jnp.arange(len(ids)), end], params["norm"], cfg.layer_norm_eps)
+
+
+# ---------------------------------------------------------------- what both share
+
+
+def _heads(x, heads):
+    return x.reshape(*x.shape[:-1], heads, -1)                                   # [B, T, H, K]
+
+
+def _attend(q, k, v, bias):
+    """softmax(q kᵀ + bias) v, [B, T, H, K] → [B, T, H K]; the softmax in float32, where bfloat16 would lose weight."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) + bias
+    out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def _rms_norm(x, weight, eps):
+    y = x.astype(jnp.float32)                                    # squares overflow or round away in half precision
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)).astype(x.dtype) * weight
+
+
+def _layer_norm(x, p, eps):
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, -1, keepdims=True)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)).astype(x.dtype) * p["w"] + p["b"]
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def t5_tokenizer(folder, length):
+    """A function from prompts to ids [B, length] int32: `tokenizer.json`, truncated to, and padded with <pad>."""
+    file = Path(folder) / "tokenizer.json"
+    tokenizer = _open_tokenizer(lambda: Tokenizer.from_file(str(file)), file)
+    pad = tokenizer_config(folder).get("pad_token", "<pad>")
+    return _encoder(tokenizer, length, _content(pad))
+
+
+def clip_tokenizer(folder, length=77):
+    """A function from prompts to ids [B, length] int32, from `vocab.json` and `merges.txt` alone (byte-level BPE)."""
+    folder, settings = Path(folder), tokenizer_config(folder)
+    start, end, unknown, pad = (_content(settings.get(f"{name}_token", default)) for name, default in (
+        ("bos", "<|startoftext|>"), ("eos", "<|endoftext|>"), ("unk", "<|endoftext|>"), ("pad", "<|endoftext|>")))
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    tokenizer = _open_tokenizer(lambda: Tokenizer(models.BPE.from_file(
+        str(vocab), str(merges), continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=unknown)), vocab, merges)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(words), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    # The ends of text are single tokens even inside a prompt, as the file says of them or as CLIP defines them.
+    given = {t["content"]: t for t in settings.get("added_tokens_decoder", {}).values()}
+    options = {name: {k: given.get(name, {}).get(k, False) for k in ("lstrip", "rstrip", "normalized", "single_word")}
+               for name in dict.fromkeys((start, end, unknown, pad))}
+    tokenizer.add_special_tokens([AddedToken(name, special=True, **option) for name, option in options.items()])
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (end, tokenizer.token_to_id(end)), (start, tokenizer.token_to_id(start)), trim_offsets=False, add_prefix_space=False)
+    return _encoder(tokenizer, length, pad)
+
+
+def tokenizer_config(folder):
+    """`tokenizer_config.json` and `special_tokens_map.json` of a folder, as one dict; {} where it has neither."""
+    files = [Path(folder) / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    return {key: value for file in files if file.exists() for key, value in read_json(file).items()}
+
+
+def _content(token):
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _open_tokenizer(make, *files):
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing")
+    try:
+        return make()
+    except Exception as error:                                   # `tokenizers` raises bare Exceptions
+        raise ValueError(f"{' and '.join(map(str, files))}: not a tokenizer: {error}") from None
+
+
+def _encoder(tokenizer, length, pad):
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+
+    def encode(prompts):
+        return np.array([e.ids for e in tokenizer.encode_batch(list(prompts))], np.int32).reshape(-1, length)
+
+    return encode

@@ -1,0 +1,341 @@
+"""The image autoencoder of FLUX.1 (diffusers' `AutoencoderKL`): encode, decode, load, init, save.
+
+Stands alone: copy this one file.
+
+    cfg, params = vae.load("FLUX.1-schnell/vae")
+    latents = vae.encode(params, cfg, images)            # [B, H, W, 3] in -1…1 → [B, H/8, W/8, 16], about unit variance
+    images = vae.decode(params, cfg, latents)            # and back; not clipped
+
+Images and activations are [B, H, W, C] (torch: [B, C, H, W]), convolutions [height, width, in, out], linear layers
+[in, out]. Arithmetic is in the parameters' dtype, what comes out is float32. `table` declares every tensor once;
+loading, initialization and saving follow from it. Source: arXiv 2112.10752 (latent diffusion), as `diffusers` runs it.
+"""
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+EPSILON = 1e-6                                                   # of every group norm; diffusers does not configure it
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+# Files written before diffusers 0.15 name the attention's linear layers so, and may hold them as 1x1 convolutions.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `config.json` says, with diffusers' names and defaults. sample_size: of the training images, unused here."""
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    norm_num_groups: int = 32
+    act_fn: str = "silu"
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    sample_size: int = 32
+
+    @property
+    def downsampling(self):
+        """Pixels a side per latent: 8 for FLUX.1, whose four levels halve three times."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+def config(source):
+    """`Config` from a folder that holds config.json, from that file, or from its contents as a dict."""
+    if not isinstance(source, dict):
+        path = Path(source)
+        source = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    if source.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise ValueError(f"_class_name is {source['_class_name']!r}, only 'AutoencoderKL' is supported")
+    known = {field.name for field in fields(Config)}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in source.items() if key in known}
+    cfg = Config(**values)
+    _check_config(cfg, source)
+    return cfg
+
+
+def _check_config(cfg, source):
+    """Raise ValueError, with the value, for what this file would compute wrongly or not at all."""
+    for key, supported in BLOCKS.items():
+        kinds = source.get(key, [supported] * len(cfg.block_out_channels))
+        for kind in kinds:
+            if kind != supported:
+                raise ValueError(f"{key} has {kind!r}, only {supported!r} is supported")
+        if len(kinds) != len(cfg.block_out_channels):
+            raise ValueError(f"{key} has {len(kinds)} entries for {len(cfg.block_out_channels)} block_out_channels")
+    if cfg.act_fn not in ("silu", "swish"):
+        raise ValueError(f"act_fn is {cfg.act_fn!r}, only 'silu' is supported")
+    for key in ("latents_mean", "latents_std"):
+        if source.get(key) is not None:
+            raise ValueError(f"{key} is {source[key]}; only scaling_factor and shift_factor are supported")
+    for channels in cfg.block_out_channels:
+        if channels % cfg.norm_num_groups:
+            raise ValueError(f"block_out_channels has {channels}, no multiple of norm_num_groups={cfg.norm_num_groups}")
+
+
+# ---------------------------------------------------------------- the table of tensors: load, initialize, save
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor, declared once: its shape as we keep it, its name in the file, mean and std of its initialization."""
+    shape: tuple[int, ...]
+    name: str
+    mean: float = 0.0
+    std: float = 0.0
+
+    @property
+    def file_shape(self):
+        """Torch's layout: OIHW for a convolution, [out, in] for a linear layer."""
+        return (*self.shape[:1:-1], *self.shape[:2]) if len(self.shape) == 4 else self.shape[::-1]
+
+
+def table(cfg):
+    """Every tensor of the model, as the nested dict that the parameters have as well."""
+    channels, wide = cfg.block_out_channels, cfg.block_out_channels[-1]
+    encoder = {
+        "conv_in": _conv("encoder.conv_in", cfg.in_channels, channels[0]),
+        "down": _levels("encoder.down_blocks", channels, channels[0], cfg.layers_per_block, "downsample"),
+        "mid": _middle("encoder.mid_block", wide, cfg.mid_block_add_attention),
+        "norm_out": _norm("encoder.conv_norm_out", wide),
+        "conv_out": _conv("encoder.conv_out", wide, 2 * cfg.latent_channels)}
+    decoder = {
+        "conv_in": _conv("decoder.conv_in", cfg.latent_channels, wide),
+        "mid": _middle("decoder.mid_block", wide, cfg.mid_block_add_attention),
+        "up": _levels("decoder.up_blocks", channels[::-1], wide, cfg.layers_per_block + 1, "upsample"),
+        "norm_out": _norm("decoder.conv_norm_out", channels[0]),
+        "conv_out": _conv("decoder.conv_out", channels[0], cfg.out_channels)}
+    if cfg.use_quant_conv:
+        encoder["quant_conv"] = _conv("quant_conv", 2 * cfg.latent_channels, 2 * cfg.latent_channels, size=1)
+    if cfg.use_post_quant_conv:
+        decoder["post_quant_conv"] = _conv("post_quant_conv", cfg.latent_channels, cfg.latent_channels, size=1)
+    return {"encoder": encoder, "decoder": decoder}
+
+
+def _conv(name, n_in, n_out, size=3):
+    std = (size * size * n_in) ** -0.5
+    return {"w": Tensor((size, size, n_in, n_out), f"{name}.weight", std=std), "b": Tensor((n_out,), f"{name}.bias")}
+
+
+def _linear(name, n_in, n_out):
+    return {"w": Tensor((n_in, n_out), f"{name}.weight", std=n_in ** -0.5), "b": Tensor((n_out,), f"{name}.bias")}
+
+
+def _norm(name, channels):
+    return {"w": Tensor((channels,), f"{name}.weight", mean=1.0), "b": Tensor((channels,), f"{name}.bias")}
+
+
+def _resnet(name, n_in, n_out):
+    block = {"norm1": _norm(f"{name}.norm1", n_in), "conv1": _conv(f"{name}.conv1", n_in, n_out),
+             "norm2": _norm(f"{name}.norm2", n_out), "conv2": _conv(f"{name}.conv2", n_out, n_out)}
+    return block if n_in == n_out else block | {"shortcut": _conv(f"{name}.conv_shortcut", n_in, n_out, size=1)}
+
+
+def _levels(name, channels, n_in, depth, resample):
+    """`depth` resnet blocks for each entry of `channels`, and between two levels a convolution that resamples."""
+    levels = {}
+    for i, n_out in enumerate(channels):
+        levels[str(i)] = {"resnets": {str(j): _resnet(f"{name}.{i}.resnets.{j}", n_out if j else n_in, n_out)
+                                      for j in range(depth)}}
+        if i < len(channels) - 1:
+            levels[str(i)][resample] = _conv(f"{name}.{i}.{resample}rs.0.conv", n_out, n_out)
+        n_in = n_out
+    return levels
+
+
+def _middle(name, channels, attention):
+    block = {"resnets": {str(j): _resnet(f"{name}.resnets.{j}", channels, channels) for j in range(2)}}
+    if attention:
+        at = f"{name}.attentions.0"
+        block["attention"] = {"norm": _norm(f"{at}.group_norm", channels)} | {
+            key: _linear(f"{at}.{theirs}", channels, channels)
+            for key, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0"))}
+    return block
+
+
+def load(folder, *, put=None, dtype=jnp.bfloat16):
+    """(Config, params) of a diffusers `vae/` folder: config.json and safetensors, one file or sharded with an index.
+
+    put: (name, array in our layout) → the leaf to keep, called tensor by tensor as they stream from disk; the name is
+    the path in the parameters, "encoder.conv_in.w". A missing, unexpected or misshapen tensor raises ValueError.
+    """
+    cfg = config(folder)
+    tensors, weights = table(cfg), _open(Path(folder))
+    _check_weights(tensors, weights, folder)
+    put = put or (lambda name, array: jnp.asarray(array))
+
+    def leaf(path, tensor):
+        array = weights[tensor.name][:].reshape(tensor.file_shape)                 # drops an old attention's 1x1
+        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+        return put(".".join(step.key for step in path), array.astype(jnp.dtype(dtype)))
+
+    return cfg, jax.tree_util.tree_map_with_path(leaf, tensors)
+
+
+def _open(folder):
+    """{tensor name, in today's spelling: lazy slice} of the folder's safetensors; nothing is read yet."""
+    index = folder / f"{WEIGHTS}.index.json"
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    weights = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} holds no {file}" + f", which {index.name} names" * index.exists())
+        reader = safe_open(folder / file, "np")
+        weights |= {_today(name): reader.get_slice(name) for name in reader.keys()}       # noqa: SIM118 (not a dict)
+    return weights
+
+
+def _today(name):
+    """A tensor's name as diffusers spells it now."""
+    head, _, last = name.rpartition(".")
+    module, _, old = head.rpartition(".")
+    return f"{module}.{OLD_NAMES[old]}.{last}" if ".attentions." in name and old in OLD_NAMES else name
+
+
+def _check_weights(tensors, weights, folder):
+    expected = {tensor.name: tensor.file_shape for tensor in jax.tree.leaves(tensors)}
+    for problem, names in (("missing", expected.keys() - weights), ("unexpected", weights.keys() - expected)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(f"{problem} in the weights of {folder}: {', '.join(sorted(names)[:5])}{more}")
+    for name, shape in expected.items():
+        found = tuple(weights[name].get_shape())
+        if found != shape and not (".attentions." in name and found == (*shape, 1, 1)):
+            raise ValueError(f"misshapen in the weights of {folder}: {name} is {list(found)}, should be {list(shape)}")
+
+
+def init(key, cfg, dtype=jnp.float32):
+    """Random parameters as `table` declares them: normal with variance 1 / inputs, norms at one, biases at zero."""
+    leaves, structure = jax.tree.flatten(table(cfg))
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten([(tensor.mean + tensor.std * jax.random.normal(k, tensor.shape)).astype(dtype)
+                                for tensor, k in zip(leaves, keys)])
+
+
+def save(folder, params, cfg, dtype=jnp.bfloat16):
+    """Write a folder that `load` and `diffusers.AutoencoderKL.from_pretrained` read. Each file appears complete."""
+    folder, tensors = Path(folder), table(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {}
+    for tensor, value in zip(jax.tree.leaves(tensors), jax.tree.structure(tensors).flatten_up_to(params)):
+        value = np.asarray(value).astype(jnp.dtype(dtype))
+        # A transposed view is not enough: safetensors writes the memory as it lies.
+        arrays[tensor.name] = np.ascontiguousarray(value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T)
+    save_file(arrays, folder / f".{WEIGHTS}", metadata={"format": "pt"})
+    os.replace(folder / f".{WEIGHTS}", folder / WEIGHTS)
+    blocks = {key: [kind] * len(cfg.block_out_channels) for key, kind in BLOCKS.items()}
+    text = json.dumps({"_class_name": "AutoencoderKL"} | asdict(cfg) | blocks, indent=2)
+    (folder / ".config.json").write_text(text + "\n")
+    os.replace(folder / ".config.json", folder / "config.json")
+
+
+# ---------------------------------------------------------------- encode and decode
+
+
+def encode(params, cfg, images, key=None):
+    """Images [B, H, W, 3] in -1…1 → latents [B, h, w, C], shifted and scaled: the posterior's mode, or with `key` a
+    sample of it. H and W must be multiples of `cfg.downsampling`."""
+    mean, log_variance = moments(params, cfg, images)
+    if key is not None:
+        mean += jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+    return (mean - (cfg.shift_factor or 0.0)) * cfg.scaling_factor
+
+
+def moments(params, cfg, images):
+    """Mean and log variance, float32 [B, h, w, C] each, of the posterior of images [B, H, W, 3], before the shift."""
+    if images.ndim != 4 or images.shape[-1] != cfg.in_channels or any(n % cfg.downsampling for n in images.shape[1:3]):
+        raise ValueError(f"images are {list(images.shape)}, should be [B, H, W, {cfg.in_channels}], with H and W "
+                         f"multiples of {cfg.downsampling}")
+    p, groups = params["encoder"], cfg.norm_num_groups
+    x = conv(p["conv_in"], images.astype(p["conv_in"]["w"].dtype))
+    for level in _in_order(p["down"]):
+        for block in _in_order(level["resnets"]):
+            x = resnet(block, x, groups)
+        if "downsample" in level:
+            x = conv(level["downsample"], x, stride=2, padding=((0, 1), (0, 1)))
+    x = middle(p["mid"], x, groups)
+    x = conv(p["conv_out"], jax.nn.silu(group_norm(p["norm_out"], x, groups)))
+    x = conv(p["quant_conv"], x) if cfg.use_quant_conv else x
+    # Float32 from here on: shift and scale stretch the differences between latents, and with them any rounding.
+    mean, log_variance = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(log_variance, -30.0, 20.0)                               # diffusers' bounds
+
+
+def decode(params, cfg, latents):
+    """Latents [B, h, w, C] as `encode` gives them → images float32 [B, H, W, 3], about -1…1 but not clipped."""
+    if latents.ndim != 4 or latents.shape[-1] != cfg.latent_channels:
+        raise ValueError(f"latents are {list(latents.shape)}, should be [B, h, w, {cfg.latent_channels}]")
+    p, groups = params["decoder"], cfg.norm_num_groups
+    x = latents.astype(jnp.float32) / cfg.scaling_factor + (cfg.shift_factor or 0.0)
+    x = x.astype(p["conv_in"]["w"].dtype)                                          # not sooner, see `moments`
+    x = conv(p["post_quant_conv"], x) if cfg.use_post_quant_conv else x
+    x = middle(p["mid"], conv(p["conv_in"], x), groups)
+    for level in _in_order(p["up"]):
+        for block in _in_order(level["resnets"]):
+            x = resnet(block, x, groups)
+        if "upsample" in level:
+            x = conv(level["upsample"], jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+    x = conv(p["conv_out"], jax.nn.silu(group_norm(p["norm_out"], x, groups)))
+    return x.astype(jnp.float32)
+
+
+def _in_order(blocks):
+    """The values of {"0": …, "1": …}; a pytree's own order would put "10" before "2"."""
+    return [blocks[str(i)] for i in range(len(blocks))]
+
+
+def conv(p, x, stride=1, padding="SAME"):
+    """3x3 or 1x1 convolution of x [B, H, W, C]. SAME pads evenly, as torch does, because the sizes are odd."""
+    x = lax.conv_general_dilated(x, p["w"], (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return x + p["b"]
+
+
+def group_norm(p, x, groups):
+    """Normalize x [B, H, W, C] over space and the C / groups channels of each group.
+
+    In float32: the statistics run over up to a million values a group, which bfloat16 cannot even count.
+    """
+    B, H, W, C = x.shape
+    y = x.astype(jnp.float32).reshape(B, H * W, groups, C // groups)
+    y = y - y.mean((1, 3), keepdims=True)
+    y = y * lax.rsqrt((y * y).mean((1, 3), keepdims=True) + EPSILON)
+    return (y.reshape(x.shape) * p["w"].astype(jnp.float32) + p["b"].astype(jnp.float32)).astype(x.dtype)
+
+
+def resnet(p, x, groups):
+    """Two convolutions around which the input is added; a 1x1 convolution fits it where the channels change."""
+    y = conv(p["conv1"], jax.nn.silu(group_norm(p["norm1"], x, groups)))
+    y = conv(p["conv2"], jax.nn.silu(group_norm(p["norm2"], y, groups)))
+    return y + (conv(p["shortcut"], x) if "shortcut" in p else x)
+
+
+def middle(p, x, groups):
+    """Resnet block, attention if the model has it, resnet block, at the lowest resolution."""
+    first, second = _in_order(p["resnets"])
+    x = resnet(first, x, groups)
+    return resnet(second, attention(p["attention"], x, groups) if "attention" in p else x, groups)
+
+
+def attention(p, x, groups):
+    """x [B, H, W, C] plus attention with one head over all its positions."""
+    B, H, W, C = x.shape
+    y = group_norm(p["norm"], x, groups).reshape(B, H * W, C)
+    q, k, v = (y @ p[name]["w"] + p[name]["b"] for name in "qkv")
+    # Float32: a softmax in bfloat16 would round each of up to 16,384 weights to 8 bits before they are summed.
+    weights = jax.nn.softmax(jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * C ** -0.5)
+    y = weights.astype(x.dtype) @ v
+    return x + (y @ p["out"]["w"] + p["out"]["b"]).reshape(x.shape)
