@@ -47,7 +47,8 @@ class Config:
 
     def __post_init__(self):
         if sum(self.axes_dims_rope) != self.attention_head_dim:
-            raise ValueError(f"axes_dims_rope {self.axes_dims_rope} must add up to the head width {self.attention_head_dim}")
+            raise ValueError(f"axes_dims_rope {self.axes_dims_rope} must add up to attention_head_dim, "
+                             f"{self.attention_head_dim}")
 
     @property
     def width(self):
@@ -66,7 +67,8 @@ def velocity(params, cfg, latents, text, pooled, timestep, guidance=None, *, gri
 
     text [B, T, joint_attention_dim]: T5 states. pooled [B, pooled_projection_dim]: CLIP's vector. timestep [B] in 0…1
     (1 is pure noise). guidance [B]: the scale itself (3.5), for models with `guidance_embeds` only.
-    grid: (rows, columns) of packed tokens, rows * columns = I. walk: how the blocks are run (`scan_blocks`). Raises ValueError where these do not fit the model.
+    grid: (rows, columns) of packed tokens, rows * columns = I. walk: how the blocks are run (see `scan_blocks`).
+    Raises ValueError where these do not fit the model.
     """
     img, _, vec = _run(params, cfg, latents, text, pooled, timestep, guidance, grid, cfg.layers, walk)
     scale, shift = jnp.split(_linear(params["out"]["mod"], jax.nn.silu(vec))[:, None], 2, axis=-1)
@@ -260,7 +262,8 @@ BFL = {
 def table(cfg, layout=DIFFUSERS):
     """Every tensor of the transformer, once (see `text.Tensor`), under the names of one file layout."""
     D, C, K = cfg.width, cfg.in_channels, cfg.attention_head_dim
-    names = {ours + k: [prefix + n for n in v.split()] for ours, (prefix, part) in layout.items() for k, v in part.items()}
+    names = {ours + k: [prefix + name for name in v.split()]
+             for ours, (prefix, part) in layout.items() for k, v in part.items()}
     depth = {"double": cfg.num_layers, "single": cfg.num_single_layers}
 
     def lin(path, n_in, *widths, std=None):
@@ -335,7 +338,7 @@ def _bfl_config(weights, path):
             guidance_embeds="guidance_in.in_layer.weight" in weights,
             axes_dims_rope=(K - 4 * (7 * K // 32), 2 * (7 * K // 32), 2 * (7 * K // 32)))
     except KeyError as error:
-        raise ValueError(f"{path} is not a FLUX.1 transformer in Black Forest Labs' layout: {error} is missing") from None
+        raise ValueError(f"{path} is not Black Forest Labs' FLUX.1 transformer: {error} is missing") from None
 
 
 @dataclass(frozen=True)
@@ -356,6 +359,12 @@ class Model:
         t5 = text_encoders.t5_tokenizer(self.source / "tokenizer_2", text_tokens or self.text_tokens)
         clip = text_encoders.clip_tokenizer(self.source / "tokenizer", self.clip[0].max_position_embeddings)
         return t5(prompts), clip(prompts)
+
+
+def read_config(model):
+    """(folder, transformer Config) of `model`, without its weights: enough to check a layer before a long load."""
+    folder = resolve(model)
+    return folder, text_encoders.read_config(Config, folder / "transformer" / "config.json")
 
 
 def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None):
@@ -389,14 +398,14 @@ def resolve(model):
         return Path(model)
     repo = REPOS.get(str(model), str(model))
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise ValueError(f"unknown model {str(model)!r}: give nano, schnell, dev, an existing folder or a repo id owner/name")
+        raise ValueError(f"unknown model {str(model)!r}: give nano, schnell, dev, a folder or a repo id owner/name")
     return _download(repo)
 
 
 def _download(repo):
     from huggingface_hub import errors, snapshot_download
-    parts = [f"{part}/*" for part in ("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae",
-                                      "scheduler")]
+    parts = [f"{part}/*" for part in (
+        "transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler")]
     try:
         return Path(snapshot_download(repo, allow_patterns=["model_index.json", *parts]))
     except errors.GatedRepoError:
@@ -422,7 +431,8 @@ def sigmas(scheduler, steps, tokens):
     scheduler: the fields of scheduler_config.json. With `use_dynamic_shifting` (dev) they shift toward 1 with the
     number of image tokens, as SD3 (arXiv 2403.03206, section 5.3.2) derives; else (schnell) by the constant `shift`.
     """
-    for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling"):
+    for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
+                 "stochastic_sampling"):
         if scheduler.get(name):
             raise ValueError(f"the scheduler sets {name}, which FLUX.1 does not use and fae does not implement")
     s = np.linspace(1, 1 / steps, steps).astype(np.float32)
@@ -467,14 +477,20 @@ def residuals(model, prompts, *, layer, site, seed=0, steps=1, size=None, noise=
     check_layer(model.cfg, layer, site)
     start = prepare(model, prompts, steps=steps, size=size or min(256, model.size), seed=seed, noise=noise,
                     guidance=guidance, text_tokens=text_tokens)
-    args, latents, caught = start.condition, start.latents, []
+    acts = capture(model, start, layer=int(layer), site=site)
+    return acts[0] if steps == 1 else acts
+
+
+def capture(model, start, *, layer, site):
+    """The residual stream at one layer in every sampling step from `start`: [steps, B, N, D] (see `residuals`)."""
+    latents, caught, steps = start.latents, [], len(start.sigmas) - 1
+    where = {"grid": start.grid, "layer": layer, "site": site}
     for i in range(steps - 1):
-        latents, acts = _euler_and_residual(model.params, model.cfg, latents, *args, *start.sigmas[i:i + 2],
-                                            grid=start.grid, layer=int(layer), site=site)
+        latents, acts = _euler_and_residual(model.params, model.cfg, latents, *start.condition, *start.sigmas[i:i + 2],
+                                            **where)
         caught.append(acts)
-    caught.append(_residual(model.params, model.cfg, latents, *args, start.sigmas[steps - 1], grid=start.grid,
-                            layer=int(layer), site=site))
-    return caught[0] if steps == 1 else jnp.stack(caught)
+    caught.append(_residual(model.params, model.cfg, latents, *start.condition, start.sigmas[steps - 1], **where))
+    return jnp.stack(caught)
 
 
 @dataclass(frozen=True)
@@ -496,8 +512,7 @@ def prepare(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, t
     grid = token_grid(model, size)
     shape = (len(prompts), grid[0] * grid[1], model.cfg.in_channels)
     if noise is None:
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
+        noise = draw_noise(seed, jnp.arange(len(prompts)), shape[1:])
     elif np.shape(noise) != shape:
         raise ValueError(f"noise is {list(np.shape(noise))}; {len(prompts)} prompt(s) at this size need {list(shape)}")
     if guidance is None and model.cfg.guidance_embeds:
@@ -505,7 +520,15 @@ def prepare(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, t
     if guidance is not None:
         guidance = jnp.full(len(prompts), guidance, jnp.float32)
     text, pooled = encode_text(model, prompts, text_tokens)
-    return Start(jnp.asarray(noise, jnp.float32), (text, pooled, guidance), sigmas(model.scheduler, steps, shape[1]), grid)
+    levels = sigmas(model.scheduler, steps, shape[1])
+    return Start(jnp.asarray(noise, jnp.float32), (text, pooled, guidance), levels, grid)
+
+
+@partial(jax.jit, static_argnames="shape")
+def draw_noise(seed, numbers, shape):
+    """Initial latents [B, *shape] of images `numbers` [B]: the same noise whatever is drawn beside them."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda n: jax.random.normal(jax.random.fold_in(key, n), shape))(numbers)
 
 
 def token_grid(model, size):
@@ -608,14 +631,21 @@ def announce(model):
 
 def no_unknown_flags(flags):
     if flags:
-        raise ValueError(f"unknown flag{'s' * (len(flags) > 1)} {', '.join('--' + name for name in flags)} (see --help)")
+        names = ", ".join(f"--{name}" for name in flags)
+        raise ValueError(f"unknown flag{'s' * (len(flags) > 1)} {names} (see --help)")
 
 
 def command(function):
-    """Run `function` as a command line. A user's mistake ends in one line on stderr and exit code 2, not a traceback."""
+    """Run `function` as a command line. A user's mistake ends in one line on stderr, not in a traceback."""
+    import inspect
+
     import fire
-    from fire.decorators import SetParseFn
-    SetParseFn(str)(function)
+    from fire import decorators, parser
+    # Words stay words: fire would read the prompt "1, 2" as a tuple. Numbers and None are for flags of other types.
+    flags = {name: str if isinstance(p.default, str) else parser.DefaultParseValue
+             for name, p in inspect.signature(function).parameters.items() if p.kind != p.VAR_POSITIONAL}
+    decorators.SetParseFn(str)(function)
+    decorators.SetParseFns(**flags)(function)
     try:
         fire.Fire(function)
     except (ValueError, OSError) as error:

@@ -43,8 +43,10 @@ class Tensor:
         shape = (*self.shape[:-1], width)
         return shape[::-1] if self.transposed else shape
 
-    def names(self):
-        return [part.format(i) for i in range(self.layers or 1) for part in self.parts]
+    @property
+    def numbers(self):
+        """The layers' numbers; a tensor that is not stacked counts as one."""
+        return range(1 if self.layers is None else self.layers)
 
 
 def linear(n_in, parts, *, layers=None, bias=True, std=None):
@@ -60,7 +62,7 @@ def linear(n_in, parts, *, layers=None, bias=True, std=None):
 def open_weights(path):
     """{tensor name: lazy slice} of a safetensors file, or of a folder with one file or a sharded set and its index.
 
-    Nothing is read yet: a slice has `get_shape()` and reads what `[...]` asks for. Raises FileNotFoundError, ValueError.
+    Nothing is read yet: a slice has `get_shape()`, and reads what `[...]` asks for. Raises OSError or ValueError.
     """
     path, weights = Path(path), {}
     if not path.exists():
@@ -72,7 +74,7 @@ def open_weights(path):
             reader = safe_open(file, "np")
         except Exception as error:
             raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
-        weights |= {name: reader.get_slice(name) for name in reader.keys()}
+        weights |= {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (it is no dict)
     return weights
 
 
@@ -83,7 +85,8 @@ def _weight_files(folder):
     for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
         if (folder / name).exists():
             return [folder / name]
-    raise FileNotFoundError(f"{folder} holds neither model.safetensors, diffusion_pytorch_model.safetensors nor an index")
+    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor diffusion_pytorch_model.safetensors nor "
+                            "a *.safetensors.index.json")
 
 
 def load_tensors(table, weights, *, put=None, dtype=jnp.bfloat16, ignore=()):
@@ -99,7 +102,7 @@ def load_tensors(table, weights, *, put=None, dtype=jnp.bfloat16, ignore=()):
         name = path_name(path)
         if tensor.layers is None:
             return put(name, _read(tensor, weights, 0, dtype))
-        layers = [put(name, _read(tensor, weights, i, dtype)) for i in range(tensor.layers)]
+        layers = [put(name, _read(tensor, weights, i, dtype)) for i in tensor.numbers]
         return jax.tree.map(lambda *xs: jnp.stack(xs), *layers) if layers else jnp.zeros((0, *tensor.shape), dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, table)
@@ -108,15 +111,16 @@ def load_tensors(table, weights, *, put=None, dtype=jnp.bfloat16, ignore=()):
 def check_tensors(table, weights, ignore=()):
     """Raise ValueError, with names and shapes, unless `weights` holds exactly the tensors that `table` declares."""
     expected = {part.format(i): tensor.file_shape(width) for tensor in jax.tree.leaves(table)
-                for i in range(1 if tensor.layers is None else tensor.layers) for part, width in tensor.parts.items()}
+                for i in tensor.numbers for part, width in tensor.parts.items()}
     shapes = {name: tuple(piece.get_shape()) for name, piece in weights.items() if name not in ignore}
-    for problem, names in (("missing", sorted(expected.keys() - shapes)), ("unexpected", sorted(shapes.keys() - expected))):
+    for problem, names in (("missing", expected.keys() - shapes), ("unexpected", shapes.keys() - expected)):
         if names:
-            raise ValueError(f"{problem} tensor{'s' * (len(names) > 1)} in the weights: {', '.join(names[:5])}"
-                             + (f" and {len(names) - 5} more" if len(names) > 5 else ""))
+            listed = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise ValueError(f"{problem} tensor{'s' * (len(names) > 1)} in the weights: {listed}")
     for name, shape in expected.items():
         if shapes[name] != shape:
-            raise ValueError(f"misshapen tensor in the weights: {name} is {list(shapes[name])}, should be {list(shape)}")
+            raise ValueError(f"misshapen tensor in the weights: {name} is {list(shapes[name])}, "
+                             f"should be {list(shape)}")
 
 
 def _read(tensor, weights, layer, dtype):
@@ -147,7 +151,7 @@ def save_tensors(table, params, file, dtype=jnp.bfloat16):
     arrays = {}
     for tensor, value in zip(jax.tree.leaves(table), jax.tree.structure(table).flatten_up_to(params)):
         value = np.asarray(value).astype(jnp.dtype(dtype))
-        for i in range(1 if tensor.layers is None else tensor.layers):
+        for i in tensor.numbers:
             layer, start = value if tensor.layers is None else value[i], 0
             for part, width in tensor.parts.items():
                 piece = layer[..., start:start + width]
@@ -298,11 +302,13 @@ def clip_table(cfg, prefix=""):
     block = prefix + "encoder.layers.{}."
 
     def norm(name, layers=None):
-        return {"w": Tensor((D,), {f"{name}.weight": D}, layers, mean=1.0), "b": Tensor((D,), {f"{name}.bias": D}, layers)}
+        return {"w": Tensor((D,), {f"{name}.weight": D}, layers, mean=1.0),
+                "b": Tensor((D,), {f"{name}.bias": D}, layers)}
 
+    embed = prefix + "embeddings."
     return {
-        "embed": Tensor((cfg.vocab_size, D), {prefix + "embeddings.token_embedding.weight": D}, std=0.02),
-        "position": Tensor((cfg.max_position_embeddings, D), {prefix + "embeddings.position_embedding.weight": D}, std=0.01),
+        "embed": Tensor((cfg.vocab_size, D), {embed + "token_embedding.weight": D}, std=0.02),
+        "position": Tensor((cfg.max_position_embeddings, D), {embed + "position_embedding.weight": D}, std=0.01),
         "block": {
             "norm1": norm(block + "layer_norm1", L),
             "qkv": linear(D, {block + f"self_attn.{n}_proj": D for n in "qkv"}, layers=L),
@@ -354,7 +360,7 @@ def _heads(x, heads):
 
 
 def _attend(q, k, v, bias):
-    """softmax(q kᵀ + bias) v, [B, T, H, K] → [B, T, H K]; the softmax in float32, where bfloat16 would lose weight."""
+    """softmax(q kᵀ + bias) v, [B, T, H, K] → [B, T, H K]; the softmax in float32, which bfloat16 would blur."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) + bias
     out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
     return out.reshape(*out.shape[:2], -1)
@@ -388,8 +394,9 @@ def clip_tokenizer(folder, length=77):
     start, end, unknown, pad = (_content(settings.get(f"{name}_token", default)) for name, default in (
         ("bos", "<|startoftext|>"), ("eos", "<|endoftext|>"), ("unk", "<|endoftext|>"), ("pad", "<|endoftext|>")))
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    tokenizer = _open_tokenizer(lambda: Tokenizer(models.BPE.from_file(
-        str(vocab), str(merges), continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=unknown)), vocab, merges)
+    options = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "unk_token": unknown}
+    tokenizer = _open_tokenizer(
+        lambda: Tokenizer(models.BPE.from_file(str(vocab), str(merges), **options)), vocab, merges)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -401,7 +408,7 @@ def clip_tokenizer(folder, length=77):
                for name in dict.fromkeys((start, end, unknown, pad))}
     tokenizer.add_special_tokens([AddedToken(name, special=True, **option) for name, option in options.items()])
     tokenizer.post_processor = processors.RobertaProcessing(
-        (end, tokenizer.token_to_id(end)), (start, tokenizer.token_to_id(start)), trim_offsets=False, add_prefix_space=False)
+        (end, tokenizer.token_to_id(end)), (start, tokenizer.token_to_id(start)), False, False)
     return _encoder(tokenizer, length, pad)
 
 
@@ -426,6 +433,10 @@ def _open_tokenizer(make, *files):
 
 
 def _encoder(tokenizer, length, pad):
+    fewest = max(tokenizer.num_special_tokens_to_add(False), 1)
+    if isinstance(length, bool) or not isinstance(length, (int, np.integer)) or length < fewest:
+        raise ValueError(f"a length of {length!r} tokens; it must be a whole number from {fewest}")
+    length = int(length)
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
 

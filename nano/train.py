@@ -121,12 +121,12 @@ def latents_of(work, vae_folder, shards):
     encode = jax.jit(lambda x: flux.pack(vae.encode(params, cfg, x.astype(jnp.float32) / 127.5 - 1)))
     for file in shards:
         target = work / "latents" / file.name
-        if not target.exists():
+        if not target.exists() or target.stat().st_mtime < file.stat().st_mtime:   # of other images by now
             images = np.load(file, mmap_mode="r")
             latents = [np.asarray(encode(images[i:i + 50]), np.float16) for i in range(0, len(images), 50)]
             target.parent.mkdir(exist_ok=True)
             np.save(target, np.concatenate(latents))
-            print(f"latents: {target.name}, mean {np.mean(latents):.3f}, std {np.std(latents):.3f}", flush=True)
+            print(f"latents: {target.name}, std {np.std(np.concatenate(latents), dtype=np.float64):.3f}", flush=True)
     return np.concatenate([np.load(work / "latents" / file.name) for file in shards])
 
 
@@ -286,7 +286,8 @@ def export(out, params, cfgs):
         "max_image_seq_len": 4096})
     write_json(out / "model_index.json", {
         "_class_name": "FluxPipeline", "_diffusers_version": "0.30.0",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
         "tokenizer_2": ["transformers", "T5TokenizerFast"], "transformer": ["diffusers", "FluxTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"]})

@@ -32,6 +32,7 @@ from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+HERE = Path(__file__).parent
 FIRST_SEED, SHARD, SIZE, THREADS = 1_000_000, 5_000, 128, 2
 KL, EXTRA_NOISE, EDGES = 1e-4, 0.1, 0.5                          # weight, standard deviation, weight
 PEAK, WARMUP, AVERAGE = 2e-3, 100, 0.998                         # learning rate, its steps, and the weights' decay
@@ -49,18 +50,23 @@ def model():
 
 
 def images(folder, count):
-    """uint8 [count, 128, 128, 3], rendered where a shard of 5,000 is not in `folder` yet."""
+    """uint8 [count, 128, 128, 3], rendered where a shard of 5,000 is not in `folder` yet or is not today's."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     for start in range(FIRST_SEED, FIRST_SEED + count, SHARD):
         path = folder / f"images_{start}.npy"
-        if not path.exists():
+        if not current(path, start):
             parts = [scenes.batch(range(i, i + 1000), SIZE).images for i in range(start, start + SHARD, 1000)]
             with open(folder / f".{path.name}", "wb") as file:
                 np.save(file, np.concatenate(parts))
             os.replace(folder / f".{path.name}", path)
         shards.append(np.load(path))
     return np.concatenate(shards)[:count]
+
+
+def current(path, start):
+    """Whether the shard exists and its first image is what scenes.py draws now: captions would not fit another's."""
+    return path.exists() and np.array_equal(np.load(path, mmap_mode="r")[0], scenes.batch([start], SIZE).images[0])
 
 
 def tensor(pixels):
@@ -205,7 +211,8 @@ def report(work, average, data, held_out, out):
               f"shift_factor {shift:.4f}")
     written = AutoencoderKL.from_pretrained(out)
     log(work, f"held-out PSNR over {len(held_out)} scenes: {before:.2f} dB as trained, "
-              f"{psnr(written, held_out):.2f} dB as written, {psnr(written, held_out, torch.bfloat16):.2f} dB in bfloat16 arithmetic")
+              f"{psnr(written, held_out):.2f} dB as written, "
+              f"{psnr(written, held_out, torch.bfloat16):.2f} dB in bfloat16 arithmetic")
     spread = latents.std((0, 2, 3)) * scale
     near = latents * scale - shift * scale
     smooth = (near.diff(dim=3) ** 2).mean().item() / 2
@@ -213,22 +220,25 @@ def report(work, average, data, held_out, out):
               f"{near.abs().max():.1f}, correlation of neighbours {1 - smooth:.2f}")
 
 
-def main():
-    here = Path(__file__).parent
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--work", type=Path, default=here / "work", help="folder for scenes, state and log")
-    parser.add_argument("--out", type=Path, default=here / "vae", help="the diffusers folder to write")
-    parser.add_argument("--minutes", type=float, default=20, help="training time; rendering comes on top")
-    parser.add_argument("--images", type=int, default=20_000, help="scenes to render and train on")
-    parser.add_argument("--float32", action="store_true", help="do not train in bfloat16")
-    args = parser.parse_args()
-    work = args.work / "vae"
-    work.mkdir(parents=True, exist_ok=True)
+def main(work=HERE / "work", out=HERE / "vae", minutes=20.0, count=20_000, bfloat16=True):
+    """Render, train (or resume) and export; returns nothing, `work`/vae/log.txt says how it went."""
+    work, out = Path(work), Path(out)
+    (work / "vae").mkdir(parents=True, exist_ok=True)
     held_out = scenes.batch(range(256), SIZE).images
-    data = images(args.work / "scenes", args.images)
-    average = train(work, data, held_out, args.minutes, not args.float32)
-    report(work, average, data, held_out, args.out)
+    data = images(work / "scenes", count)
+    average = train(work / "vae", data, held_out, minutes, bfloat16)
+    report(work / "vae", average, data, held_out, out)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for scenes, state and log")
+    parser.add_argument("--out", type=Path, default=HERE / "vae", help="the diffusers folder to write")
+    parser.add_argument("--minutes", type=float, default=20, help="training time; rendering comes on top")
+    parser.add_argument("--images", type=int, default=20_000, dest="count", help="scenes to render and train on")
+    parser.add_argument("--float32", action="store_false", dest="bfloat16", help="do not train in bfloat16")
+    return vars(parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    main(**arguments())

@@ -1,4 +1,8 @@
 """The transformer against diffusers' FluxTransformer2DModel, in float32, on random models of awkward shapes."""
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +12,10 @@ from diffusers import FluxTransformer2DModel
 from safetensors.numpy import load_file, save_file
 
 import flux
+import text
+from harvest import reap
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 # double, single, heads, head width, rope axes, guidance, (rows, columns), text tokens, batch
 CASES = [
     (1, 2, 3, 16, (4, 6, 6), False, (4, 4), 7, 2),
@@ -17,15 +24,20 @@ CASES = [
     (1, 1, 2, 32, (4, 14, 14), False, (1, 7), 32, 1),
     (2, 0, 3, 16, (4, 6, 6), False, (2, 2), 5, 2),
 ]
+GUIDED = (2, 1, 3, 16, (4, 6, 6), True, (2, 3), 5, 2)            # with the RoPE split that BFL's files leave unsaid
+# Compiling takes far longer than running here, so XLA may leave out what makes a program fast.
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0,
+                                           "xla_llvm_disable_expensive_passes": True})
+run = quick(flux.velocity, static_argnames=("cfg", "grid"))
 
 
-def random_transformer(case, seed=0, joint=20, pooled=12, channels=8):
+def random_transformer(case, seed=0, joint=20, pooled=12, channels=8, **changes):
     double, single, heads, width, axes, guidance = case[:6]
     torch.manual_seed(seed)
     model = FluxTransformer2DModel(
         in_channels=channels, num_layers=double, num_single_layers=single, attention_head_dim=width,
         num_attention_heads=heads, joint_attention_dim=joint, pooled_projection_dim=pooled, guidance_embeds=guidance,
-        axes_dims_rope=axes).eval()
+        axes_dims_rope=axes, **changes).eval()
     with torch.no_grad():                                        # random norms and biases too: defaults hide mistakes
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -41,6 +53,21 @@ def random_inputs(case, seed=0, joint=20, pooled=12, channels=8):
             "guidance": 1 + 4 * rng.random(B, dtype=np.float32) if guidance else None}
 
 
+def random_params(case, seed=0):
+    """(Config, params) much as our own initialization, but what starts at zero is random too."""
+    double, single, heads, width, axes, guidance = case[:6]
+    cfg = flux.Config(in_channels=8, num_layers=double, num_single_layers=single, attention_head_dim=width,
+                      num_attention_heads=heads, joint_attention_dim=20, pooled_projection_dim=12,
+                      guidance_embeds=guidance, axes_dims_rope=axes)
+    rng = np.random.default_rng(seed)
+
+    def draw(t):
+        shape = t.shape if t.layers is None else (t.layers, *t.shape)
+        return jnp.asarray(t.mean + max(t.std, 0.1) * rng.standard_normal(shape, dtype=np.float32))
+
+    return cfg, jax.tree.map(draw, flux.table(cfg))
+
+
 def theirs(model, inputs, grid):
     ids = torch.zeros(*grid, 3)
     ids[..., 1] += torch.arange(grid[0])[:, None]
@@ -53,6 +80,7 @@ def theirs(model, inputs, grid):
 
 
 def error(a, b):
+    assert np.shape(a) == np.shape(b)
     return np.abs(np.asarray(a, np.float32) - b).max() / np.abs(b).max()
 
 
@@ -61,5 +89,310 @@ def test_velocity_matches_diffusers(case, tmp_path):
     model, inputs = random_transformer(case), random_inputs(case)
     model.save_pretrained(tmp_path)
     cfg, params = flux.load_transformer(tmp_path, dtype=jnp.float32)
-    ours = jax.jit(flux.velocity, static_argnames=("cfg", "grid"))(params, cfg, **inputs, grid=case[6])
-    assert error(ours, theirs(model, inputs, case[6])) <= 1e-4
+    assert error(run(params, cfg, **inputs, grid=case[6]), theirs(model, inputs, case[6])) <= 1e-4
+
+
+def test_velocity_starts_at_zero():
+    cfg, _ = random_params(CASES[0])
+    params = quick(lambda key: text.init_tensors(flux.table(cfg), key))(jax.random.key(0))
+    assert not run(params, cfg, **random_inputs(CASES[0]), grid=CASES[0][6]).any()
+
+
+# ---------------------------------------------------------------- files
+
+
+def to_bfl(state, case):
+    """A diffusers state dict under the names of Black Forest Labs' own files (flux/model.py of their repo)."""
+    double, single = case[:2]
+    out = {}
+
+    def move(new, *old, change=lambda array: array):
+        for kind in ("weight", "bias"):
+            out[f"{new}.{kind}"] = change(np.concatenate([state[f"{name}.{kind}"] for name in old]))
+
+    move("img_in", "x_embedder")
+    move("txt_in", "context_embedder")
+    embedders = {"time_in": "timestep_embedder", "vector_in": "text_embedder"}
+    for new, old in (embedders | ({"guidance_in": "guidance_embedder"} if case[5] else {})).items():
+        move(f"{new}.in_layer", f"time_text_embed.{old}.linear_1")
+        move(f"{new}.out_layer", f"time_text_embed.{old}.linear_2")
+    for i in range(double):
+        new, old = f"double_blocks.{i}", f"transformer_blocks.{i}"
+        for s, qkv, qk, proj, end in (("img", "to_{}", "", "to_out.0", ""),
+                                      ("txt", "add_{}_proj", "added_", "to_add_out", "_context")):
+            ff = f"ff{end}"
+            move(f"{new}.{s}_mod.lin", f"{old}.norm1{end}.linear")
+            move(f"{new}.{s}_attn.qkv", *(f"{old}.attn.{qkv.format(name)}" for name in "qkv"))
+            move(f"{new}.{s}_attn.proj", f"{old}.attn.{proj}")
+            move(f"{new}.{s}_mlp.0", f"{old}.{ff}.net.0.proj")
+            move(f"{new}.{s}_mlp.2", f"{old}.{ff}.net.2")
+            out[f"{new}.{s}_attn.norm.query_norm.scale"] = state[f"{old}.attn.norm_{qk}q.weight"]
+            out[f"{new}.{s}_attn.norm.key_norm.scale"] = state[f"{old}.attn.norm_{qk}k.weight"]
+    for i in range(single):
+        new, old = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
+        move(f"{new}.modulation.lin", f"{old}.norm.linear")
+        move(f"{new}.linear1", *(f"{old}.attn.to_{name}" for name in "qkv"), f"{old}.proj_mlp")
+        move(f"{new}.linear2", f"{old}.proj_out")
+        out[f"{new}.norm.query_norm.scale"] = state[f"{old}.attn.norm_q.weight"]
+        out[f"{new}.norm.key_norm.scale"] = state[f"{old}.attn.norm_k.weight"]
+    move("final_layer.linear", "proj_out")
+    move("final_layer.adaLN_modulation.1", "norm_out.linear",      # (scale, shift) there, (shift, scale) here
+         change=lambda array: np.concatenate(np.split(array, 2)[::-1]))
+    return out
+
+
+def state_of(model):
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("case, prefix, out_channels", [
+    (CASES[0], "", None), (CASES[3], "model.diffusion_model.", None), (GUIDED, "", 4),
+    (CASES[4], "", None)])
+def test_bfl_file_gives_diffusers_velocity(case, prefix, out_channels, tmp_path):
+    model, inputs = random_transformer(case, seed=1, out_channels=out_channels), random_inputs(case, seed=1)
+    weights = to_bfl(state_of(model), case)
+    assert sum(w.size for w in weights.values()) == sum(p.numel() for p in model.parameters())
+    save_file({prefix + name: w for name, w in weights.items()}, tmp_path / "flux1.safetensors")
+    cfg, params = flux.load_transformer(tmp_path / "flux1.safetensors", dtype=jnp.float32)
+    assert cfg.axes_dims_rope == case[4] and cfg.guidance_embeds == case[5]
+    cfg = replace(cfg, out_channels=out_channels)                # None means the same as 8, and is compiled already
+    assert error(run(params, cfg, **inputs, grid=case[6]), theirs(model, inputs, case[6])) <= 1e-4
+
+
+def test_shards_and_half_precision_files(tmp_path):
+    model = random_transformer(GUIDED)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    cfg, whole = flux.load_transformer(tmp_path / "whole", dtype=jnp.float32)
+    same, sharded = flux.load_transformer(tmp_path / "sharded", dtype=jnp.float32)
+    assert same == cfg
+    jax.tree.map(np.testing.assert_array_equal, sharded, whole)
+    for name in ("bfloat16", "float16"):
+        model.to(getattr(torch, name)).save_pretrained(tmp_path / name)
+        for dtype in (jnp.dtype(name), jnp.dtype(jnp.float32)):
+            _, half = flux.load_transformer(tmp_path / name, dtype=dtype)
+            for ours, full in zip(jax.tree.leaves(half), jax.tree.leaves(whole)):
+                assert ours.dtype == dtype
+                rounded = np.asarray(full).astype(name).astype(np.float32)
+                np.testing.assert_array_equal(np.asarray(ours, np.float32), rounded)
+        model = random_transformer(GUIDED)
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Halved:
+    """A stand-in for a quantized weight: a leaf of its own type that answers `x @ w`."""
+    half: jax.Array
+
+    def __rmatmul__(self, x):
+        return 2 * (x @ self.half)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "bfl"])
+def test_put_receives_each_weight_once_and_its_result_stays(layout, tmp_path):
+    case, seen = GUIDED, []
+    model, inputs = random_transformer(case), random_inputs(case)
+    path = tmp_path / (WEIGHTS if layout == "bfl" else "")
+    if layout == "bfl":
+        save_file(to_bfl(state_of(model), case), path)
+    else:
+        model.save_pretrained(path)
+
+    def put(name, array):
+        assert type(array) is np.ndarray and array.dtype == np.float32 and array.flags.c_contiguous
+        seen.append((name, array.shape))
+        return Halved(jnp.asarray(array / 2)) if array.ndim == 2 else jnp.asarray(array)
+
+    cfg, params = flux.load_transformer(path, put=put, dtype=jnp.float32)
+    D, counts = cfg.width, Counter(seen)
+    assert counts["double.img.qkv.w", (D, 3 * D)] == counts["double.txt.fc2.w", (4 * D, D)] == 2
+    assert counts["single.in.w", (D, 7 * D)] == counts["out.proj.w", (D, 8)] == counts["guidance.fc1.b", (D,)] == 1
+    assert counts == {(text.path_name(path), t.shape): t.layers or 1
+                      for path, t in jax.tree_util.tree_leaves_with_path(flux.table(cfg))}
+    assert sum(np.prod(shape) for _, shape in seen) == sum(p.numel() for p in model.parameters())
+    assert params["double"]["img"]["qkv"]["w"].half.shape == (2, D, 3 * D)
+    assert error(run(params, cfg, **inputs, grid=case[6]), theirs(model, inputs, case[6])) <= 1e-4
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("transformer_blocks.1.attn.to_k.bias"), r"missing tensor .* transformer_blocks\.1\.attn\.to_k\.b"),
+    (lambda t: t.update(lora=np.zeros(3, np.float32)), r"unexpected tensor .*: lora$"),
+    (lambda t: t.update({"single_transformer_blocks.0.proj_mlp.weight": np.zeros((9, 48), np.float32)}),
+     r"single_transformer_blocks\.0\.proj_mlp\.weight is \[9, 48\], should be \[192, 48\]"),
+    (lambda t: [t.pop(k) for k in list(t) if "guidance" in k], r"missing tensors .*guidance_embedder\.linear_1\.bias"),
+])
+def test_wrong_tensors_are_named(change, message, tmp_path):
+    random_transformer(GUIDED).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    change(tensors)
+    save_file(tensors, tmp_path / WEIGHTS)
+    read = []
+    with pytest.raises(ValueError, match=message):
+        flux.load_transformer(tmp_path, put=lambda name, array: read.append(name))
+    assert not read
+
+
+def test_files_that_are_no_transformer(tmp_path):
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors is not a FLUX\.1 transformer.*img_in\.weight"):
+        flux.load_transformer(tmp_path / "other.safetensors")
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / WEIGHTS)
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        flux.load_transformer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        flux.load_transformer(tmp_path / "absent")
+    weights = to_bfl(state_of(random_transformer(CASES[0])), CASES[0])
+    weights.pop("single_blocks.1.linear1.weight")
+    save_file(weights, tmp_path / "flux1.safetensors")
+    with pytest.raises(ValueError, match=r"missing tensor .*: single_blocks\.1\.linear1\.weight"):
+        flux.load_transformer(tmp_path / "flux1.safetensors")
+
+
+# ---------------------------------------------------------------- the residual stream
+
+
+def hooked(model, inputs, grid):
+    """[(txt, img)] that leave each of diffusers' blocks, and the velocity."""
+    caught = []
+    hooks = [block.register_forward_hook(lambda _, __, out: caught.append([x.numpy() for x in out]))
+             for block in (*model.transformer_blocks, *model.single_transformer_blocks)]
+    velocity = theirs(model, inputs, grid)
+    for hook in hooks:
+        hook.remove()
+    return caught, velocity
+
+
+def poisoned(params, cfg, layer):
+    """`params` with NaN in all that lies behind block `layer`."""
+    n = cfg.num_layers
+    return {**params, "out": jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), params["out"]),
+            "double": jax.tree.map(lambda w: w.at[layer + 1:].set(jnp.nan), params["double"]),
+            "single": jax.tree.map(lambda w: w.at[max(layer + 1 - n, 0):].set(jnp.nan), params["single"])}
+
+
+def scan_lengths(jaxpr):
+    return [eqn.params["length"] for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+
+
+def shared_walk():
+    """`scan_blocks`, traced once where several residuals of one layer are wanted."""
+    seen = {}
+
+    def walk(block, x, stack, stop):
+        key = (id(jax.tree.leaves(stack)[0]), stop)
+        if key not in seen:
+            seen[key] = flux.scan_blocks(block, x, stack, stop)
+        return seen[key]
+
+    return walk
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[4]])
+def test_residual_matches_diffusers_and_needs_nothing_behind_it(case, tmp_path):
+    model, inputs, grid = random_transformer(case), random_inputs(case), case[6]
+    model.save_pretrained(tmp_path)
+    cfg, params = flux.load_transformer(tmp_path, dtype=jnp.float32)
+    expected, _ = hooked(model, inputs, grid)
+    assert len(expected) == cfg.layers
+    for layer, (txt, img) in enumerate(expected):
+        def sites(p, layer=layer):
+            walk = shared_walk()
+            return {site: flux.residual(p, cfg, **inputs, grid=grid, layer=layer, site=site, walk=walk)
+                    for site in flux.SITES}
+
+        ours = quick(sites)(poisoned(params, cfg, layer))
+        for site, value in {"img": img, "txt": txt, "both": np.concatenate([txt, img], 1)}.items():
+            assert error(ours[site], value) <= 1e-4, (layer, site)
+        one = jax.make_jaxpr(lambda p, layer=layer: flux.residual(p, cfg, **inputs, grid=grid, layer=layer, site="img"))
+        assert sum(scan_lengths(one(params).jaxpr)) == layer + 1
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1]])
+def test_reap_catches_the_residuals_of_all_layers(case, tmp_path):
+    model, inputs, grid = random_transformer(case), random_inputs(case), case[6]
+    model.save_pretrained(tmp_path)
+    cfg, params = flux.load_transformer(tmp_path, dtype=jnp.float32)
+    expected, velocity = hooked(model, inputs, grid)
+    out, caught = quick(reap(lambda p: flux.velocity(p, cfg, **inputs, grid=grid)))(params)
+    assert error(out, velocity) <= 1e-4
+    stacked = {f"{kind}.{s}": np.stack([pair[i] for pair in part])
+               for kind, part in (("double", expected[:cfg.num_layers]), ("single", expected[cfg.num_layers:]))
+               for i, s in enumerate(("txt", "img"))}
+    for name, value in stacked.items():
+        assert error(caught[name], value) <= 1e-4, name
+    assert caught["double.img.neurons"].shape == (*stacked["double.img"].shape[:3], 4 * cfg.width)
+
+
+def test_walk_is_passed_in():
+    """A walk that calls each block by itself gives what the scan gives, and is told where to stop."""
+    case, inputs, stops = CASES[0], random_inputs(CASES[0]), []
+    cfg, params = random_params(case)
+
+    def one_by_one(block, x, stack, stop):
+        stops.append(stop)
+        for i in range(stop):
+            x = block(x, jax.tree.map(lambda w, i=i: w[i], stack))
+        return x
+
+    walked = quick(lambda p: flux.velocity(p, cfg, **inputs, grid=case[6], walk=one_by_one))(params)
+    assert error(walked, np.asarray(run(params, cfg, **inputs, grid=case[6]))) <= 1e-5
+    residual = lambda p: flux.residual(p, cfg, **inputs, grid=case[6], layer=1, site="img", walk=one_by_one)
+    jax.eval_shape(residual, params)
+    assert stops == [1, 2, 1, 1]
+
+
+def test_gradients_reach_every_weight():
+    case = GUIDED
+    cfg, params = random_params(case)
+    inputs = {k: jnp.asarray(v) for k, v in random_inputs(case).items()}
+    weights = np.random.default_rng(1).standard_normal(inputs["latents"].shape)
+    loss = lambda params, inputs: (weights * flux.velocity(params, cfg, **inputs, grid=case[6])).sum()
+    grads = quick(jax.grad(loss, argnums=(0, 1)))(params, inputs)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(g).all() and np.abs(g).max() > 0, path
+    for name, g in jax.tree_util.tree_leaves_with_path((grads[0]["double"], grads[0]["single"])):
+        assert np.abs(g).max(tuple(range(1, g.ndim))).all(), name                  # in every layer of the stack
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"latents": np.zeros((2, 15, 8))}, r"latents are \[2, 15, 8\]; a grid of 4x4 tokens needs \[B, 16, 8\]"),
+    ({"latents": np.zeros((2, 16, 9))}, r"latents are \[2, 16, 9\]"),
+    ({"latents": np.zeros((16, 8))}, r"latents are \[16, 8\]"),
+    ({"grid": (8, 4)}, r"a grid of 8x4 tokens needs \[B, 32, 8\]"),
+    ({"text": np.zeros((2, 7, 21))}, r"text is \[2, 7, 21\].*20"),
+    ({"text": np.zeros((7, 20))}, r"text is \[7, 20\]"),
+    ({"text": np.zeros((1, 7, 20))}, r"text is \[1, 7, 20\]"),
+    ({"pooled": np.zeros((2, 11))}, r"pooled is \[2, 11\].*12"),
+    ({"timestep": np.ones(3)}, r"timestep is \[3\]"),
+    ({"guidance": np.ones(2)}, "no guidance embedding"),
+])
+def test_wrong_inputs(change, message):
+    cfg, params = random_params(CASES[0])
+    with pytest.raises(ValueError, match=message):
+        flux.velocity(params, cfg, **{**random_inputs(CASES[0]), "grid": CASES[0][6], **change})
+
+
+def test_missing_guidance():
+    cfg, params = random_params(GUIDED)
+    with pytest.raises(ValueError, match="has a guidance embedding"):
+        flux.velocity(params, cfg, **{**random_inputs(GUIDED), "guidance": None}, grid=GUIDED[6])
+
+
+@pytest.mark.parametrize("layer, site, message", [
+    (-1, "img", r"unknown layer -1: the model has layers 0 to 2 \(1 double, 2 single\)"), (3, "img", "unknown layer 3"),
+    ("1", "img", "unknown layer '1'"), (1.0, "img", r"unknown layer 1\.0"), (None, "txt", "unknown layer None"),
+    (0, "image", "unknown site 'image': it is one of img, txt, both"), (0, None, "unknown site None")])
+def test_wrong_layer_or_site(layer, site, message):
+    cfg, params = random_params(CASES[0])
+    with pytest.raises(ValueError, match=message) as caught:
+        flux.residual(params, cfg, **random_inputs(CASES[0]), grid=CASES[0][6], layer=layer, site=site)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_config():
+    with pytest.raises(ValueError, match=r"axes_dims_rope \(16, 56, 50\) must add up to the head width 128"):
+        flux.Config(axes_dims_rope=(16, 56, 50))

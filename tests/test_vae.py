@@ -115,7 +115,7 @@ def test_load_reads_every_dtype_and_sharding(dtype, shards, tmp_path):
     np.testing.assert_array_equal(params["decoder"]["mid"]["attention"]["q"]["w"], query.T)
     with torch.no_grad():
         expected = model.float().decode(to_torch(latents := noise(1, 3, 2, 3)) / cfg.scaling_factor).sample
-    assert error(vae.decode(params, cfg, latents), expected) < 1e-4
+    assert error(decode(params, cfg, latents), expected) < 1e-4
 
 
 def test_load_reads_old_attention_names(tmp_path):
@@ -161,7 +161,7 @@ def test_save_is_read_by_diffusers_and_by_us(tmp_path):
     assert model.config.shift_factor == 0.2 and model.config.sample_size == 16
     with torch.no_grad():
         expected = model.decode(to_torch(latents := noise(1, 2, 3, 3)) / cfg.scaling_factor + 0.2).sample
-    assert error(vae.decode(params, cfg, latents), expected) < 1e-4
+    assert error(decode(params, cfg, latents), expected) < 1e-4
     vae.save(tmp_path, params, cfg)                                                # bfloat16, over the other
     assert load_file(tmp_path / WEIGHTS)["encoder.conv_in.weight"].dtype == jnp.bfloat16
 

@@ -1,0 +1,468 @@
+"""Train a sparse autoencoder on FLUX.1's activations: prompts → one layer's residual stream → a TopK SAE.
+
+    python train.py                                        # on a CPU: the bundled nano model, a few minutes
+    python train.py --layer 10 --features 16384            # on a TPU: FLUX.1-schnell
+    python train.py --model FOLDER --prompts captions.jsonl.gz --prompt_field text --resume
+
+Copy it with `flux.py`, `sae.py` and what they import. A run is a pure function of its flags. It works through the
+prompts in chunks: a chunk of prompts is harvested whole, its activations are shuffled, then the SAE trains on them
+batch by batch. The step number alone says where a run stands, so a resumed run harvests its chunk again and goes on
+bit for bit, and no activations are ever stored.
+"""
+import csv
+import gzip
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import flux
+import sae
+
+DATASET, DATASET_FIELD = "hf:opendiffusionai/cc12m-cleaned", "caption_llava_short"     # the FLUX SAE paper's prompts
+FIELDS = ("prompt", "caption", "text", DATASET_FIELD)            # tried in this order where --prompt_field is silent
+SUFFIXES = (".txt", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
+HELD_OUT = 1_000_000_000                                         # number of the first noise that no training step sees
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides what a run computes; kept in the checkpoint, and compared when it is resumed."""
+    model: str
+    layer: int
+    site: str
+    features: int
+    k: int
+    steps: int
+    batch: int                                                   # tokens a step
+    prompts: str
+    prompt_field: str | None
+    prompt_batch: int                                            # prompts a forward pass
+    seeds_per_prompt: int
+    timesteps: int
+    buffer: int                                                  # tokens harvested and shuffled together, at least
+    size: int
+    text_tokens: int
+    lr: float
+    seed: int
+    dtype: str
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def read_prompts(source, field=None):
+    """Prompts, streamed: from a text file (one a line), CSV or JSON lines (plain or .gz), parquet (with pyarrow), or
+    `hf:owner/dataset[/file]`. Blank ones are skipped. Raises ValueError naming a file or field that does not fit."""
+    if source.startswith("hf:"):
+        files = _hub_files(source[3:])
+    elif Path(source).is_file():
+        files = [source]
+    else:
+        raise ValueError(f"no prompt file {source!r}; give a file, or hf:owner/dataset[/file]")
+    for file in files:
+        for prompt in _prompts_in(Path(file), field):
+            if prompt and prompt.strip():
+                yield prompt.strip()
+
+
+def _prompts_in(path, field):
+    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+    if suffix == ".parquet":
+        yield from _parquet(path, field)
+        return
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+        try:
+            if suffix == ".csv":
+                rows = csv.DictReader(file)
+                field = _field(rows.fieldnames or (), field, path)
+                yield from (row[field] for row in rows)
+            elif suffix in (".jsonl", ".ndjson", ".json"):
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield _json_prompt(line, field, f"{path}, line {number}")
+            else:
+                yield from file
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
+            raise ValueError(f"{path} cannot be read as {suffix or 'text'}: {error}") from None
+
+
+def _json_prompt(line, field, where):
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is neither a JSON object nor a string")
+    value = row[_field(row, field, where)]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: the prompt is {value!r}, not a string")
+    return value
+
+
+def _parquet(path, field):
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
+    table = parquet.ParquetFile(path)
+    field = _field(table.schema_arrow.names, field, path)
+    for batch in table.iter_batches(columns=[field]):
+        yield from batch.column(0).to_pylist()
+
+
+def _field(names, field, where):
+    found = [name for name in ([field] if field else FIELDS) if name in names]
+    if not found:
+        raise ValueError(f"{where} has no field {field or ' or '.join(FIELDS)!r}, but {', '.join(names) or 'none'}; "
+                         "name it by --prompt_field")
+    return found[0]
+
+
+def _hub_files(name):
+    """Paths of a dataset's prompt files, each downloaded when it is reached."""
+    from huggingface_hub import HfApi, errors, hf_hub_download
+    owner, dataset, *file = name.split("/", 2) if name.count("/") else (name, "")
+    if not owner or not dataset:
+        raise ValueError(f"hf:{name}: write hf:owner/dataset or hf:owner/dataset/file")
+    repo = f"{owner}/{dataset}"
+    try:
+        files = file or [f for f in sorted(HfApi().list_repo_files(repo, repo_type="dataset"))
+                         if f.removesuffix(".gz").endswith(SUFFIXES) and not f.endswith((".txt", ".json"))]
+        if not files:
+            raise ValueError(f"the dataset {repo} holds no csv, jsonl or parquet file")
+        yield from (hf_hub_download(repo, f, repo_type="dataset") for f in files)
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.LocalEntryNotFoundError, errors.HFValidationError,
+            OSError) as error:
+        raise ValueError(f"cannot fetch {name} from the hub: {str(error).splitlines()[0]}") from None
+
+
+def _scene_captions(folder):
+    """Captions of the scenes that the nano model was trained to draw, from the script beside its weights."""
+    spec = importlib.util.spec_from_file_location("scenes", folder / "scenes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.captions(10_000)                               # the first 10,000 scenes are kept for evaluation
+
+
+def open_prompts(run, folder):
+    """An endless iterator of prompts; a finite source starts anew when it ends (with other noise)."""
+    if run.prompts == "scenes":
+        return _scene_captions(folder)
+    return _again_and_again(lambda: read_prompts(run.prompts, run.prompt_field), run.prompts)
+
+
+def _again_and_again(read, name):
+    while True:
+        n = -1
+        for n, prompt in enumerate(read()):
+            yield prompt
+        if n < 0:
+            raise ValueError(f"{name} holds no prompts")
+
+
+# ---------------------------------------------------------------- activations
+
+
+class Harvest:
+    """Chunks of shuffled activations [N, D], in order; chunk c is the same whenever it is asked for."""
+
+    def __init__(self, run, model, prompts):
+        self.run, self.model, self.prompts, self.position = run, model, prompts, 0
+        grid = flux.token_grid(model, run.size)
+        tokens = {"img": grid[0] * grid[1], "txt": run.text_tokens, "both": grid[0] * grid[1] + run.text_tokens}[run.site]
+        self.forward_tokens = tokens * run.seeds_per_prompt * run.timesteps * run.prompt_batch
+        self.forwards = -(-max(run.buffer, run.batch) // self.forward_tokens)
+        self.tokens = self.forwards * self.forward_tokens        # of a chunk
+        self.batches = self.tokens // run.batch
+        self.grid = grid
+
+    def chunk(self, c, progress=None):
+        """Chunk `c` in its shuffled order. The prompts are a stream: chunks must be asked for in rising order."""
+        skip = c * self.forwards * self.run.prompt_batch - self.position
+        for _ in itertools.islice(self.prompts, skip):
+            pass
+        self.position += skip
+        acts = None
+        for i in range(self.forwards):
+            part = self.forward(self.position)
+            acts = np.empty((self.tokens, part.shape[-1]), part.dtype) if acts is None else acts
+            acts[i * self.forward_tokens:(i + 1) * self.forward_tokens] = part
+            if progress:
+                progress(i + 1, self.forwards)
+        return acts[np.random.default_rng((self.run.seed, c)).permutation(self.tokens)]
+
+    def forward(self, first):
+        """Activations [forward_tokens, D] of the next `prompt_batch` prompts; `first` numbers their noise."""
+        run, model = self.run, self.model
+        prompts = list(itertools.islice(self.prompts, run.prompt_batch))
+        self.position += len(prompts)
+        text, pooled = (jnp.repeat(x, run.seeds_per_prompt, 0) for x in flux.encode_text(model, prompts, run.text_tokens))
+        shape = (self.grid[0] * self.grid[1], model.cfg.in_channels)
+        numbers = first * run.seeds_per_prompt + np.arange(len(text))
+        guidance = jnp.full(len(text), 3.5) if model.cfg.guidance_embeds else None
+        start = flux.Start(flux.draw_noise(run.seed, numbers, shape), (text, pooled, guidance),
+                           flux.sigmas(model.scheduler, run.timesteps, shape[0]), self.grid)
+        acts = flux.capture(model, start, layer=run.layer, site=run.site)
+        return np.asarray(acts).reshape(-1, acts.shape[-1])
+
+
+# ---------------------------------------------------------------- the run
+
+
+def train(run, model, prompts, out, *, resume, overwrite, log_every, save_every):
+    """Train to `run.steps`; checkpoints into the folder `out`. Returns rows of the closing table."""
+    harvest = Harvest(run, model, prompts)
+    print(f"data: chunks of {harvest.tokens:,} tokens, from {harvest.forwards * run.prompt_batch:,} prompts each, "
+          f"shuffled whole ({harvest.batches} batches of {run.batch:,})")
+    cfg = sae.Config(d_in=model.cfg.width, features=run.features, k=run.k, lr=run.lr, warmup=min(200, run.steps // 5 + 1),
+                     decay=(run.steps * 4 // 5, run.steps + 1))
+    metadata = describe(run, model)
+    with tqdm(total=run.steps, unit="step", dynamic_ncols=True) as bar:
+        if resume:
+            state, cfg, _ = sae.load_state(out)
+            trim_metrics(out, int(state.step))
+            chunk = None
+        else:
+            chunk = harvest.chunk(0, lambda i, n: bar.set_description(f"harvest {i}/{n}"))
+            check_finite(chunk, 0)
+            state = sae.init(jax.random.key(run.seed), cfg, np.asarray(chunk[:65536], np.float32))
+            begin(out, state, cfg, metadata, overwrite)
+        bar.update(int(state.step))
+        state = loop(run, harvest, state, cfg, chunk, out, metadata, bar, log_every, save_every)
+        bar.set_description("evaluating")
+        rows = evaluate(run, harvest, state, cfg)
+    sae.checkpoint(out, state, cfg, metadata=metadata | {"evaluation": rows})
+    return rows
+
+
+def loop(run, harvest, state, cfg, chunk, out, metadata, bar, log_every, save_every):
+    """Steps from where `state` stands to the end, with a line in metrics.jsonl every `log_every` of them."""
+    step_fn = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
+    window, since = [], time.monotonic()
+    for step in range(int(state.step), run.steps):
+        c, b = divmod(step, harvest.batches)
+        if b == 0 and step or chunk is None:
+            chunk = harvest.chunk(c, lambda i, n: bar.set_description(f"harvest {i}/{n}"))
+            check_finite(chunk, step)
+        state, metrics = step_fn(state, cfg, chunk[b * run.batch:(b + 1) * run.batch].astype(np.float32))
+        window.append(metrics)
+        bar.update()
+        if (step + 1) % log_every == 0 or step + 1 == run.steps:
+            line = summary(step + 1, run.batch, jax.device_get(window), time.monotonic() - since)
+            append_line(out / "metrics.jsonl", line)
+            bar.set_description("train")
+            bar.set_postfix_str(f"FVU {line['fvu']:.3f}, L0 {line['l0']:.1f}, dead {100 * line['dead']:.1f} %, "
+                                f"{line['tokens_per_s']:,.0f} tokens/s")
+            window, since = [], time.monotonic()
+        if (step + 1) % save_every == 0:
+            sae.checkpoint(out, state, cfg, metadata=metadata)
+    return state
+
+
+def summary(step, batch, window, seconds):
+    """A line of metrics.jsonl: means over the window, but for `dead`, which is the last value."""
+    means = {name: float(np.mean([m[name] for m in window])) for name in window[0]}
+    return {"step": step, "tokens": step * batch, **means, "dead": float(window[-1]["dead"]),
+            "tokens_per_s": len(window) * batch / seconds}
+
+
+def evaluate(run, harvest, state, cfg, chunks=4):
+    """Rows of the closing table, on activations of prompts that come after the last one trained on.
+
+    Beside the SAE: PCA with k components, fitted on the same held-out activations (so it flatters PCA), and random
+    features, which is this SAE before its first step.
+    """
+    harvest.position = max(harvest.position, harvest.forwards * run.prompt_batch * -(-run.steps // harvest.batches))
+    x = np.concatenate([harvest.forward(HELD_OUT + i * run.prompt_batch)
+                        for i in range(-(-min(harvest.tokens, 65536) // harvest.forward_tokens))]).astype(np.float32)
+    rows = {"SAE": score(sae.fold(state, cfg), cfg, x)}
+    u = (x - state.mean) / state.std
+    variances = np.linalg.eigvalsh(np.cov(np.asarray(u, np.float64), rowvar=False))
+    rows[f"PCA, {run.k} components"] = {"fvu_standardized": float(max(0, variances[:-run.k].sum() / variances.sum())),
+                                        "l0": float(min(run.k, cfg.d_in))}
+    fresh = sae.init(jax.random.key(run.seed), cfg, x)
+    rows["random features"] = score(sae.fold(fresh._replace(mean=state.mean, std=state.std), cfg), cfg, x)
+    return rows
+
+
+def score(params, cfg, x):
+    return {name: value for name, value in sae.evaluate(params, cfg, x)._asdict().items() if name != "density"}
+
+
+def check_finite(acts, step):
+    if not np.isfinite(acts.astype(np.float32)).all():
+        raise ValueError(f"the activations harvested for step {step} hold NaN or Inf; nothing was trained on them")
+
+
+# ---------------------------------------------------------------- files
+
+
+def describe(run, model):
+    """Metadata of the checkpoint: what is needed to reproduce it."""
+    revision = model.source.name if model.source.parent.name == "snapshots" else None
+    return {"model": run.model, "revision": revision, "layer": run.layer, "site": run.site, "seed": run.seed,
+            "normalization": "per dimension (mean, std), folded into the weights",
+            "versions": {"jax": jax.__version__, "numpy": np.__version__}, "run": asdict(run)}
+
+
+def begin(out, state, cfg, metadata, overwrite):
+    """The first checkpoint. An old one that is to be overwritten stays in place until the new one is complete."""
+    fresh = out.with_name(f"{out.name}.new{os.getpid()}")
+    sae.checkpoint(fresh, state, cfg, metadata=metadata)
+    if overwrite and out.exists():
+        old = out.with_name(f"{out.name}.old{os.getpid()}")
+        out.rename(old)
+        fresh.rename(out)
+        shutil.rmtree(old)
+    else:
+        fresh.rename(out)
+
+
+def check_out(out, resume, overwrite):
+    """Refuse, before any work, to touch a folder that is not meant."""
+    known = {sae.CONFIG, sae.WEIGHTS, sae.STATE, "metrics.jsonl"}
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if resume:
+        if not (out / sae.STATE).is_file():
+            raise ValueError(f"--resume: there is no checkpoint in {out}")
+        return
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not (out / sae.CONFIG).is_file():
+            raise ValueError(f"{out} exists and is not a checkpoint; choose another --out")
+        if not overwrite:
+            raise ValueError(f"{out} already holds a checkpoint: --resume goes on with it, --overwrite starts anew")
+        foreign = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith("."))
+        if foreign:
+            raise ValueError(f"--overwrite: {out} holds something that is not ours: {', '.join(foreign[:5])}")
+
+
+def append_line(file, line):
+    with open(file, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+
+
+def trim_metrics(out, step):
+    """Drop lines that a killed run wrote after its last checkpoint, and a torn last line; they will come again."""
+    file = out / "metrics.jsonl"
+    if file.exists():
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                kept += [line] if json.loads(line)["step"] <= step else []
+            except ValueError:
+                continue
+        new = file.with_suffix(".new")
+        new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(new, file)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(model="auto", layer=None, site="img", features=None, k=32, steps=None, batch=2048, prompts=None,
+         prompt_field=None, prompt_batch=None, seeds_per_prompt=None, timesteps=1, buffer=None, size=None,
+         text_tokens=None, lr=None, out="ckpt", resume=False, overwrite=False, seed=0, dtype=None, log_every=20,
+         save_every=200, **unknown):
+    """Train a TopK SAE on the residual stream of one layer, and write it to the folder --out (see README)."""
+    flux.no_unknown_flags(unknown)
+    out = Path(out)
+    check_out(out, resume, overwrite)
+    given = {name: value for name, value in (
+        ("layer", layer), ("features", features), ("steps", steps), ("prompts", prompts), ("prompt_field", prompt_field),
+        ("prompt_batch", prompt_batch), ("seeds_per_prompt", seeds_per_prompt), ("buffer", buffer), ("size", size),
+        ("text_tokens", text_tokens), ("lr", lr), ("dtype", dtype)) if value is not None}
+    given |= {"site": site, "k": k, "batch": batch, "timesteps": timesteps, "seed": seed}
+    if resume:
+        run, folder = resumed(out, model, given, steps)
+    else:
+        name = flux.announce(model)
+        folder, cfg = flux.read_config(name)
+        run = defaults(name, folder, cfg, given)
+    stream = open_prompts(run, folder)
+    stream = itertools.chain([next(stream)], stream)             # a bad prompt source fails here, before the long load
+    print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of {run.batch:,} "
+          f"tokens, prompts from {run.prompts}")
+    loaded = flux.load(folder, dtype=jnp.dtype(run.dtype))
+    rows = train(run, loaded, stream, out, resume=resume, overwrite=overwrite, log_every=log_every, save_every=save_every)
+    print(table(rows))
+    print(f"checkpoint: {out}")
+
+
+def defaults(name, folder, cfg, given):
+    """A Run from the flags that were given and, for the others, from the model. Raises ValueError for unfit values."""
+    small, cpu = cfg.width <= 512, jax.devices()[0].platform == "cpu"
+    scenes = (folder / "scenes.py").is_file()
+    vae, tokenizer = folder / "vae" / "config.json", folder / "tokenizer_2" / "tokenizer_config.json"
+    longest = 512 if cfg.guidance_embeds else 256
+    values = {
+        "model": name, "layer": max(cfg.num_layers - 1, 0), "features": min(16 * cfg.width, 16384),
+        "steps": 1000 if small else 10_000, "prompts": "scenes" if scenes else DATASET,
+        "prompt_field": None if scenes or "prompts" in given else DATASET_FIELD, "prompt_batch": 32 if small else 4,
+        "seeds_per_prompt": 4 if small else 1, "buffer": 2 ** 17 if small else 2 ** 16,
+        "size": min(256, json.loads(vae.read_text()).get("sample_size", 1024)) if vae.is_file() else 256,
+        "text_tokens": min(longest, json.loads(tokenizer.read_text()).get("model_max_length", longest)
+                           if tokenizer.is_file() else longest),
+        "lr": None, "dtype": "float32" if cpu else "bfloat16"} | given
+    values["lr"] = values["lr"] or (3 if small else 1) * sae.default_lr(values["features"])
+    check_numbers(values)
+    flux.check_layer(cfg, values["layer"], values["site"])
+    if values["dtype"] not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {values['dtype']}: it is float32, bfloat16 or float16")
+    if values["k"] > values["features"]:
+        raise ValueError(f"--k {values['k']} is more than --features {values['features']}")
+    return Run(**values)
+
+
+def check_numbers(values):
+    for name in ("features", "k", "steps", "batch", "prompt_batch", "seeds_per_prompt", "timesteps", "buffer", "size",
+                 "text_tokens"):
+        if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 1:
+            raise ValueError(f"--{name} {values[name]}: it must be a whole number from 1")
+    if not isinstance(values["seed"], int) or values["seed"] < 0:
+        raise ValueError(f"--seed {values['seed']}: it must be a whole number from 0")
+    if not isinstance(values["lr"], (int, float)) or not values["lr"] > 0:
+        raise ValueError(f"--lr {values['lr']}: it must be a number above 0")
+
+
+def resumed(out, model, given, steps):
+    """The Run of the checkpoint in `out`; flags may repeat what it says, and only --steps may differ."""
+    saved = sae.load_metadata(out).get("run")
+    if not saved:
+        raise ValueError(f"--resume: {out} was not written by train.py")
+    run = Run(**saved)
+    usual = {"site": "img", "k": 32, "batch": 2048, "timesteps": 1, "seed": 0}
+    for name, value in given.items():
+        if name != "steps" and value != getattr(run, name) and value != usual.get(name):
+            raise ValueError(f"--resume: {out} was trained with --{name} {getattr(run, name)}, not {value}")
+    if model not in ("auto", run.model):
+        raise ValueError(f"--resume: {out} was trained on the model {run.model}, not {model}")
+    print(f"model: {run.model} (as in {out})")
+    return Run(**(saved | {"steps": steps or run.steps})), flux.resolve(run.model)
+
+
+def table(rows):
+    """The closing table, as text."""
+    columns = {"fvu_standardized": "FVU (std.)", "fvu": "FVU (raw)", "l0": "L0", "dead": "dead %", "cosine": "cosine",
+               "variance_explained": "var. expl."}
+    lines = ["held-out".ljust(24) + "".join(title.rjust(12) for title in columns.values())]
+    for name, row in rows.items():
+        cells = (f"{row[key] * (100 if key == 'dead' else 1):.3f}" if key in row else "" for key in columns)
+        lines.append(name.ljust(24) + "".join(cell.rjust(12) for cell in cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    flux.command(main)
