@@ -391,7 +391,7 @@ def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None):
 
 
 def resolve(model):
-    """The folder of `model` (see `load`), downloaded if it is a repo. Raises ValueError saying what is wrong with it."""
+    """The folder of `model` (see `load`), downloaded if it is a repo. Raises ValueError that says what is wrong."""
     if str(model) == "nano" and not Path("nano/model_index.json").exists():
         model = Path(__file__).parent / "nano"
     if Path(model).is_dir():

@@ -4,10 +4,10 @@
     python train.py --layer 10 --features 16384            # on a TPU: FLUX.1-schnell
     python train.py --model FOLDER --prompts captions.jsonl.gz --prompt_field text --resume
 
-Copy it with `flux.py`, `sae.py` and what they import. A run is a pure function of its flags. It works through the
-prompts in chunks: a chunk of prompts is harvested whole, its activations are shuffled, then the SAE trains on them
-batch by batch. The step number alone says where a run stands, so a resumed run harvests its chunk again and goes on
-bit for bit, and no activations are ever stored.
+Copy it with `flux.py`, `sae.py`, what they import, and `nano/` for the bundled model. A run is a pure function of its
+flags. It works through the prompts in chunks: a chunk of prompts is harvested whole, its activations are shuffled, then
+the SAE trains on them batch by batch. The step number alone says where a run stands, so a resumed run harvests its
+chunk again and goes on bit for bit, and no activations are ever stored.
 """
 import csv
 import gzip
@@ -17,7 +17,8 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+import zlib
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import jax
@@ -50,8 +51,8 @@ class Run:
     seeds_per_prompt: int
     timesteps: int
     buffer: int                                                  # tokens harvested and shuffled together, at least
-    size: int
-    text_tokens: int
+    size: int                                                    # pixels a side; 0 until the model is loaded
+    text_tokens: int                                             # a prompt; likewise
     lr: float
     seed: int
     dtype: str
@@ -70,7 +71,9 @@ def read_prompts(source, field=None):
     else:
         raise ValueError(f"no prompt file {source!r}; give a file, or hf:owner/dataset[/file]")
     for file in files:
-        for prompt in _prompts_in(Path(file), field):
+        for number, prompt in enumerate(_prompts_in(Path(file), field), 1):
+            if not isinstance(prompt or "", str):
+                raise ValueError(f"{file}: prompt {number} is {prompt!r}, not a string")
             if prompt and prompt.strip():
                 yield prompt.strip()
 
@@ -80,7 +83,8 @@ def _prompts_in(path, field):
     if suffix == ".parquet":
         yield from _parquet(path, field)
         return
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+    # utf-8-sig: spreadsheets put a byte order mark before the first field's name
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
         try:
             if suffix == ".csv":
                 rows = csv.DictReader(file)
@@ -92,23 +96,16 @@ def _prompts_in(path, field):
                         yield _json_prompt(line, field, f"{path}, line {number}")
             else:
                 yield from file
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
+        except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError, csv.Error) as error:
             raise ValueError(f"{path} cannot be read as {suffix or 'text'}: {error}") from None
 
 
 def _json_prompt(line, field, where):
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
-    if isinstance(row, str):
-        return row
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is neither a JSON object nor a string")
-    value = row[_field(row, field, where)]
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: the prompt is {value!r}, not a string")
-    return value
+    return row[_field(row, field, where)] if isinstance(row, dict) else row
 
 
 def _parquet(path, field):
@@ -132,44 +129,47 @@ def _field(names, field, where):
 
 def _hub_files(name):
     """Paths of a dataset's prompt files, each downloaded when it is reached."""
-    from huggingface_hub import HfApi, errors, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
     owner, dataset, *file = name.split("/", 2) if name.count("/") else (name, "")
     if not owner or not dataset:
         raise ValueError(f"hf:{name}: write hf:owner/dataset or hf:owner/dataset/file")
     repo = f"{owner}/{dataset}"
+    files = file or [f for f in sorted(_hub(HfApi().list_repo_files, repo))
+                     if f.removesuffix(".gz").endswith(SUFFIXES) and not f.endswith((".txt", ".json"))]
+    if not files:
+        raise ValueError(f"the dataset {repo} holds no csv, jsonl or parquet file")
+    yield from (_hub(hf_hub_download, repo, f) for f in files)
+
+
+def _hub(call, repo, *file):
+    from huggingface_hub import errors
     try:
-        files = file or [f for f in sorted(HfApi().list_repo_files(repo, repo_type="dataset"))
-                         if f.removesuffix(".gz").endswith(SUFFIXES) and not f.endswith((".txt", ".json"))]
-        if not files:
-            raise ValueError(f"the dataset {repo} holds no csv, jsonl or parquet file")
-        yield from (hf_hub_download(repo, f, repo_type="dataset") for f in files)
-    except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.LocalEntryNotFoundError, errors.HFValidationError,
-            OSError) as error:
-        raise ValueError(f"cannot fetch {name} from the hub: {str(error).splitlines()[0]}") from None
+        return call(repo, *file, repo_type="dataset")
+    except errors.GatedRepoError:
+        raise ValueError(f"the dataset {repo} is gated: accept its terms on the hub, then `hf auth login`") from None
+    except Exception as error:                                   # or whatever the hub's HTTP library raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot fetch {'/'.join((repo, *file))} from the hub: {reason}") from None
 
 
-def _scene_captions(folder):
-    """Captions of the scenes that the nano model was trained to draw, from the script beside its weights."""
-    spec = importlib.util.spec_from_file_location("scenes", folder / "scenes.py")
+def _scene_captions():
+    """Captions of the scenes that nano draws, by our own script: one beside other weights is a stranger's code."""
+    spec = importlib.util.spec_from_file_location("scenes", Path(flux.__file__).parent / "nano" / "scenes.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.captions(10_000)                               # the first 10,000 scenes are kept for evaluation
 
 
-def open_prompts(run, folder):
+def open_prompts(run):
     """An endless iterator of prompts; a finite source starts anew when it ends (with other noise)."""
     if run.prompts == "scenes":
-        return _scene_captions(folder)
-    return _again_and_again(lambda: read_prompts(run.prompts, run.prompt_field), run.prompts)
-
-
-def _again_and_again(read, name):
+        yield from _scene_captions()
     while True:
-        n = -1
-        for n, prompt in enumerate(read()):
+        prompt = None
+        for prompt in read_prompts(run.prompts, run.prompt_field):
             yield prompt
-        if n < 0:
-            raise ValueError(f"{name} holds no prompts")
+        if prompt is None:
+            raise ValueError(f"{run.prompts} holds no prompts")
 
 
 # ---------------------------------------------------------------- activations
@@ -180,35 +180,39 @@ class Harvest:
 
     def __init__(self, run, model, prompts):
         self.run, self.model, self.prompts, self.position = run, model, prompts, 0
-        grid = flux.token_grid(model, run.size)
-        tokens = {"img": grid[0] * grid[1], "txt": run.text_tokens, "both": grid[0] * grid[1] + run.text_tokens}[run.site]
+        self.grid = flux.token_grid(model, run.size)
+        img, txt = self.grid[0] * self.grid[1], run.text_tokens
+        tokens = {"img": img, "txt": txt, "both": img + txt}[run.site]
         self.forward_tokens = tokens * run.seeds_per_prompt * run.timesteps * run.prompt_batch
         self.forwards = -(-max(run.buffer, run.batch) // self.forward_tokens)
         self.tokens = self.forwards * self.forward_tokens        # of a chunk
         self.batches = self.tokens // run.batch
-        self.grid = grid
 
-    def chunk(self, c, progress=None):
+    def chunk(self, c, bar=None):
         """Chunk `c` in its shuffled order. The prompts are a stream: chunks must be asked for in rising order."""
-        skip = c * self.forwards * self.run.prompt_batch - self.position
-        for _ in itertools.islice(self.prompts, skip):
-            pass
-        self.position += skip
-        acts = None
+        self.seek(c)
+        acts = np.empty((self.tokens, self.model.cfg.width), jnp.dtype(self.run.dtype))
         for i in range(self.forwards):
             part = self.forward(self.position)
-            acts = np.empty((self.tokens, part.shape[-1]), part.dtype) if acts is None else acts
+            if not np.isfinite(part.astype(np.float32)).all():
+                raise ValueError(f"activations for step {c * self.batches} on hold NaN or Inf; none were trained on")
             acts[i * self.forward_tokens:(i + 1) * self.forward_tokens] = part
-            if progress:
-                progress(i + 1, self.forwards)
+            if bar:
+                bar.set_description(f"harvest {i + 1}/{self.forwards}")
         return acts[np.random.default_rng((self.run.seed, c)).permutation(self.tokens)]
+
+    def seek(self, c):
+        """Skip prompts up to the first one of chunk `c`."""
+        skip = c * self.forwards * self.run.prompt_batch - self.position
+        self.position += sum(1 for _ in itertools.islice(self.prompts, skip))
 
     def forward(self, first):
         """Activations [forward_tokens, D] of the next `prompt_batch` prompts; `first` numbers their noise."""
         run, model = self.run, self.model
         prompts = list(itertools.islice(self.prompts, run.prompt_batch))
         self.position += len(prompts)
-        text, pooled = (jnp.repeat(x, run.seeds_per_prompt, 0) for x in flux.encode_text(model, prompts, run.text_tokens))
+        encoded = flux.encode_text(model, prompts, run.text_tokens)
+        text, pooled = (jnp.repeat(x, run.seeds_per_prompt, 0) for x in encoded)
         shape = (self.grid[0] * self.grid[1], model.cfg.in_channels)
         numbers = first * run.seeds_per_prompt + np.arange(len(text))
         guidance = jnp.full(len(text), 3.5) if model.cfg.guidance_embeds else None
@@ -226,84 +230,77 @@ def train(run, model, prompts, out, *, resume, overwrite, log_every, save_every)
     harvest = Harvest(run, model, prompts)
     print(f"data: chunks of {harvest.tokens:,} tokens, from {harvest.forwards * run.prompt_batch:,} prompts each, "
           f"shuffled whole ({harvest.batches} batches of {run.batch:,})")
-    cfg = sae.Config(d_in=model.cfg.width, features=run.features, k=run.k, lr=run.lr, warmup=min(200, run.steps // 5 + 1),
-                     decay=(run.steps * 4 // 5, run.steps + 1))
-    metadata = describe(run, model)
+    cfg = sae.Config(d_in=model.cfg.width, features=run.features, k=run.k, lr=run.lr,
+                     warmup=min(200, run.steps // 5 + 1), decay=(run.steps * 4 // 5, run.steps + 1))
+    metadata, chunk, window = describe(run, model), None, []
     with tqdm(total=run.steps, unit="step", dynamic_ncols=True) as bar:
         if resume:
-            state, cfg, _ = sae.load_state(out)
+            state, _, unlogged = sae.load_state(out)
+            window = [dict(zip(unlogged, values)) for values in zip(*unlogged.values())]
             trim_metrics(out, int(state.step))
-            chunk = None
         else:
-            chunk = harvest.chunk(0, lambda i, n: bar.set_description(f"harvest {i}/{n}"))
-            check_finite(chunk, 0)
+            chunk = harvest.chunk(0, bar)
             state = sae.init(jax.random.key(run.seed), cfg, np.asarray(chunk[:65536], np.float32))
             begin(out, state, cfg, metadata, overwrite)
-        bar.update(int(state.step))
-        state = loop(run, harvest, state, cfg, chunk, out, metadata, bar, log_every, save_every)
+        bar.initial = bar.n = bar.last_print_n = int(state.step)         # or the time left would count old steps
+        state = loop(run, harvest, state, cfg, chunk, window, out, metadata, bar, log_every, save_every)
         bar.set_description("evaluating")
         rows = evaluate(run, harvest, state, cfg)
     sae.checkpoint(out, state, cfg, metadata=metadata | {"evaluation": rows})
     return rows
 
 
-def loop(run, harvest, state, cfg, chunk, out, metadata, bar, log_every, save_every):
-    """Steps from where `state` stands to the end, with a line in metrics.jsonl every `log_every` of them."""
+def loop(run, harvest, state, cfg, chunk, window, out, metadata, bar, log_every, save_every):
+    """Steps from where `state` stands to the end. `window`: metrics of the steps that are not in metrics.jsonl yet."""
     step_fn = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
-    window, since = [], time.monotonic()
+    since, old = time.monotonic(), len(window)
     for step in range(int(state.step), run.steps):
         c, b = divmod(step, harvest.batches)
-        if b == 0 and step or chunk is None:
-            chunk = harvest.chunk(c, lambda i, n: bar.set_description(f"harvest {i}/{n}"))
-            check_finite(chunk, step)
+        if chunk is None or (b == 0 and step):
+            chunk = harvest.chunk(c, bar)
         state, metrics = step_fn(state, cfg, chunk[b * run.batch:(b + 1) * run.batch].astype(np.float32))
         window.append(metrics)
         bar.update()
         if (step + 1) % log_every == 0 or step + 1 == run.steps:
-            line = summary(step + 1, run.batch, jax.device_get(window), time.monotonic() - since)
-            append_line(out / "metrics.jsonl", line)
+            window = jax.device_get(window)                      # waits for the steps, so that the time is theirs
+            line = summary(step + 1, run.batch, window, (len(window) - old) * run.batch / (time.monotonic() - since))
+            with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
             bar.set_description("train")
             bar.set_postfix_str(f"FVU {line['fvu']:.3f}, L0 {line['l0']:.1f}, dead {100 * line['dead']:.1f} %, "
                                 f"{line['tokens_per_s']:,.0f} tokens/s")
-            window, since = [], time.monotonic()
+            window, since, old = [], time.monotonic(), 0
         if (step + 1) % save_every == 0:
-            sae.checkpoint(out, state, cfg, metadata=metadata)
+            unlogged = {name: np.array([m[name] for m in window]) for name in (window or [{}])[0]}
+            sae.checkpoint(out, state, cfg, metadata=metadata, extra=unlogged)
     return state
 
 
-def summary(step, batch, window, seconds):
+def summary(step, batch, window, speed):
     """A line of metrics.jsonl: means over the window, but for `dead`, which is the last value."""
     means = {name: float(np.mean([m[name] for m in window])) for name in window[0]}
-    return {"step": step, "tokens": step * batch, **means, "dead": float(window[-1]["dead"]),
-            "tokens_per_s": len(window) * batch / seconds}
+    return {"step": step, "tokens": step * batch, **means, "dead": float(window[-1]["dead"]), "tokens_per_s": speed}
 
 
-def evaluate(run, harvest, state, cfg, chunks=4):
-    """Rows of the closing table, on activations of prompts that come after the last one trained on.
-
-    Beside the SAE: PCA with k components, fitted on the same held-out activations (so it flatters PCA), and random
-    features, which is this SAE before its first step.
-    """
-    harvest.position = max(harvest.position, harvest.forwards * run.prompt_batch * -(-run.steps // harvest.batches))
+def evaluate(run, harvest, state, cfg):
+    """Rows of the closing table, on activations of prompts that come after the last one trained on: the SAE, PCA with k
+    components fitted on these very activations (which flatters it), and random features (an SAE before any step)."""
+    harvest.seek(-(-run.steps // harvest.batches))
     x = np.concatenate([harvest.forward(HELD_OUT + i * run.prompt_batch)
                         for i in range(-(-min(harvest.tokens, 65536) // harvest.forward_tokens))]).astype(np.float32)
-    rows = {"SAE": score(sae.fold(state, cfg), cfg, x)}
+
+    def score(state):
+        statistics = sae.evaluate(sae.fold(state, cfg), cfg, x)._asdict()
+        return {name: value for name, value in statistics.items() if name != "density"}
+
+    rows = {"SAE": score(state)}
     u = (x - state.mean) / state.std
     variances = np.linalg.eigvalsh(np.cov(np.asarray(u, np.float64), rowvar=False))
     rows[f"PCA, {run.k} components"] = {"fvu_standardized": float(max(0, variances[:-run.k].sum() / variances.sum())),
                                         "l0": float(min(run.k, cfg.d_in))}
     fresh = sae.init(jax.random.key(run.seed), cfg, x)
-    rows["random features"] = score(sae.fold(fresh._replace(mean=state.mean, std=state.std), cfg), cfg, x)
+    rows["random features"] = score(fresh._replace(mean=state.mean, std=state.std))
     return rows
-
-
-def score(params, cfg, x):
-    return {name: value for name, value in sae.evaluate(params, cfg, x)._asdict().items() if name != "density"}
-
-
-def check_finite(acts, step):
-    if not np.isfinite(acts.astype(np.float32)).all():
-        raise ValueError(f"the activations harvested for step {step} hold NaN or Inf; nothing was trained on them")
 
 
 # ---------------------------------------------------------------- files
@@ -319,15 +316,13 @@ def describe(run, model):
 
 def begin(out, state, cfg, metadata, overwrite):
     """The first checkpoint. An old one that is to be overwritten stays in place until the new one is complete."""
-    fresh = out.with_name(f"{out.name}.new{os.getpid()}")
+    out = out.resolve()                                          # a link stays, what it points to is replaced
+    fresh, old = (out.with_name(f"{out.name}.{age}{os.getpid()}") for age in ("new", "old"))
     sae.checkpoint(fresh, state, cfg, metadata=metadata)
     if overwrite and out.exists():
-        old = out.with_name(f"{out.name}.old{os.getpid()}")
         out.rename(old)
-        fresh.rename(out)
-        shutil.rmtree(old)
-    else:
-        fresh.rename(out)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_out(out, resume, overwrite):
@@ -338,8 +333,7 @@ def check_out(out, resume, overwrite):
     if resume:
         if not (out / sae.STATE).is_file():
             raise ValueError(f"--resume: there is no checkpoint in {out}")
-        return
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not (out / sae.CONFIG).is_file():
             raise ValueError(f"{out} exists and is not a checkpoint; choose another --out")
         if not overwrite:
@@ -349,54 +343,44 @@ def check_out(out, resume, overwrite):
             raise ValueError(f"--overwrite: {out} holds something that is not ours: {', '.join(foreign[:5])}")
 
 
-def append_line(file, line):
-    with open(file, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
-
-
 def trim_metrics(out, step):
     """Drop lines that a killed run wrote after its last checkpoint, and a torn last line; they will come again."""
-    file = out / "metrics.jsonl"
-    if file.exists():
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                kept += [line] if json.loads(line)["step"] <= step else []
-            except ValueError:
-                continue
-        new = file.with_suffix(".new")
-        new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(new, file)
+    file, new = out / "metrics.jsonl", out / ".metrics.jsonl.new"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    new.write_text("".join(kept), encoding="utf-8")
+    os.replace(new, file)
 
 
 # ---------------------------------------------------------------- the command line
 
 
-def main(model="auto", layer=None, site="img", features=None, k=32, steps=None, batch=2048, prompts=None,
-         prompt_field=None, prompt_batch=None, seeds_per_prompt=None, timesteps=1, buffer=None, size=None,
-         text_tokens=None, lr=None, out="ckpt", resume=False, overwrite=False, seed=0, dtype=None, log_every=20,
+def main(model="auto", layer=None, site="", features=None, k=None, steps=None, batch=None, prompts="",
+         prompt_field="", prompt_batch=None, seeds_per_prompt=None, timesteps=None, buffer=None, size=None,
+         text_tokens=None, lr=None, out="ckpt", resume=False, overwrite=False, seed=None, dtype="", log_every=20,
          save_every=200, **unknown):
-    """Train a TopK SAE on the residual stream of one layer, and write it to the folder --out (see README)."""
+    """Train a TopK SAE on the residual stream of one layer, and write it to the folder --out. A flag left out takes what
+    suits the model (see `defaults`) or, with --resume, what the checkpoint says."""
+    names = {field.name for field in fields(Run)} - {"model"}
+    given = {name: value for name, value in locals().items() if name in names and value not in (None, "")}
     flux.no_unknown_flags(unknown)
+    check_whole({"log_every": log_every, "save_every": save_every})
     out = Path(out)
     check_out(out, resume, overwrite)
-    given = {name: value for name, value in (
-        ("layer", layer), ("features", features), ("steps", steps), ("prompts", prompts), ("prompt_field", prompt_field),
-        ("prompt_batch", prompt_batch), ("seeds_per_prompt", seeds_per_prompt), ("buffer", buffer), ("size", size),
-        ("text_tokens", text_tokens), ("lr", lr), ("dtype", dtype)) if value is not None}
-    given |= {"site": site, "k": k, "batch": batch, "timesteps": timesteps, "seed": seed}
     if resume:
-        run, folder = resumed(out, model, given, steps)
+        run, folder = resumed(out, model, given)
     else:
         name = flux.announce(model)
         folder, cfg = flux.read_config(name)
         run = defaults(name, folder, cfg, given)
-    stream = open_prompts(run, folder)
+    stream = open_prompts(run)
     stream = itertools.chain([next(stream)], stream)             # a bad prompt source fails here, before the long load
-    print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of {run.batch:,} "
-          f"tokens, prompts from {run.prompts}")
+    print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of "
+          f"{run.batch:,} tokens, prompts from {run.prompts}")
     loaded = flux.load(folder, dtype=jnp.dtype(run.dtype))
-    rows = train(run, loaded, stream, out, resume=resume, overwrite=overwrite, log_every=log_every, save_every=save_every)
+    run = replace(run, size=run.size or min(256, loaded.size), text_tokens=run.text_tokens or loaded.text_tokens)
+    rows = train(run, loaded, stream, out, resume=resume, overwrite=overwrite, log_every=log_every,
+                 save_every=save_every)
     print(table(rows))
     print(f"checkpoint: {out}")
 
@@ -405,52 +389,48 @@ def defaults(name, folder, cfg, given):
     """A Run from the flags that were given and, for the others, from the model. Raises ValueError for unfit values."""
     small, cpu = cfg.width <= 512, jax.devices()[0].platform == "cpu"
     scenes = (folder / "scenes.py").is_file()
-    vae, tokenizer = folder / "vae" / "config.json", folder / "tokenizer_2" / "tokenizer_config.json"
-    longest = 512 if cfg.guidance_embeds else 256
-    values = {
-        "model": name, "layer": max(cfg.num_layers - 1, 0), "features": min(16 * cfg.width, 16384),
-        "steps": 1000 if small else 10_000, "prompts": "scenes" if scenes else DATASET,
+    run = Run(**{
+        "model": name, "layer": max(cfg.num_layers - 1, 0), "site": "img", "features": min(16 * cfg.width, 16384),
+        "k": 32, "steps": 1000 if small else 10_000, "batch": 2048, "prompts": "scenes" if scenes else DATASET,
         "prompt_field": None if scenes or "prompts" in given else DATASET_FIELD, "prompt_batch": 32 if small else 4,
-        "seeds_per_prompt": 4 if small else 1, "buffer": 2 ** 17 if small else 2 ** 16,
-        "size": min(256, json.loads(vae.read_text()).get("sample_size", 1024)) if vae.is_file() else 256,
-        "text_tokens": min(longest, json.loads(tokenizer.read_text()).get("model_max_length", longest)
-                           if tokenizer.is_file() else longest),
-        "lr": None, "dtype": "float32" if cpu else "bfloat16"} | given
-    values["lr"] = values["lr"] or (3 if small else 1) * sae.default_lr(values["features"])
-    check_numbers(values)
-    flux.check_layer(cfg, values["layer"], values["site"])
-    if values["dtype"] not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype {values['dtype']}: it is float32, bfloat16 or float16")
-    if values["k"] > values["features"]:
-        raise ValueError(f"--k {values['k']} is more than --features {values['features']}")
-    return Run(**values)
+        "seeds_per_prompt": 4 if small else 1, "timesteps": 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0,
+        "text_tokens": 0, "lr": None, "seed": 0, "dtype": "float32" if cpu else "bfloat16"} | given)
+    flux.check_layer(cfg, run.layer, run.site)
+    check_numbers(run)
+    return replace(run, lr=(3 if small else 1) * sae.default_lr(run.features)) if run.lr is None else run
 
 
-def check_numbers(values):
-    for name in ("features", "k", "steps", "batch", "prompt_batch", "seeds_per_prompt", "timesteps", "buffer", "size",
-                 "text_tokens"):
-        if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 1:
-            raise ValueError(f"--{name} {values[name]}: it must be a whole number from 1")
-    if not isinstance(values["seed"], int) or values["seed"] < 0:
-        raise ValueError(f"--seed {values['seed']}: it must be a whole number from 0")
-    if not isinstance(values["lr"], (int, float)) or not values["lr"] > 0:
-        raise ValueError(f"--lr {values['lr']}: it must be a number above 0")
+def check_whole(values):
+    for name, value in values.items():
+        least = 0 if name in ("layer", "size", "text_tokens", "seed") else 1
+        if type(value) is not int or not least <= value < 2 ** 31:
+            raise ValueError(f"--{name} {value}: it must be a whole number from {least}")
 
 
-def resumed(out, model, given, steps):
+def check_numbers(run):
+    check_whole({field.name: getattr(run, field.name) for field in fields(Run) if field.type is int})
+    if run.lr is not None and not (isinstance(run.lr, (int, float)) and 0 < run.lr < float("inf")):
+        raise ValueError(f"--lr {run.lr}: it must be a number above 0")
+    if run.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {run.dtype}: it is float32, bfloat16 or float16")
+    if run.k > run.features:
+        raise ValueError(f"--k {run.k} is more than --features {run.features}")
+
+
+def resumed(out, model, given):
     """The Run of the checkpoint in `out`; flags may repeat what it says, and only --steps may differ."""
-    saved = sae.load_metadata(out).get("run")
-    if not saved:
-        raise ValueError(f"--resume: {out} was not written by train.py")
-    run = Run(**saved)
-    usual = {"site": "img", "k": 32, "batch": 2048, "timesteps": 1, "seed": 0}
+    try:
+        run = Run(**sae.load_metadata(out)["run"])
+    except (KeyError, TypeError):
+        raise ValueError(f"--resume: {out} was not written by this train.py") from None
+    given = given if model == "auto" else {"model": model} | given
     for name, value in given.items():
-        if name != "steps" and value != getattr(run, name) and value != usual.get(name):
+        if name != "steps" and value != getattr(run, name):
             raise ValueError(f"--resume: {out} was trained with --{name} {getattr(run, name)}, not {value}")
-    if model not in ("auto", run.model):
-        raise ValueError(f"--resume: {out} was trained on the model {run.model}, not {model}")
+    run = replace(run, **given)
+    check_numbers(run)
     print(f"model: {run.model} (as in {out})")
-    return Run(**(saved | {"steps": steps or run.steps})), flux.resolve(run.model)
+    return run, flux.resolve(run.model)
 
 
 def table(rows):

@@ -62,16 +62,13 @@ def save_judge(params, path=NANO / "judge.safetensors"):
     save_file({name: np.asarray(value, jnp.bfloat16) for name, value in params.items()}, path)
 
 
-def train_judge(model, count=16_000, reconstructed=1_000, epochs=6, batch=100, seed=0):
-    """Parameters of a judge trained on `count` true renders and on some of them as the model's autoencoder sees them."""
-    small, labels = [], []
-    for start in range(JUDGE_SEED, JUDGE_SEED + count, 4_000):   # by parts, to save memory
-        images, part = draw(range(start, min(start + 4_000, JUDGE_SEED + count)))
-        small, labels = [*small, _halve(images).astype(np.float16)], [*labels, part]
-    passed = _halve(reconstruct(model, images[:reconstructed], noise=0.2)).astype(np.float16)
+def train_judge(model, count=14_000, reconstructed=1_000, epochs=5, batch=100, seed=0):
+    """Parameters of a judge trained on `count` true renders, and on some of them as the autoencoder reconstructs them."""
+    images, labels = draw(range(JUDGE_SEED, JUDGE_SEED + count))
+    passed = reconstruct(model, images[:reconstructed], noise=0.2)
     # Each reconstruction is shown twice as often as a render: they are few, and what is judged is closer to them.
-    small = np.concatenate([*small, passed, passed])
-    labels = np.concatenate([*labels, *[part[:reconstructed]] * 2])
+    small = np.concatenate([_halve(part).astype(np.float16) for part in (images, passed, passed)])
+    labels = np.concatenate([labels, *[labels[:reconstructed]] * 2])
     steps, rng, key = len(small) * epochs // batch, np.random.default_rng(seed), jax.random.key(seed)
     optimizer = optax.adamw(optax.cosine_onecycle_schedule(steps, 3e-3, 0.1), weight_decay=1e-2)
     params = _init_judge(key)
@@ -270,9 +267,9 @@ It draws 128×128 pixels, knows the words of its captions and no others, and tak
 ## Figures
 
 {table}
-Out of {n} held-out captions of one object, the {said[1]} that state a colour and the {said[0]} that state a shape count.
-A small classifier judges the images. On {checks} true renders that it has not seen it is right about {right[0]:.1%} of
-the shapes and {right[1]:.1%} of the colours ({trusted:.0%} asked), on {few} of them as the autoencoder reconstructs them
+Of {n} held-out captions of one object, {said[0]} state a shape and {said[1]} a colour; only these count. A small
+classifier judges the images. On {checks} true renders that it has not seen it is right about {right[0]:.1%} of the
+shapes and {right[1]:.1%} of the colours ({trusted:.0%} asked); on {few} of them as the autoencoder reconstructs them,
 about {passed[0]:.1%} and {passed[1]:.1%}. The autoencoder's mean PSNR over {renders} held-out renders is {ratio:.1f} dB
 ({psnr:.0f} dB asked).
 
@@ -329,7 +326,7 @@ def listed(words):
 
 
 def main(model="nano", n=300, steps=8, out=None, retrain=False, **unknown):
-    """Judge --n captions drawn in 4, --steps and 20 steps; write README.md and sheet.jpg to --out (the model's folder)."""
+    """Judge images of --n captions in 4, --steps and 20 steps; write README.md and sheet.jpg to --out (model's folder)."""
     flux.no_unknown_flags(unknown)
     if min(n, steps) < 1:
         raise ValueError(f"--n {n} --steps {steps}: both are at least 1")

@@ -220,6 +220,8 @@ def train_flow(work, out, data, empty, cfgs, *, minutes, batch, rate, seed=0):
     keys = jax.random.split(jax.random.key(seed), 3)
     tables = {"flux": flux.table(FLUX), "t5": text.t5_table(cfgs[0]), "clip": text.clip_table(cfgs[1])}
     params = {name: text.init_tensors(table, key) for (name, table), key in zip(tables.items(), keys)}
+    if (out / "transformer").exists() and not (work / "flow.safetensors").exists():
+        params = exported(out)                                   # the work folder is gone: go on from what shipped
     state = {"params": params, "ema": jax.tree.map(jnp.copy, params), "opt": optimizer.init(params),
              "step": jnp.zeros((), jnp.int32)}
     used, file = 0.0, work / "flow.safetensors"
@@ -263,6 +265,13 @@ def load_arrays(file):
 
 
 # ---------------------------------------------------------------- the folder that diffusers loads
+
+
+def exported(out):
+    """Parameters as `export` wrote them, in float32."""
+    return {"flux": flux.load_transformer(out / "transformer", dtype=jnp.float32)[1],
+            "t5": text.load_t5(out / "text_encoder_2", dtype=jnp.float32)[1],
+            "clip": text.load_clip(out / "text_encoder", dtype=jnp.float32)[1]}
 
 
 def export(out, params, cfgs):

@@ -235,7 +235,7 @@ def test_wrong_tensors_are_named(change, message, tmp_path):
 
 def test_files_that_are_no_transformer(tmp_path):
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"other\.safetensors is not a FLUX\.1 transformer.*img_in\.weight"):
+    with pytest.raises(ValueError, match=r"other\.safetensors is not .*FLUX\.1 transformer.*img_in\.weight"):
         flux.load_transformer(tmp_path / "other.safetensors")
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / WEIGHTS)
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
@@ -394,5 +394,5 @@ def test_wrong_layer_or_site(layer, site, message):
 
 
 def test_wrong_config():
-    with pytest.raises(ValueError, match=r"axes_dims_rope \(16, 56, 50\) must add up to the head width 128"):
+    with pytest.raises(ValueError, match=r"axes_dims_rope \(16, 56, 50\) must add up to .*128"):
         flux.Config(axes_dims_rope=(16, 56, 50))

@@ -92,15 +92,16 @@ def test_gradients_reach_every_weight():
 # ---------------------------------------------------------------- tokenizers
 
 STRANGE = ["", " ", "a", "\n\t \x00\x01\x7f", "<|endoftext|>", "a <|ENDOFTEXT|> b<|startoftext|>", "</s>",
-           "<pad> a <unk>", "<extra_id_0> x<extra_id_99>", "I'm you're they'll we'd 've'", "naïve café Ünïcode ﬁ ½ Ⅷ", "漢字とカナ 한국어",
+           "<pad> a <unk>", "<extra_id_0> x<extra_id_99>", "I'm you're they'll we'd 've'",
+           "naïve café Ünïcode ﬁ ½ Ⅷ", "漢字とカナ 한국어",
            "👩‍👩‍👧‍👦 🇨🇭 ❤️", "e\u0301 \u200d\u200b\u202e\ufeff", "ａｂｃ１２３", "\u2028\u3000x\u00a0y", "a" * 2000,
            "red cube " * 500, "<<<>>>|||", "12345 6.7e-8", "İstanbul ǅ ß ẞ"]
 
 
 def strings(n=2000, seed=0):
     rng = random.Random(seed)
-    words = ["red", "Blue", "cube", "sphere", "left", "of", "the", "don't", "<|endoftext|>", "</s>", "é", "猫", "🟥", "\t",
-             "\x02", "_", "--", "3.14", ",", "CAPS", "\u202e", "ﷺ", "lit from the right"]
+    words = ["red", "Blue", "cube", "sphere", "left", "of", "the", "don't", "<|endoftext|>", "</s>", "é", "猫",
+             "🟥", "\t", "\x02", "_", "--", "3.14", ",", "CAPS", "\u202e", "ﷺ", "lit from the right"]
     ranges = [(32, 127), (0, 32), (160, 1000), (0x4E00, 0x4F00), (0x1F300, 0x1F700), (0x600, 0x700), (0x2000, 0x2070)]
 
     def one():

@@ -1,0 +1,607 @@
+"""Training runs: prompts, harvested chunks, checkpoints that resume bit for bit, and errors of one line."""
+import csv
+import gzip
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import huggingface_hub
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from huggingface_hub import errors
+
+import flux
+import sae
+import train
+
+ROOT = Path(train.__file__).parent
+PROMPTS = [f"{color} {shape}" for shape in ("cube", "cone", "sphere") for color in ("red", "blue", "green", "grey")]
+TINY = {"layer": 5, "features": 256, "k": 8, "steps": 6, "batch": 64, "prompt_batch": 2, "seeds_per_prompt": 2,
+        "buffer": 256, "size": 64, "text_tokens": 16}            # chunks of 4 forward passes: 8 prompts, 4 batches
+LOGGED = {"log_every": 2, "save_every": 2}
+FLAGS = [f"--{name}={value}" for name, value in (TINY | LOGGED).items()]
+
+
+@pytest.fixture(scope="module")
+def model(nano):
+    return flux.load(nano, dtype=jnp.float32)
+
+
+@pytest.fixture
+def start(nano, model, monkeypatch, tmp_path):
+    """train.main on tiny sizes, in a folder of its own, with the weights loaded once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flux, "load", lambda *args, **kwargs: model)
+    return lambda **flags: train.main(**({"model": str(nano)} | TINY | LOGGED | flags))
+
+
+@pytest.fixture(scope="module")
+def trained(nano, model, tmp_path_factory):
+    """A finished run's checkpoint, left as it is by every test."""
+    out = tmp_path_factory.mktemp("trained") / "ckpt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flux, "load", lambda *args, **kwargs: model)
+        train.main(model=str(nano), out=str(out), **TINY, **LOGGED)
+    return out
+
+
+def run_of(nano, **flags):
+    return train.defaults(str(nano), Path(nano), flux.read_config(nano)[1], TINY | flags)
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_same_run(a, b):
+    assert metrics(a) == metrics(b)
+    for name in (sae.STATE, sae.WEIGHTS, sae.CONFIG):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+class Stop(Exception):
+    """Stands for a power cut."""
+
+
+def stop_after(monkeypatch, saves):
+    """Let a run die right after its n-th checkpoint."""
+    original, count = sae.checkpoint, itertools.count(1)
+
+    def checkpoint(*args, **kwargs):
+        original(*args, **kwargs)
+        if next(count) == saves:
+            raise Stop
+
+    monkeypatch.setattr(sae, "checkpoint", checkpoint)
+
+
+def fails(monkeypatch, capsys, *flags):
+    """The one line on stderr in which the command ends."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as error:
+        flux.command(train.main)
+    text, printed = str(error.value.code), capsys.readouterr()
+    assert text.startswith("error: ") and "\n" not in text and "Traceback" not in printed.err
+    return text
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_checkpoint_loads_here_and_in_sae_lens_and_both_agree_on_real_residuals(trained, model):
+    sae_lens = pytest.importorskip("sae_lens")
+    torch = pytest.importorskip("torch")
+    assert set(files(trained)) == {sae.CONFIG, sae.WEIGHTS, sae.STATE, "metrics.jsonl"}
+    params, cfg = sae.load(trained)
+    assert (cfg.d_in, cfg.features, cfg.k) == (model.cfg.width, 256, 8)
+    theirs = sae_lens.SAE.load_from_disk(str(trained))
+    x = np.asarray(flux.residuals(model, PROMPTS[:4], layer=5, site="img", seed=9, size=64, text_tokens=16))
+    x = x.reshape(-1, model.cfg.width)
+    with torch.no_grad():
+        expected = theirs.encode(torch.tensor(x))
+        back = theirs.decode(expected).numpy()
+    values, indices = sae.encode(params, cfg, x)
+    dense = np.zeros((len(x), cfg.features), np.float32)
+    np.put_along_axis(dense, np.asarray(indices), np.asarray(values), 1)
+    assert (dense > 0).sum() > len(x)                            # features do fire
+    np.testing.assert_allclose(dense, expected.numpy(), atol=1e-3)
+    np.testing.assert_allclose(sae.decode(params, cfg, values, indices), back, atol=1e-3 * np.abs(back).max())
+
+
+def test_metrics_have_a_line_every_log_every_steps(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6] and [line["tokens"] for line in lines] == [128, 256, 384]
+    for line in lines:
+        assert line.keys() >= {"step", "tokens", "loss", "fvu", "l0", "dead", "cosine", "tokens_per_s"}
+        assert all(np.isfinite(value) for value in line.values()) and 0 < line["l0"] <= 8 and line["tokens_per_s"] > 0
+
+
+def test_metadata_says_how_to_make_it_again(trained, nano):
+    metadata = sae.load_metadata(trained)
+    assert (metadata["model"], metadata["layer"], metadata["site"], metadata["seed"]) == (str(nano), 5, "img", 0)
+    assert metadata["versions"].keys() >= {"jax", "numpy"} and "normalization" in metadata and "revision" in metadata
+    assert metadata["run"] == {"model": str(nano), "site": "img", "prompts": "scenes", "prompt_field": None, "timesteps": 1,
+                               "lr": 3 * sae.default_lr(256), "seed": 0, "dtype": "float32"} | TINY
+    rows = metadata["evaluation"]
+    assert list(rows) == ["SAE", "PCA, 8 components", "random features"]
+    assert 0 < rows["PCA, 8 components"]["fvu_standardized"] < rows["random features"]["fvu_standardized"]
+
+
+def test_output_of_a_run(start, capsys):
+    start()
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert "chunks of 256 tokens, from 8 prompts each" in printed.out
+    assert lines[-1] == "checkpoint: ckpt" and lines[-5].startswith("held-out") and "FVU" in lines[-5]
+    assert "FVU" in printed.err and "L0" in printed.err and "dead" in printed.err and "tokens/s" in printed.err
+    assert "100%" in printed.err
+
+
+@pytest.mark.parametrize("flags", [{"site": "txt"}, {"site": "both", "timesteps": 2}])
+def test_other_sites_and_more_timesteps(start, flags, tmp_path):
+    start(**flags, steps=6)
+    assert sae.load_metadata(tmp_path / "ckpt")["run"] == sae.load_metadata(tmp_path / "ckpt")["run"] | flags
+    assert metrics(tmp_path / "ckpt")[-1]["step"] == 6
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("saves, save_every", [(2, 2), (2, 3), (3, 2), (4, 2)])
+def test_a_stopped_run_goes_on_bit_for_bit(start, trained, monkeypatch, tmp_path, saves, save_every):
+    """The first save is the fresh SAE's; 3 lies between two log lines, 4 at the end of a chunk, the last at the end."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, saves)
+        with pytest.raises(Stop):
+            start(save_every=save_every)
+    with open(tmp_path / "ckpt" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 100, "loss": 1.0}\n{"step": 3, "lo')   # a lost step's line, and a torn one
+    train.main(resume=True, **LOGGED)
+    assert_same_run(tmp_path / "ckpt", trained)
+
+
+def test_a_finished_run_resumes_to_the_same_and_goes_on_with_more_steps(start, trained, tmp_path):
+    start()
+    train.main(resume=True, **LOGGED)                            # held-out prompts stay held out
+    assert_same_run(tmp_path / "ckpt", trained)
+    before = sae.load_state(tmp_path / "ckpt")[0]
+    train.main(resume=True, steps=8, **LOGGED)
+    after = sae.load_state(tmp_path / "ckpt")[0]
+    assert [line["step"] for line in metrics(tmp_path / "ckpt")] == [2, 4, 6, 8]
+    assert np.abs(np.asarray(after.params["enc"] - before.params["enc"])).max() > 1e-6     # the rate is not at zero
+    assert sae.load_metadata(tmp_path / "ckpt")["run"]["steps"] == 8
+
+
+@pytest.mark.parametrize("flag", [{"layer": 4}, {"site": "txt"}, {"k": 32}, {"batch": 2048}, {"seed": 1}, {"timesteps": 2},
+                                  {"features": 512}, {"prompts": "x.txt"}, {"model": "schnell"}, {"lr": 0.1}])
+def test_resume_refuses_another_run(trained, monkeypatch, capsys, flag):
+    """Also where the flag repeats the usual default but the run was another."""
+    old = files(trained)
+    (name, value), = flag.items()
+    line = fails(monkeypatch, capsys, "--resume", f"--out={trained}", f"--{name}={value}")
+    assert f"was trained with --{name}" in line and files(trained) == old
+
+
+def test_kill_in_the_middle_leaves_a_checkpoint_that_resumes(nano, tmp_path, monkeypatch, model, trained):
+    command = [sys.executable, ROOT / "train.py", f"--model={nano}", *FLAGS, "--save_every=1", "--steps=5000"]
+    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, deadline = tmp_path / "ckpt" / "metrics.jsonl", time.monotonic() + 100
+    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    sae.load(tmp_path / "ckpt")
+    state = sae.load_state(tmp_path / "ckpt")[0]
+    assert int(state.step) >= 2
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flux, "load", lambda *args, **kwargs: model)
+    train.main(resume=True, steps=int(state.step) + 2, **LOGGED)
+    steps = [line["step"] for line in metrics(tmp_path / "ckpt")]
+    assert steps == sorted(set(steps)) and steps[-1] == int(state.step) + 2
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"] and set(files(tmp_path / "ckpt")) == set(files(trained))
+
+
+# ---------------------------------------------------------------- what is there already
+
+
+def test_existing_checkpoints_are_kept_unless_told(start, trained, tmp_path, monkeypatch, capsys):
+    start(seed=1)
+    old = files(tmp_path / "ckpt")
+    assert "--resume" in (line := fails(monkeypatch, capsys, *FLAGS)) and "--overwrite" in line
+    assert "exclude" in fails(monkeypatch, capsys, "--resume", "--overwrite")
+    assert files(tmp_path / "ckpt") == old
+    (tmp_path / "ckpt" / "thesis.tex").write_text("years of work")
+    assert "thesis.tex" in fails(monkeypatch, capsys, "--overwrite", *FLAGS)
+    (tmp_path / "ckpt" / "thesis.tex").unlink()
+    with monkeypatch.context() as patch:                         # an overwriting run that fails early changes nothing
+        patch.setattr(sae, "init", lambda *args: (_ for _ in ()).throw(ValueError("no")))
+        with pytest.raises(ValueError):
+            start(overwrite=True)
+    assert files(tmp_path / "ckpt") == old
+    start(overwrite=True)
+    assert_same_run(tmp_path / "ckpt", trained)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_overwrite_follows_a_link(start, trained, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "ckpt").symlink_to(tmp_path / "disk")            # an empty folder may be used
+    start()
+    start(overwrite=True)
+    assert (tmp_path / "ckpt").is_symlink()
+    assert_same_run(tmp_path / "disk", trained)
+
+
+def test_out_that_is_not_a_checkpoint(monkeypatch, capsys, tmp_path, trained):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("mine")
+    for out in ("file", "folder"):
+        for flag in ("--overwrite", "--nooverwrite"):
+            assert "not a checkpoint" in fails(monkeypatch, capsys, f"--out={tmp_path / out}", flag)
+        assert "no checkpoint" in fails(monkeypatch, capsys, f"--out={tmp_path / out}", "--resume")
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "mine").read_text() == "mine"
+    assert "no checkpoint" in fails(monkeypatch, capsys, f"--out={tmp_path / 'nothing'}", "--resume")
+    params, cfg = sae.load(trained)
+    state = sae.load_state(trained)[0]
+    sae.checkpoint(tmp_path / "foreign", state, cfg)
+    assert "not written by" in fails(monkeypatch, capsys, f"--out={tmp_path / 'foreign'}", "--resume")
+
+
+# ---------------------------------------------------------------- chunks
+
+
+def harvest(nano, model, **flags):
+    run = run_of(nano, **flags)
+    return train.Harvest(run, model, iter(itertools.cycle(PROMPTS)))
+
+
+def sort(rows):
+    return rows[np.lexsort(rows.T[::-1])]
+
+
+def test_chunks_repeat_differ_and_are_shuffled_across_prompts(nano, model):
+    h = harvest(nano, model)
+    assert (h.tokens, h.forwards, h.batches) == (256, 4, 4)
+    first, second = h.chunk(0), h.chunk(1)
+    assert first.shape == (256, model.cfg.width) and first.dtype == np.float32
+    np.testing.assert_array_equal(harvest(nano, model).chunk(1), second)     # skips chunk 0's prompts
+    np.testing.assert_array_equal(harvest(nano, model).chunk(0), first)
+    assert not np.isin(first[:, 0], second[:, 0]).any()          # other prompts, other noise
+    parts = harvest(nano, model)
+    plain = np.concatenate([parts.forward(2 * i) for i in range(4)])
+    np.testing.assert_array_equal(sort(plain), sort(first))
+    places = [np.flatnonzero((plain == row).all(1))[0] for row in first[:64]]
+    assert len(set(np.array(places) // 32)) == 8                 # one batch holds tokens of every prompt
+    other = harvest(nano, model, seed=1).chunk(0)
+    assert not np.isin(first[:, 0], other[:, 0]).any()
+
+
+def test_chunks_do_not_depend_on_the_prompts_of_a_forward_pass(nano, model):
+    one, two = harvest(nano, model), harvest(nano, model, prompt_batch=4)
+    for c in (0, 1):
+        np.testing.assert_allclose(one.chunk(c), two.chunk(c), atol=1e-4)
+
+
+@pytest.mark.parametrize("site, timesteps, N", [("img", 1, 16), ("both", 2, 32)])
+def test_activations_are_those_of_flux_residuals(nano, model, site, timesteps, N):
+    h = harvest(nano, model, site=site, timesteps=timesteps, buffer=1)
+    chunk = h.chunk(0)
+    repeated = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    # image n of prompt p has the noise number 2 p + n, which is flux.residuals' own numbering of these four
+    expected = np.asarray(flux.residuals(model, repeated, layer=5, site=site, seed=0, steps=timesteps, size=64,
+                                         text_tokens=16)).reshape(-1, model.cfg.width)
+    assert expected.shape == chunk.shape == (4 * N * timesteps, model.cfg.width)
+    order = np.random.default_rng((0, 0)).permutation(len(chunk))
+    np.testing.assert_allclose(chunk, expected[order], atol=1e-5 * np.abs(expected).max())
+    images = expected.reshape(timesteps, 4, N, -1)[0]
+    assert np.abs(images[0] - images[1]).max() > 1e-2            # seeds of one prompt differ in their noise
+
+
+def test_held_out_activations_come_from_prompts_after_the_last_one(nano, model):
+    h, seen = harvest(nano, model), []
+    h.prompts = (seen.append(n) or PROMPTS[n % 12] for n in itertools.count())
+    state = sae.load_state_or_init() if hasattr(sae, "load_state_or_init") else None
+    assert state is None
+    h.seek(2)
+    assert seen == list(range(16)) and h.position == 16
+    h.forward(train.HELD_OUT)
+    assert seen == list(range(18)) and h.position == 18
+
+
+# ---------------------------------------------------------------- prompts
+
+
+CAPTIONS = ["a red cube", "ein grüner Würfel, 立方体", "a \"quoted\", comma"]
+
+
+def write(path, field="caption"):
+    """CAPTIONS in the format that the name says, with blank prompts between."""
+    kind = path.name.split(".")[1]
+    if kind == "csv":
+        opened = (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8", newline="")
+        with opened as file:
+            csv.writer(file).writerows([["id", field], *([i, text] for i, text in enumerate([*CAPTIONS, " ", ""]))])
+        return path
+    if kind == "jsonl":
+        text = "".join(json.dumps({"id": i, field: c}, ensure_ascii=i % 2 == 0) + "\n\n"
+                       for i, c in enumerate([*CAPTIONS, "", None]))
+    else:
+        text = "\r\n".join(["", *CAPTIONS, "   ", ""])
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl", "p.txt.gz", "p.csv.gz", "p.jsonl.gz"])
+def test_prompt_files(tmp_path, name):
+    assert list(train.read_prompts(str(write(tmp_path / name)))) == CAPTIONS
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl.gz"])
+def test_prompt_fields(tmp_path, name):
+    path = str(write(tmp_path / name, field="legend"))
+    assert list(train.read_prompts(path, "legend")) == CAPTIONS
+    for field in (None, "title"):
+        with pytest.raises(ValueError, match=r"no field .*id, legend.*--prompt_field"):
+            list(train.read_prompts(path, field))
+
+
+def test_fields_are_tried_in_order_and_json_lines_may_be_strings(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"caption": "b", "prompt": "a"}\n"c"\n{"caption_llava_short": "d"}\n')
+    assert list(train.read_prompts(str(tmp_path / "p.jsonl"))) == ["a", "c", "d"]
+
+
+def test_byte_order_marks_of_spreadsheets(tmp_path):
+    (tmp_path / "p.csv").write_bytes("caption\r\na red cube\r\n".encode("utf-8-sig"))
+    (tmp_path / "p.txt").write_bytes("a red cube\r\n".encode("utf-8-sig"))
+    assert [list(train.read_prompts(str(tmp_path / f"p.{kind}"))) for kind in ("csv", "txt")] == [["a red cube"]] * 2
+
+
+GZ = gzip.compress(b"a red cube\n" * 1000)
+
+
+@pytest.mark.parametrize("name, data, message", [
+    ("p.jsonl", b'{"text": "a"}\n{"text": \n', r"line 2 is not JSON"),
+    ("p.jsonl", b'"a"\n\n[1]\n', r"prompt 2 is \[1\], not a string"),
+    ("p.jsonl", b'{"text": 5}\n', r"prompt 1 is 5, not a string"),
+    ("p.jsonl", b"\xff\xfe\x00garbage\n", r"cannot be read as .jsonl"),
+    ("p.txt", bytes(range(256)) * 9, r"cannot be read as .txt"),
+    ("p.csv", b"\x89PNG\r\n\x1a\n\xff", r"cannot be read as .csv"),
+    ("p.csv", b"", r"no field .* but none"),
+    ("p.txt.gz", b"not gzip at all", r"cannot be read as .txt"),
+    ("p.txt.gz", GZ[:-12], r"cannot be read as .txt"),
+    ("p.txt.gz", GZ[:12] + b"\xff" * 9 + GZ[21:], r"cannot be read as .txt"),
+    ("p.txt", b"", r"holds no prompts"), ("p.csv", b"text\n", r"holds no prompts"),
+])
+def test_prompt_files_that_do_not_fit(tmp_path, nano, name, data, message):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        list(itertools.islice(train.open_prompts(run_of(nano, prompts=str(path))), 10_000))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table({"id": [0, 1, 2, 3], "text": [*CAPTIONS, None]}), path)
+    assert list(train.read_prompts(str(path))) == CAPTIONS
+    with pytest.raises(ValueError, match="has no field 'legend', but id, text"):
+        list(train.read_prompts(str(path), "legend"))
+    with pytest.raises(ValueError, match="prompt 2 is 1, not a string"):
+        list(train.read_prompts(str(path), "id"))
+    path.write_bytes(b"garbage")
+    with pytest.raises(ValueError):
+        list(train.read_prompts(str(path)))
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "p.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        list(train.read_prompts(str(tmp_path / "p.parquet")))
+
+
+def test_a_finite_source_starts_anew_and_is_streamed(tmp_path, nano):
+    path = write(tmp_path / "p.txt")
+    stream = train.open_prompts(run_of(nano, prompts=str(path)))
+    assert list(itertools.islice(stream, 7)) == (CAPTIONS * 3)[:7]
+    pipe = tmp_path / "huge.txt"
+    pipe.write_text("a red cube\n" * 500_000)                    # 5 MB, of which little may be held
+    import tracemalloc
+    tracemalloc.start()
+    assert len(list(itertools.islice(train.read_prompts(str(pipe)), 5))) == 5
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300_000
+
+
+def test_scene_captions_come_from_our_own_script_only(nano, tmp_path):
+    (tmp_path / "scenes.py").write_text("raise SystemExit('a stranger ran code')")
+    run = train.defaults("x", tmp_path, flux.Config(), {})
+    assert run.prompts == "scenes"
+    first = list(itertools.islice(train.open_prompts(run), 3))
+    assert first == list(itertools.islice(train.open_prompts(run_of(nano)), 3)) and all("a" in c for c in first)
+
+
+# ---------------------------------------------------------------- the hub's stand-in
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Datasets as folders {owner}/{name} of tmp_path / "hub"; the list says what was fetched."""
+    root, fetched = tmp_path / "hub", []
+
+    def list_repo_files(self, repo, *, repo_type):
+        assert repo_type == "dataset"
+        return [str(path.relative_to(root / repo)) for path in (root / repo).rglob("*") if path.is_file()]
+
+    def hf_hub_download(repo, file, *, repo_type):
+        assert repo_type == "dataset"
+        fetched.append(file)
+        if not (root / repo / file).is_file():
+            raise errors.LocalEntryNotFoundError(f"no {file}\nand a second line")
+        return str(root / repo / file)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return root, fetched
+
+
+def test_hub_datasets_are_fetched_file_by_file(hub):
+    root, fetched = hub
+    folder = root / "opendiffusionai" / "cc12m-cleaned"
+    (folder / "sub").mkdir(parents=True)
+    write(folder / "a.jsonl.gz", "caption_llava_short")
+    write(folder / "sub" / "b.jsonl", "caption_llava_short")
+    for name in ("README.md", "info.json", "license.txt", ".gitattributes"):
+        (folder / name).write_text("not prompts")
+    stream = train.read_prompts(train.DATASET, train.DATASET_FIELD)
+    assert fetched == []
+    assert list(itertools.islice(stream, 3)) == CAPTIONS and fetched == ["a.jsonl.gz"]
+    assert list(stream) == CAPTIONS and fetched == ["a.jsonl.gz", "sub/b.jsonl"]
+    fetched.clear()
+    assert list(train.read_prompts(f"{train.DATASET}/sub/b.jsonl")) == CAPTIONS and fetched == ["sub/b.jsonl"]
+
+
+def test_hub_datasets_that_do_not_fit(hub, monkeypatch):
+    root, _ = hub
+    (root / "o" / "empty").mkdir(parents=True)
+    for source, message in (("hf:o/empty", "o/empty holds no csv, jsonl or parquet"), ("hf:o", "write hf:owner/dataset"),
+                            ("hf:o/", "write hf:owner/dataset"), ("hf:o/empty/no.csv", "cannot fetch o/empty/no.csv")):
+        with pytest.raises(ValueError, match=message) as error:
+            list(train.read_prompts(source))
+        assert "\n" not in str(error.value)
+
+    def broken(error):
+        def list_repo_files(*args, **kwargs):
+            raise error
+        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
+        with pytest.raises(ValueError) as caught:
+            list(train.read_prompts("hf:o/d"))
+        return str(caught.value)
+
+    gated = errors.GatedRepoError.__new__(errors.GatedRepoError)
+    assert "o/d is gated" in (line := broken(gated)) and "hf auth login" in line
+    assert broken(RuntimeError("connection refused\nmore")) == "cannot fetch o/d from the hub: connection refused"
+    assert broken(TimeoutError()) == "cannot fetch o/d from the hub: TimeoutError"
+
+
+# ---------------------------------------------------------------- defaults and mistakes
+
+
+def test_defaults_fit_nano(nano):
+    cfg = flux.read_config(nano)[1]
+    run = train.defaults("nano", Path(nano), cfg, {})
+    assert (run.layer, run.site, run.features, run.prompts) == (cfg.num_layers - 1, "img", 16 * cfg.width, "scenes")
+    assert run.dtype == "float32" and run.steps == 1000 and run.buffer >= run.batch
+    assert train.defaults("nano", Path(nano), cfg, {"prompts": "x.txt"}).prompts == "x.txt"
+
+
+@pytest.mark.parametrize("platform, dtype", [("cpu", "float32"), ("tpu", "bfloat16")])
+def test_defaults_fit_schnell(tmp_path, monkeypatch, platform, dtype):
+    monkeypatch.setattr(train.jax, "devices", lambda: [type("Device", (), {"platform": platform})])
+    run = train.defaults("schnell", tmp_path, flux.Config(), {})
+    assert (run.layer, run.features, run.site, run.dtype) == (18, 16384, "img", dtype)
+    assert (run.prompts, run.prompt_field) == ("hf:opendiffusionai/cc12m-cleaned", "caption_llava_short")
+    assert run.lr == sae.default_lr(16384)
+    given = train.defaults("schnell", tmp_path, flux.Config(), {"layer": 10, "features": 512, "prompts": "p.csv"})
+    assert (given.layer, given.features, given.prompts, given.prompt_field) == (10, 512, "p.csv", None)
+    assert given.lr == sae.default_lr(512)
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--layer=12", "unknown layer 12: the model has layers 0 to 11"), ("--layer=-1", "unknown layer -1"),
+    ("--layer=x", "unknown layer 'x'"), ("--layer", "layer True"), ("--site=image", "unknown site 'image'"),
+    ("--laier=3", "unknown flag --laier"), ("--model=nonsense", "unknown model 'nonsense'"),
+    ("--model={tmp}", "config.json is missing"), ("--prompts=absent.txt", "no prompt file 'absent.txt'"),
+    ("--prompts={tmp}", "no prompt file"), ("--prompts=5", "no prompt file '5'"), ("--features=0", "--features 0"),
+    ("--features=many", "--features many"), ("--steps=1.5", "--steps 1.5"), ("--k=-3", "--k -3"),
+    ("--k=5000", "--k 5000 is more than --features 2048"), ("--batch=0", "--batch 0"), ("--timesteps=0", "--timesteps 0"),
+    ("--seeds_per_prompt=0", "--seeds_per_prompt 0"), ("--lr=0", "--lr 0"), ("--lr=fast", "--lr fast"),
+    ("--lr=1e999", "--lr"), ("--seed=-1", "--seed -1"), ("--seed=3000000000", "--seed 3000000000"),
+    ("--dtype=int8", "--dtype int8"), ("--log_every=0", "--log_every 0"), ("--save_every=often", "--save_every often"),
+])
+def test_mistakes_end_in_one_line_before_any_work(monkeypatch, capsys, tmp_path, nano, flag, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flux, "load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    given = [flag.format(tmp=tmp_path)]
+    model = [] if flag.startswith("--model") else [f"--model={nano}"]
+    assert message in fails(monkeypatch, capsys, *model, *given)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_gated_model_without_a_token(monkeypatch, capsys, tmp_path):
+    def snapshot_download(*args, **kwargs):
+        raise errors.GatedRepoError.__new__(errors.GatedRepoError)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    line = fails(monkeypatch, capsys, "--model=schnell", "--layer=10", "--features=16384")
+    assert "black-forest-labs/FLUX.1-schnell is gated" in line
+
+
+def test_prompts_that_end_in_the_middle_of_a_bad_file_leave_the_checkpoint(start, tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS) + "{\n")
+    with pytest.raises(ValueError, match="line 13 is not JSON"):
+        start(prompts=str(tmp_path / "p.jsonl"))                 # in the second chunk
+    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 4
+
+
+@pytest.mark.parametrize("call, step", [(1, 0), (6, 4)])
+def test_activations_that_are_not_finite_are_never_trained_on(start, monkeypatch, tmp_path, call, step):
+    original, count = flux.capture, itertools.count(1)
+
+    def capture(*args, **kwargs):
+        acts = original(*args, **kwargs)
+        return acts.at[0, 0, 0, 0].set(jnp.nan) if next(count) == call else acts
+
+    monkeypatch.setattr(flux, "capture", capture)
+    with pytest.raises(ValueError, match=f"step {step} .*NaN"):
+        start()
+    assert (tmp_path / "ckpt").exists() == (step > 0)
+    if step:
+        assert int(sae.load_state(tmp_path / "ckpt")[0].step) == step
+
+
+def test_bfloat16_weights(start, nano, monkeypatch, tmp_path, model):
+    half = replace(model, params=flux.jax.tree.map(lambda w: w.astype(jnp.bfloat16), model.params))
+    monkeypatch.setattr(flux, "load", lambda *args, **kwargs: half)
+    start(dtype="bfloat16")
+    assert sae.load(tmp_path / "ckpt")[0]["W_enc"].dtype == jnp.float32
+
+
+def test_the_flags_of_the_command_are_those_of_a_run():
+    import inspect
+    flags = inspect.signature(train.main).parameters
+    assert {field.name for field in fields(train.Run)} < flags.keys()
+
+
+def test_the_command_as_a_user_types_it(nano, tmp_path, trained):
+    """On a folder that holds a pipeline and nothing else, with prompts from a file."""
+    pipeline = tmp_path / "pipeline"
+    pipeline.mkdir()
+    for part in nano.iterdir():
+        if part.is_dir() or part.suffix == ".json":
+            os.symlink(part, pipeline / part.name)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    command = [sys.executable, str(ROOT / "train.py"), "--model", "pipeline", "--prompts", "prompts.txt", *FLAGS]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("model: pipeline (as asked)") and done.stdout.endswith("checkpoint: ckpt\n")
+    assert sae.load_metadata(tmp_path / "ckpt")["run"]["prompts"] == "prompts.txt"
+    assert set(files(tmp_path / "ckpt")) == set(files(trained))
