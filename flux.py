@@ -363,7 +363,7 @@ class Model:
 
 def read_config(model):
     """(folder, transformer Config) of `model`, without its weights: enough to check a layer before a long load."""
-    folder = resolve(model)
+    folder = resolve(model, ["transformer/config.json"])
     return folder, text_encoders.read_config(Config, folder / "transformer" / "config.json")
 
 
@@ -390,8 +390,12 @@ def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None):
         size=text_encoders.read_json(folder / "vae" / "config.json").get("sample_size", 1024))
 
 
-def resolve(model):
-    """The folder of `model` (see `load`), downloaded if it is a repo. Raises ValueError that says what is wrong."""
+PARTS = ["model_index.json", *(f"{part}/*" for part in (
+    "transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler"))]
+
+
+def resolve(model, files=PARTS):
+    """The folder of `model` (see `load`); of a repo, `files` are downloaded. Raises ValueError that says what is wrong."""
     if str(model) == "nano" and not Path("nano/model_index.json").exists():
         model = Path(__file__).parent / "nano"
     if Path(model).is_dir():
@@ -399,21 +403,19 @@ def resolve(model):
     repo = REPOS.get(str(model), str(model))
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise ValueError(f"unknown model {str(model)!r}: give nano, schnell, dev, a folder or a repo id owner/name")
-    return _download(repo)
+    return _download(repo, files)
 
 
-def _download(repo):
+def _download(repo, files):
     from huggingface_hub import errors, snapshot_download
-    parts = [f"{part}/*" for part in (
-        "transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler")]
     try:
-        return Path(snapshot_download(repo, allow_patterns=["model_index.json", *parts]))
+        return Path(snapshot_download(repo, allow_patterns=files))
     except errors.GatedRepoError:
         raise ValueError(f"{repo} is gated: accept its license on the hub, then log in with `hf auth login`") from None
     except errors.RepositoryNotFoundError:
         raise ValueError(f"no repo {repo} on the hub (or it is private and you are not logged in)") from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
-        raise ValueError(f"cannot fetch {repo}: {str(error).splitlines()[0]}") from None
+    except Exception as error:                                   # whichever HTTP library the hub client uses raises its own
+        raise ValueError(f"cannot fetch {repo}: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 def default_model():

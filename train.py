@@ -359,8 +359,8 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
          prompt_field="", prompt_batch=None, seeds_per_prompt=None, timesteps=None, buffer=None, size=None,
          text_tokens=None, lr=None, out="ckpt", resume=False, overwrite=False, seed=None, dtype="", log_every=20,
          save_every=200, **unknown):
-    """Train a TopK SAE on the residual stream of one layer, and write it to the folder --out. A flag left out takes what
-    suits the model (see `defaults`) or, with --resume, what the checkpoint says."""
+    """Train a TopK SAE on the residual stream of one layer, and write it to the folder --out. A flag left out takes
+    what suits the model (see `defaults`) or, with --resume, what the checkpoint says."""
     names = {field.name for field in fields(Run)} - {"model"}
     given = {name: value for name, value in locals().items() if name in names and value not in (None, "")}
     flux.no_unknown_flags(unknown)
@@ -368,16 +368,16 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
     out = Path(out)
     check_out(out, resume, overwrite)
     if resume:
-        run, folder = resumed(out, model, given)
+        run = resumed(out, model, given)
     else:
-        name = flux.announce(model)
+        name = flux.announce(str(model))
         folder, cfg = flux.read_config(name)
         run = defaults(name, folder, cfg, given)
     stream = open_prompts(run)
     stream = itertools.chain([next(stream)], stream)             # a bad prompt source fails here, before the long load
     print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of "
           f"{run.batch:,} tokens, prompts from {run.prompts}")
-    loaded = flux.load(folder, dtype=jnp.dtype(run.dtype))
+    loaded = flux.load(run.model, dtype=jnp.dtype(run.dtype))
     run = replace(run, size=run.size or min(256, loaded.size), text_tokens=run.text_tokens or loaded.text_tokens)
     rows = train(run, loaded, stream, out, resume=resume, overwrite=overwrite, log_every=log_every,
                  save_every=save_every)
@@ -423,14 +423,14 @@ def resumed(out, model, given):
         run = Run(**sae.load_metadata(out)["run"])
     except (KeyError, TypeError):
         raise ValueError(f"--resume: {out} was not written by this train.py") from None
-    given = given if model == "auto" else {"model": model} | given
+    given = given if model == "auto" else {"model": str(model)} | given
     for name, value in given.items():
         if name != "steps" and value != getattr(run, name):
             raise ValueError(f"--resume: {out} was trained with --{name} {getattr(run, name)}, not {value}")
     run = replace(run, **given)
     check_numbers(run)
     print(f"model: {run.model} (as in {out})")
-    return run, flux.resolve(run.model)
+    return run
 
 
 def table(rows):

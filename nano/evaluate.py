@@ -2,8 +2,8 @@
 
     python nano/evaluate.py --n 300               # --retrain trains the judge anew, two minutes on two idle cores
 
-A small classifier, the judge, looks at one-object images and names shape and colour. It is trained on true renders of
-seeds that nothing else uses, and on some of them as the autoencoder passes them on, so that it forgives blur; before it
+A small classifier, the judge, names shape and colour of the object in one-object images. It is trained on true renders
+of seeds that nothing else uses and, to forgive blur, on some of them as the autoencoder reconstructs them; before it
 judges anything, it is checked on true renders that it has not seen. Other scripts may reuse it:
 
     shapes, colors = evaluate.judge(evaluate.load_judge(), images)       # uint8 [B, 128, 128, 3] → logits
@@ -58,12 +58,8 @@ def load_judge(path=NANO / "judge.safetensors"):
         return {name: jnp.asarray(reader.get_tensor(name), jnp.float32) for name in reader.keys()}  # noqa: SIM118
 
 
-def save_judge(params, path=NANO / "judge.safetensors"):
-    save_file({name: np.asarray(value, jnp.bfloat16) for name, value in params.items()}, path)
-
-
 def train_judge(model, count=14_000, reconstructed=1_000, epochs=5, batch=100, seed=0):
-    """Parameters of a judge trained on `count` true renders, and on some of them as the autoencoder reconstructs them."""
+    """Parameters of a judge trained on `count` true renders, and on some of them as the autoencoder shows them."""
     images, labels = draw(range(JUDGE_SEED, JUDGE_SEED + count))
     passed = reconstruct(model, images[:reconstructed], noise=0.2)
     # Each reconstruction is shown twice as often as a render: they are few, and what is judged is closer to them.
@@ -163,7 +159,7 @@ def labels_of(scene):
 
 
 def reconstruct(model, images, noise=0.0):
-    """What the autoencoder makes of images, uint8; optionally with errors in the latents, as a flow model makes them."""
+    """What the autoencoder makes of images, uint8; `noise` is an error of its latents, such as a flow model makes."""
     cfg, params = model.vae
 
     @jax.jit
@@ -177,9 +173,8 @@ def reconstruct(model, images, noise=0.0):
 
 
 def psnr(a, b):
-    """Mean over images of the peak signal-to-noise ratio in dB, of uint8 images."""
-    error = ((a.astype(np.float32) - b) ** 2).mean((1, 2, 3))
-    return float(np.mean(10 * np.log10(255 ** 2 / error)))
+    """Mean over uint8 images of the peak signal-to-noise ratio in dB."""
+    return np.mean(10 * np.log10(255 ** 2 / ((a.astype(np.float32) - b) ** 2).mean((1, 2, 3))))
 
 
 # ---------------------------------------------------------------- the model's images
@@ -280,31 +275,32 @@ pipeline.
 
 ## The world
 
-Solids stand on a ground plane before a backdrop, under one light that casts shadows. Each is a {shapes}; {colors};
-{sizes}. One to three are in view, the light comes from the left, the right, the front, behind or above, and the camera
-looks down from 13 to 37 degrees. A caption names some of it in changing words. `scenes.py` gives the scene of a seed,
-its captions, its image, and for every pixel object, depth, surface normal and whether the light reaches it:
+One to three solids stand on a ground plane before a backdrop, under one light that casts shadows. Shapes: {shapes}.
+Colours: {colors}. Sizes: {sizes}. The light comes from: {sides}. The
+camera looks down from 13 to 37 degrees. A caption names some of it in changing words. `scenes.py` gives the scene of a
+seed, its captions, its image, and for every pixel object, depth, surface normal and whether the light reaches it:
 
     python nano/scenes.py --n 16 --out scenes.png
 
 ## How it was made
 
     python nano/train.py                          # tokenizers, autoencoder (train_vae.py), then flow and text encoders
-    python nano/evaluate.py --n {n}              # this page; --retrain trains the classifier anew
+    python nano/evaluate.py --n {n}               # this page; --retrain trains the classifier anew
 
 {training}, on two CPU cores with AMX. Seeds from 1,000,000 on are for training, from 2,000,000 on for the classifier;
 all below are held out. The flow is not distilled; what ships is a moving average of its weights, in bfloat16.
 
 License: MIT, weights and scripts alike. All images and captions come from `scenes.py`; no data of others was used.
 """
-TRAINING = "20 minutes for the autoencoder (20,000 scenes), 62 minutes for the rest (`--minutes 62 --batch 48`)"
+TRAINING = "20 minutes for the autoencoder (20,000 scenes), 45 minutes for the rest (`--minutes 45 --batch 48`)"
+PARTS = {"transformer": "MMDiT", "text_encoder": "CLIP's text encoder", "text_encoder_2": "T5's encoder",
+         "vae": "autoencoder, 8 times smaller latents of 16 channels"}
 
 
 def parts(folder):
     """A table of the pipeline's weights."""
     rows = "| folder | what | parameters | file |\n|---|---|--:|--:|\n"
-    for name, what in {"transformer": "MMDiT", "text_encoder": "CLIP's text encoder", "text_encoder_2": "T5's encoder",
-                       "vae": "autoencoder, 8 times smaller latents of 16 channels"}.items():
+    for name, what in PARTS.items():
         file, = (folder / name).glob("*.safetensors")
         with safe_open(file, "np") as reader:
             count = sum(np.prod(reader.get_slice(key).get_shape()) for key in reader.keys())  # noqa: SIM118
@@ -320,13 +316,8 @@ def table(shares):
     return rows
 
 
-def listed(words):
-    *most, last = words
-    return f"{', '.join(most)} or {last}"
-
-
 def main(model="nano", n=300, steps=8, out=None, retrain=False, **unknown):
-    """Judge images of --n captions in 4, --steps and 20 steps; write README.md and sheet.jpg to --out (model's folder)."""
+    """Judge --n captions in 4, --steps and 20 steps; write README.md and sheet.jpg to --out (the model's folder)."""
     flux.no_unknown_flags(unknown)
     if min(n, steps) < 1:
         raise ValueError(f"--n {n} --steps {steps}: both are at least 1")
@@ -334,7 +325,8 @@ def main(model="nano", n=300, steps=8, out=None, retrain=False, **unknown):
     out, model = Path(out or folder), flux.load(folder, dtype=jnp.float32)      # on a CPU faster than bfloat16
     out.mkdir(parents=True, exist_ok=True)
     if retrain or not (NANO / "judge.safetensors").exists():
-        save_judge(train_judge(model))
+        trained = {name: np.asarray(value, jnp.bfloat16) for name, value in train_judge(model).items()}
+        save_file(trained, NANO / "judge.safetensors")
     params = load_judge()
     right, passed = check_judge(params, model)
     shares, said = score(params, model, n, sorted({4, steps, 20}))
@@ -345,7 +337,8 @@ def main(model="nano", n=300, steps=8, out=None, retrain=False, **unknown):
     (out / "README.md").write_text(README.format(
         steps=steps, n=n, table=table(shares), said=said, checks=CHECKS, few=CHECKS // 5, right=right, passed=passed,
         trusted=TRUSTED, renders=len(renders), ratio=ratio, psnr=PSNR, parts=parts(folder), cfg=model.cfg,
-        shapes=listed(SHAPES), colors=listed(COLORS), sizes=listed(scenes.SIZES), training=TRAINING))
+        shapes=", ".join(SHAPES), colors=", ".join(COLORS), sizes=", ".join(scenes.SIZES),
+        sides=", ".join(scenes.SIDES), training=TRAINING))
 
 
 if __name__ == "__main__":
