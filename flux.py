@@ -395,7 +395,7 @@ PARTS = ["model_index.json", *(f"{part}/*" for part in (
 
 
 def resolve(model, files=PARTS):
-    """The folder of `model` (see `load`); of a repo, `files` are downloaded. Raises ValueError that says what is wrong."""
+    """The folder of `model` (see `load`); of a repo, `files` are fetched. Raises ValueError that says what is wrong."""
     if str(model) == "nano" and not Path("nano/model_index.json").exists():
         model = Path(__file__).parent / "nano"
     if Path(model).is_dir():
@@ -414,7 +414,7 @@ def _download(repo, files):
         raise ValueError(f"{repo} is gated: accept its license on the hub, then log in with `hf auth login`") from None
     except errors.RepositoryNotFoundError:
         raise ValueError(f"no repo {repo} on the hub (or it is private and you are not logged in)") from None
-    except Exception as error:                                   # whichever HTTP library the hub client uses raises its own
+    except Exception as error:                                   # the HTTP library of the hub client raises its own
         raise ValueError(f"cannot fetch {repo}: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
