@@ -93,7 +93,7 @@ def check_layer(cfg, layer, site):
 
 def _run(params, cfg, latents, text, pooled, timestep, guidance, grid, stop, walk):
     """Streams (img [B, I, D], txt [B, T, D]) after the first `stop` blocks, and the conditioning vector [B, D]."""
-    _check_inputs(cfg, latents, text, guidance, grid)
+    _check_inputs(cfg, latents, text, pooled, timestep, guidance, grid)
     dtype = params["img_in"]["b"].dtype                          # biases are never quantized: they tell the dtype
     vec = _embed(params, cfg, pooled.astype(dtype), timestep, guidance)
     img, txt = _linear(params["img_in"], latents.astype(dtype)), _linear(params["txt_in"], text.astype(dtype))
@@ -180,7 +180,10 @@ def _qkv(p, cfg, qkv):
 
 def _attention(q, k, v, rope):
     """Attention of all S tokens over all S tokens: [B, S, H, K] → [B, S, D]."""
-    out = jax.nn.dot_product_attention(_rotate(q, rope), _rotate(k, rope), v)
+    # Not jax.nn.dot_product_attention, which asks for a precision that float16 on a CPU does not have.
+    scores = jnp.einsum("bqhk,bshk->bhqs", _rotate(q, rope), _rotate(k, rope), preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bhqs,bshk->bqhk", weights, v)
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -213,12 +216,17 @@ def scan_blocks(block, x, stack, stop):
     return jax.lax.scan(lambda x, i: (block(x, jax.tree.map(lambda w: w[i], stack)), None), x, jnp.arange(stop))[0]
 
 
-def _check_inputs(cfg, latents, text, guidance, grid):
+def _check_inputs(cfg, latents, text, pooled, timestep, guidance, grid):
     if latents.ndim != 3 or latents.shape[1:] != (grid[0] * grid[1], cfg.in_channels):
         raise ValueError(f"latents are {list(latents.shape)}; a grid of {grid[0]}x{grid[1]} tokens needs "
                          f"[B, {grid[0] * grid[1]}, {cfg.in_channels}]")
-    if text.shape[-1] != cfg.joint_attention_dim:
-        raise ValueError(f"text is {list(text.shape)}; its last axis must be {cfg.joint_attention_dim}")
+    B = latents.shape[0]
+    if text.ndim != 3 or (text.shape[0], text.shape[2]) != (B, cfg.joint_attention_dim):
+        raise ValueError(f"text is {list(text.shape)}; it must be [{B}, T, {cfg.joint_attention_dim}]")
+    for name, x, shape in (("pooled", pooled, (B, cfg.pooled_projection_dim)), ("timestep", timestep, (B,)),
+                           ("guidance", guidance, (B,))):
+        if x is not None and np.shape(x) != shape:
+            raise ValueError(f"{name} is {list(np.shape(x))}; it must be {list(shape)}")
     if cfg.guidance_embeds and guidance is None:
         raise ValueError("this model has a guidance embedding: pass guidance [B], for example 3.5")
     if guidance is not None and not cfg.guidance_embeds:
@@ -356,7 +364,8 @@ class Model:
 
     def tokenize(self, prompts, text_tokens=None):
         """T5 ids [B, text_tokens] and CLIP ids [B, 77] (or as many as the model has positions)."""
-        t5 = text_encoders.t5_tokenizer(self.source / "tokenizer_2", text_tokens or self.text_tokens)
+        length = self.text_tokens if text_tokens is None else text_tokens
+        t5 = text_encoders.t5_tokenizer(self.source / "tokenizer_2", length)
         clip = text_encoders.clip_tokenizer(self.source / "tokenizer", self.clip[0].max_position_embeddings)
         return t5(prompts), clip(prompts)
 
@@ -443,6 +452,7 @@ def sigmas(scheduler, steps, tokens):
         base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
         mu = base + (top - base) * (tokens - low) / (high - low)
         mu = np.exp(mu) if scheduler.get("time_shift_type", "exponential") == "exponential" else mu
+        mu = np.float32(mu)                                      # the levels stay in float32, as diffusers has them
         s = mu / (mu + (1 / s - 1))
     else:
         shift = scheduler.get("shift", 1.0)
@@ -509,8 +519,10 @@ def prepare(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, t
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("no prompt given")
-    if not isinstance(steps, (int, np.integer)) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; it must be a whole number from 1")
+    _check_number("steps", steps, 1, 10_000)
+    _check_number("seed", seed, -2**31, 2**31 - 1)               # what fits JAX's default integers
+    if guidance is not None:
+        _check_number("guidance", guidance, kinds=(int, float, np.number))
     grid = token_grid(model, size)
     shape = (len(prompts), grid[0] * grid[1], model.cfg.in_channels)
     if noise is None:
@@ -533,13 +545,18 @@ def draw_noise(seed, numbers, shape):
     return jax.vmap(lambda n: jax.random.normal(jax.random.fold_in(key, n), shape))(numbers)
 
 
+def _check_number(name, value, low=-np.inf, high=np.inf, kinds=(int, np.integer)):
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        kind = "a number" if float in kinds else f"a whole number from {low} to {high}"
+        raise ValueError(f"{name} is {value!r}; it must be {kind}")
+
+
 def token_grid(model, size):
     """(rows, columns) of packed tokens of an image of `size` pixels: 8 by the VAE, 2 by packing, for FLUX.1."""
-    height, width = (size, size) if isinstance(size, (int, np.integer)) else size
-    pixels = 2 * model.vae[0].downsampling
-    if min(height, width) < pixels or height % pixels or width % pixels:
-        raise ValueError(f"size {height}x{width}: both sides must be multiples of {pixels} pixels")
-    return height // pixels, width // pixels
+    sides, pixels = size if isinstance(size, (tuple, list)) else (size, size), 2 * model.vae[0].downsampling
+    if len(sides) != 2 or not all(isinstance(n, (int, np.integer)) and n >= pixels and n % pixels == 0 for n in sides):
+        raise ValueError(f"size is {size!r}; it must be a multiple of {pixels} pixels, or two: height,width")
+    return sides[0] // pixels, sides[1] // pixels
 
 
 def encode_text(model, prompts, text_tokens=None):
@@ -610,11 +627,13 @@ def main(*prompts, model="auto", steps=4, seed=0, size=None, guidance=None, nois
         raise ValueError(f"--dtype {dtype}: it is bfloat16, float16 or float32")
     if not prompts:
         raise ValueError('no prompt given: python flux.py "a red cube" --model nano')
-    if noise is not None:
-        noise = np.load(noise, allow_pickle=False)
+    noise = None if noise is None else _read_noise(noise)
+    if Path(out).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {out}: its name must end like an image's, for example .png")
     loaded = load(announce(model), dtype=jnp.dtype(dtype), transformer=transformer)
-    with tqdm(total=steps, unit="step") as bar:
-        images = generate(loaded, prompts, steps=steps, size=size or loaded.size, seed=seed, noise=noise,
+    size = loaded.size if size is None else size
+    with tqdm(total=steps, unit="step", delay=1e-3) as bar:      # the delay: no bar is drawn before an error
+        images = generate(loaded, prompts, steps=steps, size=size, seed=seed, noise=noise,
                           guidance=guidance, text_tokens=text_tokens, progress=lambda i: bar.update())
     out = Path(out)
     for i, image in enumerate(images):
@@ -622,6 +641,13 @@ def main(*prompts, model="auto", steps=4, seed=0, size=None, guidance=None, nois
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(file)
         print(file)
+
+
+def _read_noise(file):
+    try:
+        return np.load(file, allow_pickle=False)
+    except (EOFError, ValueError) as error:
+        raise ValueError(f"--noise {file} is not a .npy file: {error}") from None
 
 
 def announce(model):
@@ -651,7 +677,8 @@ def command(function):
     try:
         fire.Fire(function)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -263,9 +263,9 @@ It draws 128×128 pixels, knows the words of its captions and no others, and tak
 
 {table}
 Of {n} held-out captions of one object, {said[0]} state a shape and {said[1]} a colour; only these count. A small
-classifier judges the images. On {checks} true renders that it has not seen it is right about {right[0]:.1%} of the
-shapes and {right[1]:.1%} of the colours ({trusted:.0%} asked); on {few} of them as the autoencoder reconstructs them,
-about {passed[0]:.1%} and {passed[1]:.1%}. The autoencoder's mean PSNR over {renders} held-out renders is {ratio:.1f} dB
+classifier judges the images. Of {checks} true renders that it was not trained on it names {right[0]:.1%} of the shapes
+and {right[1]:.1%} of the colours as they are ({trusted:.0%} asked); of {few} of them as the autoencoder reconstructs
+them, {passed[0]:.1%} and {passed[1]:.1%}. The autoencoder's mean PSNR over {renders} held-out renders is {ratio:.1f} dB
 ({psnr:.0f} dB asked).
 
 {parts}
@@ -275,10 +275,16 @@ pipeline.
 
 ## The world
 
-One to three solids stand on a ground plane before a backdrop, under one light that casts shadows. Shapes: {shapes}.
-Colours: {colors}. Sizes: {sizes}. The light comes from: {sides}. The
-camera looks down from 13 to 37 degrees. A caption names some of it in changing words. `scenes.py` gives the scene of a
-seed, its captions, its image, and for every pixel object, depth, surface normal and whether the light reaches it:
+One to three solids stand on a ground plane before a backdrop, under one light that casts shadows; the camera looks down
+from 13 to 37 degrees. A caption names some of what there is, in changing words:
+
+- shapes: {shapes}
+- colours: {colors}
+- sizes: {sizes}
+- the light's side: {sides}
+
+`scenes.py` gives the scene of a seed, its captions, its image, and for every pixel object, depth, surface normal and
+whether the light reaches it:
 
     python nano/scenes.py --n 16 --out scenes.png
 
