@@ -91,9 +91,10 @@ def fails(monkeypatch, capsys, *flags):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
     with pytest.raises(SystemExit) as error:
         flux.command(train.main)
-    text, printed = str(error.value.code), capsys.readouterr()
-    assert text.startswith("error: ") and "\n" not in text and "Traceback" not in printed.err
-    return text
+    *_, line = printed = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert error.value.code == 2 and line.startswith("error: ") and "Traceback" not in str(printed)
+    assert sum(text.startswith("error: ") for text in printed) == 1
+    return line
 
 
 # ---------------------------------------------------------------- what a run leaves
