@@ -254,7 +254,7 @@ is one of the many scenes that it fits.*
 
 The folder is in diffusers' layout, and diffusers draws the same images from the same noise:
 
-    pipe = diffusers.FluxPipeline.from_pretrained("nano")
+    pipe = diffusers.FluxPipeline.from_pretrained("nano", torch_dtype=torch.float32)
     pipe("a large yellow cone", height=128, width=128, num_inference_steps={steps}, max_sequence_length=32).images[0]
 
 It draws 128×128 pixels, knows the words of its captions and no others, and takes up to 32 text tokens.
@@ -293,8 +293,9 @@ whether the light reaches it:
     python nano/train.py                          # tokenizers, autoencoder (train_vae.py), then flow and text encoders
     python nano/evaluate.py --n {n}               # this page; --retrain trains the classifier anew
 
-{training}, on two CPU cores with AMX. Seeds from 1,000,000 on are for training, from 2,000,000 on for the classifier;
-all below are held out. The flow is not distilled; what ships is a moving average of its weights, in bfloat16.
+{training},
+on two CPU cores with AMX. Seeds from 1,000,000 on are for training, from 2,000,000 on for the classifier; all below are
+held out. The flow is not distilled; what ships is a moving average of its weights, in bfloat16.
 
 License: MIT, weights and scripts alike. All images and captions come from `scenes.py`; no data of others was used.
 """

@@ -7,19 +7,25 @@
 3. Latents of rendered scenes, computed once.
 4. Rectified flow (arXiv 2209.03003) on them, with fae's own `flux.py` and `text.py`: times logit-normal as in SD3
    (arXiv 2403.03206), 10 % of the captions dropped, AdamW with a constant rate that falls to zero over the last
-   quarter of the time, and an exponential moving average of the weights, which is what ships.
+   quarter of the time, and an exponential moving average of the weights, which is what ships. For the first half of
+   the time a linear head in the middle also names shape and colour at every token, from the noisy latents and the
+   caption: words that describe a few pixels weigh little in the error of the velocity, and so are learned late
+   (the idea of REPA, arXiv 2410.06940, with the truth in the place of another model's features).
 
 The step is data-parallel over two CPU devices, one core each: XLA runs more of it in parallel so than in one device.
 oneDNN may round the inputs of float32 products to bfloat16, which a core with AMX multiplies five times as fast.
 """
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 
 CORES = os.cpu_count() or 1
 FLAGS = (f"--xla_force_host_platform_device_count={CORES} --xla_cpu_use_onednn=true "
@@ -47,6 +53,7 @@ import vae
 
 FIRST_SEED = 1_000_000                                           # scenes below are for evaluation
 TEXT_TOKENS = 32
+HINT_LAYER, HINT_WEIGHT, BACKGROUND = 6, 0.1, len(scenes.SHAPES) * len(scenes.COLORS)
 FLUX = flux.Config(in_channels=64, num_layers=4, num_single_layers=8, attention_head_dim=32, num_attention_heads=4,
                    joint_attention_dim=128, pooled_projection_dim=96, axes_dims_rope=(8, 12, 12))
 T5 = partial(text.T5Config, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
@@ -130,13 +137,17 @@ def latents_of(work, vae_folder, shards):
     return np.concatenate([np.load(work / "latents" / file.name) for file in shards])
 
 
+def seeds_of(shards):
+    return [int(shard.stem.split("_")[1]) + i for shard in shards for i in range(len(np.load(shard, mmap_mode="r")))]
+
+
 def captions_of(work, tokenize, shards, variants=4):
     """Token ids of `variants` captions per scene: T5 [N, variants, 32] and CLIP [N, variants, 32] int16.
 
     CLIP's 77 tokens are cut to 32: its attention is causal, so what follows the end of text changes nothing.
     """
     file = work / "captions.safetensors"
-    seeds = [int(shard.stem.split("_")[1]) + i for shard in shards for i in range(len(np.load(shard, mmap_mode="r")))]
+    seeds = seeds_of(shards)
     if file.exists() and (ids := load_arrays(file))["t5"].shape[0] == len(seeds):
         return ids["t5"], ids["clip"]
     prompts = [scenes.caption(scene, v) for scene in map(scenes.sample, seeds) for v in range(variants)]
@@ -147,16 +158,36 @@ def captions_of(work, tokenize, shards, variants=4):
     return ids["t5"], ids["clip"]
 
 
+def hints_of(work, shards):
+    """uint8 [N, 64, 33]: of a token's 16 sampled pixels, how many show each shape and colour (last: none)."""
+    file, seeds = work / "hints.safetensors", seeds_of(shards)
+    if not file.exists() or (hints := load_arrays(file)["hints"]).shape[0] != len(seeds):
+        with ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn")) as pool:
+            hints = np.stack(list(pool.map(hint, seeds, chunksize=100)))
+        save_file({"hints": hints}, file)
+    return hints
+
+
+def hint(seed):
+    scene = scenes.sample(seed)
+    kinds = [list(scenes.SHAPES).index(s.shape) * len(scenes.COLORS) + list(scenes.COLORS).index(s.color)
+             for s in scene.solids]
+    seen = np.array([*kinds, BACKGROUND, BACKGROUND])[scenes.render(scene, 32).object]  # the ground is -1, the wall -2
+    tokens = seen.reshape(8, 4, 8, 4).transpose(0, 2, 1, 3).reshape(64, 16)
+    return (tokens[:, :, None] == np.arange(BACKGROUND + 1)).sum(1, dtype=np.uint8)
+
+
 # ---------------------------------------------------------------- 4. the flow
 
 
-def unrolled(block, x, stack, stop):
+def unrolled(block, x, stack, stop, states):
     """The blocks one after the other. On a CPU a training step in a loop would copy every activation into a stack.
 
     A barrier behind each block keeps XLA from computing the sum of all later gradients anew in every layer.
     """
     for i in range(stop):
         x = jax.tree.map(barrier, block(x, jax.tree.map(lambda w: w[i], stack)))
+        states.append(x)
     return x
 
 
@@ -168,43 +199,48 @@ def barrier(x):
 barrier.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
-def loss_fn(params, cfgs, batch):
-    """Mean squared error of the velocity noise - latents at times in 0…1."""
+def loss_fn(params, cfgs, batch, hint_weight):
+    """Mean squared error of the velocity noise - latents at times in 0…1, and that plus the hints' cross entropy."""
     t5_cfg, clip_cfg = cfgs
     states = text.t5(params["t5"], t5_cfg, batch["t5"])
     pooled = text.clip(params["clip"], clip_cfg, batch["clip"])
-    t = batch["time"][:, None, None]
+    t, after = batch["time"][:, None, None], []
     x = (1 - t) * batch["latents"] + t * batch["noise"]
-    v = flux.velocity(params["flux"], FLUX, x, states, pooled, batch["time"], grid=(8, 8), walk=unrolled)
-    return jnp.mean((v - (batch["noise"] - batch["latents"])) ** 2)
+    v = flux.velocity(params["flux"], FLUX, x, states, pooled, batch["time"], grid=(8, 8),
+                      walk=partial(unrolled, states=after))
+    error = jnp.mean((v - (batch["noise"] - batch["latents"])) ** 2)
+    img = jax.nn.standardize(after[HINT_LAYER][:, TEXT_TOKENS:])
+    hint = optax.softmax_cross_entropy(img @ params["hint"]["w"], batch["hints"] / 16).mean()
+    return error + hint_weight * hint, (error, hint)
 
 
 def make_step(mesh, cfgs, optimizer):
-    """(state, batch, rate, EMA decay) → (state, loss), each device on its part of the batch."""
+    """(state, batch, rate, hint weight, EMA decay) → (state, losses), each device on its part of the batch."""
     every, split = PartitionSpec(), PartitionSpec("data")
 
-    def gradients(params, batch):
-        return jax.lax.pmean(jax.value_and_grad(loss_fn)(params, cfgs, batch), "data")
+    def gradients(params, batch, hint_weight):
+        grads, losses = jax.grad(loss_fn, has_aux=True)(params, cfgs, batch, hint_weight)
+        return jax.lax.pmean((grads, losses), "data")
 
-    gradients = jax.shard_map(gradients, mesh=mesh, in_specs=(every, split), out_specs=every, check_vma=False)
+    gradients = jax.shard_map(gradients, mesh=mesh, in_specs=(every, split, every), out_specs=every, check_vma=False)
 
-    def step(state, batch, rate, decay):
-        loss, grads = gradients(state["params"], batch)
+    def step(state, batch, rate, hint_weight, decay):
+        grads, losses = gradients(state["params"], batch, hint_weight)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = jax.tree.map(lambda p, u: p - rate * u, state["params"], updates)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params)
-        return {"params": params, "ema": ema, "opt": opt, "step": state["step"] + 1}, loss
+        return {"params": params, "ema": ema, "opt": opt, "step": state["step"] + 1}, losses
 
     return jax.jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, every))
 
 
-def draw_batch(rng, size, latents, t5, clip, empty):
+def draw_batch(rng, size, latents, t5, clip, hints, empty):
     """A batch: scenes with one of their captions (or none, one in ten), noise, and times spread evenly in quantiles."""
     rows, variant = rng.integers(0, len(latents), size), rng.integers(0, t5.shape[1], size)
     drop = rng.random(size) < 0.1
     u = (rng.permutation(size) + rng.random(size)) / size        # stratified: less noise in the loss
-    normal = np.sqrt(2) * np.asarray(jax.scipy.special.erfinv(2 * np.clip(u, 1e-4, 1 - 1e-4) - 1))
-    return {"latents": latents[rows].astype(np.float32),
+    normal = np.array([NormalDist().inv_cdf(p) for p in np.clip(u, 1e-4, 1 - 1e-4)])
+    return {"latents": latents[rows].astype(np.float32), "hints": hints[rows],
             "noise": rng.standard_normal((size, *latents.shape[1:]), dtype=np.float32),
             "time": (1 / (1 + np.exp(-normal))).astype(np.float32),
             "t5": np.where(drop[:, None], empty[0], t5[rows, variant]).astype(np.int32),
@@ -222,6 +258,7 @@ def train_flow(work, out, data, empty, cfgs, *, minutes, batch, rate, seed=0):
     params = {name: text.init_tensors(table, key) for (name, table), key in zip(tables.items(), keys)}
     if (out / "transformer").exists() and not (work / "flow.safetensors").exists():
         params = exported(out)                                   # the work folder is gone: go on from what shipped
+    params["hint"] = {"w": jnp.zeros((FLUX.width, BACKGROUND + 1))}
     state = {"params": params, "ema": jax.tree.map(jnp.copy, params), "opt": optimizer.init(params),
              "step": jnp.zeros((), jnp.int32)}
     used, file = 0.0, work / "flow.safetensors"
@@ -235,11 +272,12 @@ def train_flow(work, out, data, empty, cfgs, *, minutes, batch, rate, seed=0):
         rng = np.random.default_rng((seed, i))
         examples = jax.device_put(draw_batch(rng, batch, *data, empty), split)
         now = rate * min(1, (i + 1) / 300, 4 * (1 - used / total))
-        state, loss = step(state, examples, now, min(0.9995, (1 + i) / (20 + i)))
-        losses.append(float(loss))
+        state, loss = step(state, examples, now, HINT_WEIGHT * (used < total / 2), min(0.9995, (1 + i) / (20 + i)))
+        losses.append(np.array(loss))
         used = time.monotonic() - start
         if (i + 1) % 100 == 0:
-            print(f"step {i + 1}  {used / 60:6.1f} min  loss {np.mean(losses[-100:]):.4f}  rate {now:.1e}", flush=True)
+            error, hint = np.mean(losses[-100:], 0)
+            print(f"step {i + 1}  {used / 60:6.1f} min  loss {error:.4f}  hint {hint:.4f}  rate {now:.1e}", flush=True)
         if used - saved > 240 or used >= total:
             saved = used
             save(file, state, used)
@@ -318,10 +356,11 @@ def main(work=NANO / "work", out=NANO, minutes=120, vae_minutes=20, batch=64, ra
     t5 = text.t5_tokenizer(out / "tokenizer_2", TEXT_TOKENS)
     clip = text.clip_tokenizer(out / "tokenizer", 77)
     ids = captions_of(work, lambda prompts: (t5(prompts), clip(prompts)), shards)
+    hints = hints_of(work, shards)
     vocab = json.loads((out / "tokenizer" / "vocab.json").read_text())
     pieces = Tokenizer.from_file(str(out / "tokenizer_2" / "tokenizer.json")).get_vocab_size()
     cfgs = (T5(vocab_size=pieces), CLIP(vocab_size=len(vocab), eos_token_id=vocab["<|endoftext|>"]))
-    train_flow(work, out, (latents, *ids), (t5([""])[0], clip([""])[0, :TEXT_TOKENS]), cfgs,
+    train_flow(work, out, (latents, *ids, hints), (t5([""])[0], clip([""])[0, :TEXT_TOKENS]), cfgs,
                minutes=minutes, batch=batch, rate=rate)
 
 
