@@ -5,12 +5,12 @@
 1. Tokenizers learned from captions: byte-level BPE for CLIP, unigram for T5.
 2. The autoencoder, by `train_vae.py`.
 3. Latents of rendered scenes, computed once.
-4. Rectified flow (arXiv 2209.03003) on them, with fae's own `flux.py` and `text.py`: times logit-normal as in SD3
-   (arXiv 2403.03206), 10 % of the captions dropped, AdamW with a constant rate that falls to zero over the last
-   quarter of the time, and an exponential moving average of the weights, which is what ships. For the first half of
-   the time a linear head in the middle also names shape and colour at every token, from the noisy latents and the
-   caption: words that describe a few pixels weigh little in the error of the velocity, and so are learned late
-   (the idea of REPA, arXiv 2410.06940, with the truth in the place of another model's features).
+4. Rectified flow (arXiv 2209.03003) on them, with fae's own `flux.py` and `text.py`: times half uniform, half
+   logit-normal as in SD3 (arXiv 2403.03206), 10 % of the captions dropped, Muon with a constant rate that falls to
+   zero over the last quarter of the time, and a moving average of the weights, which is what ships. For the first half
+   of the time a linear head in the middle also names shape and colour at every token, from the noisy latents and the
+   caption: words that describe a few pixels weigh little in the error of the velocity, and so are learned late (the
+   idea of REPA, arXiv 2410.06940, with the truth in the place of another model's features).
 
 The step is data-parallel over two CPU devices, one core each: XLA runs more of it in parallel so than in one device.
 oneDNN may round the inputs of float32 products to bfloat16, which a core with AMX multiplies five times as fast.
@@ -28,8 +28,10 @@ from pathlib import Path
 from statistics import NormalDist
 
 CORES = os.cpu_count() or 1
-FLAGS = (f"--xla_force_host_platform_device_count={CORES} --xla_cpu_use_onednn=true "
-         "--xla_cpu_experimental_onednn_fusion_type=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
+FLAGS = f"--xla_force_host_platform_device_count={CORES}"
+if "amx_bf16" in Path("/proc/cpuinfo").read_text():
+    FLAGS += (" --xla_cpu_use_onednn=true "
+              "--xla_cpu_experimental_onednn_fusion_type=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
 if __name__ == "__main__":                                       # before jax is imported
     os.environ.update(JAX_PLATFORMS="cpu", ONEDNN_DEFAULT_FPMATH_MODE="BF16",
                       XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}")
@@ -227,7 +229,7 @@ def make_step(mesh, cfgs, optimizer):
     def step(state, batch, rate, hint_weight, decay):
         grads, losses = gradients(state["params"], batch, hint_weight)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
-        params = jax.tree.map(lambda p, u: p - rate * u, state["params"], updates)
+        params = jax.tree.map(lambda p, u: p + rate * u, state["params"], updates)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params)
         return {"params": params, "ema": ema, "opt": opt, "step": state["step"] + 1}, losses
 
@@ -239,10 +241,11 @@ def draw_batch(rng, size, latents, t5, clip, hints, empty):
     rows, variant = rng.integers(0, len(latents), size), rng.integers(0, t5.shape[1], size)
     drop = rng.random(size) < 0.1
     u = (rng.permutation(size) + rng.random(size)) / size        # stratified: less noise in the loss
-    normal = np.array([NormalDist().inv_cdf(p) for p in np.clip(u, 1e-4, 1 - 1e-4)])
+    # Half of the times are uniform: logit-normal ones hardly ever come near 1, where sampling and capture begin.
+    time = [1 / (1 + math.exp(-NormalDist().inv_cdf(2 * p))) if p < 0.5 else 2 * p - 1 for p in u.clip(1e-4)]
     return {"latents": latents[rows].astype(np.float32), "hints": hints[rows],
             "noise": rng.standard_normal((size, *latents.shape[1:]), dtype=np.float32),
-            "time": (1 / (1 + np.exp(-normal))).astype(np.float32),
+            "time": np.array(time, np.float32),
             "t5": np.where(drop[:, None], empty[0], t5[rows, variant]).astype(np.int32),
             "clip": np.where(drop[:, None], empty[1], clip[rows, variant]).astype(np.int32)}
 
@@ -251,8 +254,8 @@ def train_flow(work, out, data, empty, cfgs, *, minutes, batch, rate, seed=0):
     """Train until `minutes` of training time are used up (all runs together); export the EMA at every checkpoint."""
     mesh = Mesh(np.array(jax.devices()), ("data",))
     every, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99),
-                            optax.add_decayed_weights(0.01, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.contrib.muon(
+        1.0, adam_b2=0.99, weight_decay=0.01, consistent_rms=0.2, muon_weight_dimension_numbers=matrices))
     keys = jax.random.split(jax.random.key(seed), 3)
     tables = {"flux": flux.table(FLUX), "t5": text.t5_table(cfgs[0]), "clip": text.clip_table(cfgs[1])}
     params = {name: text.init_tensors(table, key) for (name, table), key in zip(tables.items(), keys)}
@@ -271,8 +274,8 @@ def train_flow(work, out, data, empty, cfgs, *, minutes, batch, rate, seed=0):
         i = int(state["step"])
         rng = np.random.default_rng((seed, i))
         examples = jax.device_put(draw_batch(rng, batch, *data, empty), split)
-        now = rate * min(1, (i + 1) / 300, 4 * (1 - used / total))
-        state, loss = step(state, examples, now, HINT_WEIGHT * (used < total / 2), min(0.9995, (1 + i) / (20 + i)))
+        now = rate * min(1, (i + 1) / 100, 4 * (1 - used / total))
+        state, loss = step(state, examples, now, HINT_WEIGHT * (used < total / 2), min(0.999, (1 + i) / (20 + i)))
         losses.append(np.array(loss))
         used = time.monotonic() - start
         if (i + 1) % 100 == 0:
@@ -282,6 +285,11 @@ def train_flow(work, out, data, empty, cfgs, *, minutes, batch, rate, seed=0):
             saved = used
             save(file, state, used)
             export(out, state["ema"], cfgs)
+
+
+def matrices(params):
+    """Muon orthogonalizes what maps one stream to another, layer by layer; Adam takes embeddings, ends and vectors."""
+    return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(1, 2) if x.ndim == 3 else None, params)
 
 
 def save(file, state, used):
