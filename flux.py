@@ -371,8 +371,8 @@ class Model:
 
 
 def read_config(model):
-    """(folder, transformer Config) of `model`, without its weights: enough to check a layer before a long load."""
-    folder = resolve(model, ["transformer/config.json"])
+    """(folder, transformer Config) of `model`, without its weights: enough to check flags before a long load."""
+    folder = resolve(model, ["transformer/config.json", "vae/config.json"])
     return folder, text_encoders.read_config(Config, folder / "transformer" / "config.json")
 
 
@@ -553,7 +553,16 @@ def _check_number(name, value, low=-np.inf, high=np.inf, kinds=(int, np.integer)
 
 def token_grid(model, size):
     """(rows, columns) of packed tokens of an image of `size` pixels: 8 by the VAE, 2 by packing, for FLUX.1."""
-    sides, pixels = size if isinstance(size, (tuple, list)) else (size, size), 2 * model.vae[0].downsampling
+    return _grid(model.vae[0], size)
+
+
+def check_size(folder, size):
+    """`token_grid`'s ValueError for a size that does not fit, from the folder of `read_config`, before a long load."""
+    _grid(vae.config(folder / "vae"), size)
+
+
+def _grid(cfg, size):
+    sides, pixels = size if isinstance(size, (tuple, list)) else (size, size), 2 * cfg.downsampling
     if len(sides) != 2 or not all(isinstance(n, (int, np.integer)) and n >= pixels and n % pixels == 0 for n in sides):
         raise ValueError(f"size is {size!r}; it must be a multiple of {pixels} pixels, or two: height,width")
     return sides[0] // pixels, sides[1] // pixels
@@ -630,7 +639,10 @@ def main(*prompts, model="auto", steps=4, seed=0, size=None, guidance=None, nois
     noise = None if noise is None else _read_noise(noise)
     if Path(out).suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--out {out}: its name must end like an image's, for example .png")
-    loaded = load(announce(model), dtype=jnp.dtype(dtype), transformer=transformer)
+    name = announce(model)
+    if size is not None:
+        check_size(read_config(name)[0], size)
+    loaded = load(name, dtype=jnp.dtype(dtype), transformer=transformer)
     size = loaded.size if size is None else size
     with tqdm(total=steps, unit="step", delay=1e-3) as bar:      # the delay: no bar is drawn before an error
         images = generate(loaded, prompts, steps=steps, size=size, seed=seed, noise=noise,

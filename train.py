@@ -373,6 +373,8 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
         name = flux.announce(str(model))
         folder, cfg = flux.read_config(name)
         run = defaults(name, folder, cfg, given)
+        if run.size:
+            flux.check_size(folder, run.size)
     stream = open_prompts(run)
     stream = itertools.chain([next(stream)], stream)             # a bad prompt source fails here, before the long load
     print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of "

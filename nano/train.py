@@ -6,11 +6,11 @@
 2. The autoencoder, by `train_vae.py`.
 3. Latents of rendered scenes, computed once.
 4. Rectified flow (arXiv 2209.03003) on them, with fae's own `flux.py` and `text.py`: times half uniform, half
-   logit-normal as in SD3 (arXiv 2403.03206), 10 % of the captions dropped, Muon with a constant rate that falls to
-   zero over the last quarter of the time, and a moving average of the weights, which is what ships. For the first half
-   of the time a linear head in the middle also names shape and colour at every token, from the noisy latents and the
-   caption: words that describe a few pixels weigh little in the error of the velocity, and so are learned late (the
-   idea of REPA, arXiv 2410.06940, with the truth in the place of another model's features).
+   logit-normal as in SD3 (arXiv 2403.03206), 10 % of the captions dropped, Muon with a rate that falls to zero over the
+   second half of the time, and a moving average of the weights, which is what ships. For the first three quarters a
+   linear head in the middle also names shape and colour at every token, from the noisy latents and the caption: words
+   that describe a few pixels weigh little in the error of the velocity, and so are learned late (the idea of REPA,
+   arXiv 2410.06940, with the truth in the place of another model's features).
 
 The step is data-parallel over two CPU devices, one core each: XLA runs more of it in parallel so than in one device.
 oneDNN may round the inputs of float32 products to bfloat16, which a core with AMX multiplies five times as fast.
@@ -274,8 +274,8 @@ def train_flow(work, out, data, empty, cfgs, *, minutes, batch, rate, seed=0):
         i = int(state["step"])
         rng = np.random.default_rng((seed, i))
         examples = jax.device_put(draw_batch(rng, batch, *data, empty), split)
-        now = rate * min(1, (i + 1) / 100, 4 * (1 - used / total))
-        state, loss = step(state, examples, now, HINT_WEIGHT * (used < total / 2), min(0.999, (1 + i) / (20 + i)))
+        now = rate * min(1, (i + 1) / 100, 2 * (1 - used / total))
+        state, loss = step(state, examples, now, HINT_WEIGHT * (used < 0.75 * total), min(0.999, (1 + i) / (20 + i)))
         losses.append(np.array(loss))
         used = time.monotonic() - start
         if (i + 1) % 100 == 0:

@@ -553,7 +553,7 @@ def test_defaults_fit_schnell(tmp_path, monkeypatch, platform, dtype):
     ("--layer=x", "unknown layer 'x'"), ("--layer", "layer True"), ("--site=image", "unknown site 'image'"),
     ("--laier=3", "unknown flag --laier"), ("--model=nonsense", "unknown model 'nonsense'"),
     ("--model={tmp}", "config.json is missing"), ("--prompts=absent.txt", "no prompt file 'absent.txt'"),
-    ("--prompts={tmp}", "no prompt file"), ("--prompts=5", "no prompt file '5'"), ("--features=0", "--features 0"),
+    ("--prompts={tmp}", "no prompt file"), ("--prompts=5", "no prompt file '5'"), ("--features=0", "--features 0"), ("--size=65", "size is 65"),
     ("--features=many", "--features many"), ("--steps=1.5", "--steps 1.5"), ("--k=-3", "--k -3"),
     ("--k=5000", "--k 5000 is more than --features 2048"), ("--batch=0", "--batch 0"),
     ("--timesteps=0", "--timesteps 0"), ("--seeds_per_prompt=0", "--seeds_per_prompt 0"), ("--lr=0", "--lr 0"),
