@@ -7,10 +7,10 @@
 3. Latents of rendered scenes, computed once.
 4. Rectified flow (arXiv 2209.03003) on them, with fae's own `flux.py` and `text.py`: times half uniform, half
    logit-normal as in SD3 (arXiv 2403.03206), 10 % of the captions dropped, Muon with a rate that falls to zero over the
-   second half of the time, and a moving average of the weights, which is what ships. For the first three quarters the
-   error counts more where solids are, and a linear head in the middle names shape and colour at every token, from the
-   noisy latents and the caption: words that describe a few pixels weigh little in the error of the velocity, and so
-   are learned late (the idea of REPA, arXiv 2410.06940, with the truth in the place of another model's features).
+   second half of the time, and a moving average of the weights, which is what ships. Words that describe a few pixels
+   weigh little in the error of the velocity, and so are learned late. Two things hasten them: the error counts more
+   where solids are, and for the first three quarters a linear head in the middle names shape and colour at every token,
+   from the noisy latents and the caption (the idea of REPA, arXiv 2410.06940, with the truth for a teacher).
 
 The step is data-parallel over two CPU devices, one core each: XLA runs more of it in parallel so than in one device.
 oneDNN may round the inputs of float32 products to bfloat16, which a core with AMX multiplies five times as fast.
@@ -201,11 +201,8 @@ def barrier(x):
 barrier.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
-def loss_fn(params, cfgs, batch, guide):
-    """What is minimized; (mean squared error of the velocity noise - latents, cross entropy of the hints).
-
-    guide: 1, or 0 for the error alone; with it solids weigh more than ground, and the hints count.
-    """
+def loss_fn(params, cfgs, batch, hint_weight):
+    """What is minimized; (mean squared error of the velocity noise - latents, cross entropy of the hints)."""
     t5_cfg, clip_cfg = cfgs
     states = text.t5(params["t5"], t5_cfg, batch["t5"])
     pooled = text.clip(params["clip"], clip_cfg, batch["clip"])
@@ -218,22 +215,22 @@ def loss_fn(params, cfgs, batch, guide):
     hint = optax.softmax_cross_entropy(img @ params["hint"]["w"], batch["hints"] / 16).mean()
     solid = 1 - batch["hints"][..., BACKGROUND] / 16
     # Only at times at which the noise shows where the solids are: else the weights would call for more of them.
-    weight = 1 + guide * SOLID_WEIGHT * solid * jnp.clip((0.8 - batch["time"]) / 0.3, 0, 1)[:, None]
-    return jnp.mean(weight * errors) + guide * HINT_WEIGHT * hint, (jnp.mean(errors), hint)
+    weight = 1 + SOLID_WEIGHT * solid * jnp.clip((0.8 - batch["time"]) / 0.3, 0, 1)[:, None]
+    return jnp.mean(weight * errors) + hint_weight * hint, (jnp.mean(errors), hint)
 
 
 def make_step(mesh, cfgs, optimizer):
-    """(state, batch, rate, guide, EMA decay) → (state, losses), each device on its part of the batch."""
+    """(state, batch, rate, hint weight, EMA decay) → (state, losses), each device on its part of the batch."""
     every, split = PartitionSpec(), PartitionSpec("data")
 
-    def gradients(params, batch, guide):
-        grads, losses = jax.grad(loss_fn, has_aux=True)(params, cfgs, batch, guide)
+    def gradients(params, batch, hint_weight):
+        grads, losses = jax.grad(loss_fn, has_aux=True)(params, cfgs, batch, hint_weight)
         return jax.lax.pmean((grads, losses), "data")
 
     gradients = jax.shard_map(gradients, mesh=mesh, in_specs=(every, split, every), out_specs=every, check_vma=False)
 
-    def step(state, batch, rate, guide, decay):
-        grads, losses = gradients(state["params"], batch, guide)
+    def step(state, batch, rate, hint_weight, decay):
+        grads, losses = gradients(state["params"], batch, hint_weight)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = jax.tree.map(lambda p, u: p + rate * u, state["params"], updates)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params)
@@ -281,7 +278,7 @@ def train_flow(work, out, data, empty, cfgs, *, minutes, batch, rate, seed=0):
         rng = np.random.default_rng((seed, i))
         examples = jax.device_put(draw_batch(rng, batch, *data, empty), split)
         now = rate * min(1, (i + 1) / 100, 2 * (1 - used / total))
-        state, loss = step(state, examples, now, 1.0 * (used < 0.75 * total), min(0.999, (1 + i) / (20 + i)))
+        state, loss = step(state, examples, now, HINT_WEIGHT * (used < 0.75 * total), min(0.999, (1 + i) / (20 + i)))
         losses.append(np.array(loss))
         used = time.monotonic() - start
         if (i + 1) % 100 == 0:
