@@ -19,9 +19,9 @@ from pathlib import Path
 
 FLAGS = ("--xla_cpu_use_onednn=true "
          "--xla_cpu_experimental_onednn_fusion_type=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
-if __name__ == "__main__":                                       # before jax is imported; why: see train.py
-    os.environ.update(JAX_PLATFORMS="cpu", ONEDNN_DEFAULT_FPMATH_MODE="BF16",
-                      XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}")
+CPU = Path("/proc/cpuinfo")
+if __name__ == "__main__" and CPU.exists() and "amx_bf16" in CPU.read_text():  # before jax is imported; see train.py
+    os.environ.update(ONEDNN_DEFAULT_FPMATH_MODE="BF16", XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}")
 
 NANO = Path(__file__).resolve().parent
 sys.path[:0] = [str(NANO.parent), str(NANO)]
@@ -304,8 +304,8 @@ the middle of `nano` than in a model that has seen captions alone; sizes, places
 
 License: MIT, weights and scripts alike. All images and captions come from `scenes.py`; no data of others was used.
 """
-TRAINING = ("20 minutes for the autoencoder and 45 for a first flow (20,000 scenes, 2,630 steps of AdamW, on two CPU cores "
-            "with AMX), then\n99 minutes from its weights (`--minutes 99 --batch 48 --rate 2e-3`, on two without)")
+TRAINING = ("20 minutes for the autoencoder and 45 for a first flow (20,000 scenes, 2,630 steps of AdamW, on two CPU "
+            "cores with AMX)\nand 99 minutes from its weights (`--minutes 99 --batch 48 --rate 2e-3`, without AMX)")
 PARTS = {"transformer": "MMDiT", "text_encoder": "CLIP's text encoder", "text_encoder_2": "T5's encoder",
          "vae": "autoencoder, 8 times smaller latents of 16 channels"}
 

@@ -13,7 +13,9 @@
    from the noisy latents and the caption (the idea of REPA, arXiv 2410.06940, with the truth for a teacher).
 
 The step is data-parallel over two CPU devices, one core each: XLA runs more of it in parallel so than in one device.
-oneDNN may round the inputs of float32 products to bfloat16, which a core with AMX multiplies five times as fast.
+oneDNN may round the inputs of float32 products to bfloat16, which a core with AMX multiplies five times as fast (but
+see FLAGS). Page faults cost a sixth of a step, unless the environment says MALLOC_MMAP_MAX_=0 MALLOC_ARENA_MAX=1
+MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_TOP_PAD_=500000000.
 """
 import json
 import math
@@ -28,8 +30,8 @@ from pathlib import Path
 from statistics import NormalDist
 
 CORES = os.cpu_count() or 1
-FLAGS = f"--xla_force_host_platform_device_count={CORES}"
-if "amx_bf16" in Path("/proc/cpuinfo").read_text():
+FLAGS, CPU = f"--xla_force_host_platform_device_count={CORES}", Path("/proc/cpuinfo")
+if CPU.exists() and "amx_bf16" in CPU.read_text():               # elsewhere oneDNN is no faster, and Muon crashes in it
     FLAGS += (" --xla_cpu_use_onednn=true "
               "--xla_cpu_experimental_onednn_fusion_type=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
 if __name__ == "__main__":                                       # before jax is imported
