@@ -5,7 +5,7 @@
 1. Tokenizers learned from captions: byte-level BPE for CLIP, unigram for T5.
 2. The autoencoder, by `train_vae.py`.
 3. Latents of rendered scenes, computed once.
-4. Rectified flow (arXiv 2209.03003) on them, with fae's own `flux.py` and `text.py`: times half uniform, half
+4. Rectified flow (arXiv 2209.03003) on them, with fae's own `flux.py` and `text.py`: times half in 0.7…1, half
    logit-normal as in SD3 (arXiv 2403.03206), 10 % of the captions dropped, Muon with a rate that falls to zero over the
    second half of the time, and a moving average of the weights, which is what ships. Words that describe a few pixels
    weigh little in the error of the velocity, and so are learned late. Two things hasten them: the error counts more
@@ -246,8 +246,9 @@ def draw_batch(rng, size, latents, t5, clip, hints, empty):
     rows, variant = rng.integers(0, len(latents), size), rng.integers(0, t5.shape[1], size)
     drop = rng.random(size) < 0.1
     u = (rng.permutation(size) + rng.random(size)) / size        # stratified: less noise in the loss
-    # Half of the times are uniform: logit-normal ones hardly ever come near 1, where sampling and capture begin.
-    time = [1 / (1 + math.exp(-NormalDist().inv_cdf(2 * p))) if p < 0.5 else 2 * p - 1 for p in u.clip(1e-4)]
+    # Half of the times are near 1, where sampling and capture begin and a scene takes shape: logit-normal ones, the
+    # other half, hardly ever are, and nano then draws its solids well only if the noise already shows them.
+    time = [1 / (1 + math.exp(-NormalDist().inv_cdf(2 * p))) if p < 0.5 else 0.4 + 0.6 * p for p in u.clip(1e-4)]
     return {"latents": latents[rows].astype(np.float32), "hints": hints[rows],
             "noise": rng.standard_normal((size, *latents.shape[1:]), dtype=np.float32),
             "time": np.array(time, np.float32),
