@@ -5,12 +5,13 @@
 1. Tokenizers learned from captions: byte-level BPE for CLIP, unigram for T5.
 2. The autoencoder, by `train_vae.py`.
 3. Latents of rendered scenes, computed once.
-4. Rectified flow (arXiv 2209.03003) on them, with fae's own `flux.py` and `text.py`: times half in 0.7…1, half
-   logit-normal as in SD3 (arXiv 2403.03206), 10 % of the captions dropped, Muon with a rate that falls to zero over the
-   second half of the time, and a moving average of the weights, which is what ships. Words that describe a few pixels
-   weigh little in the error of the velocity, and so are learned late. Two things hasten them: the error counts more
-   where solids are, and for the first three quarters a linear head in the middle names shape and colour at every token,
-   from the noisy latents and the caption (the idea of REPA, arXiv 2410.06940, with the truth for a teacher).
+4. Rectified flow (arXiv 2209.03003) on them, with fae's own `flux.py` and `text.py`: three quarters of the times in
+   0.75…1, the others logit-normal as in SD3 (arXiv 2403.03206), 10 % of the captions dropped, Muon with a rate that
+   falls to zero over the second half of the time, and a moving average of the weights, which is what ships. Words that
+   describe a few pixels weigh little in the error of the velocity, and so are learned late. Two things hasten them: the
+   error counts more where solids are, and until shortly before the end a linear head in the middle names shape and
+   colour at every token, from the noisy latents and the caption (the idea of REPA, arXiv 2410.06940, with the truth for
+   a teacher).
 
 The step is data-parallel over two CPU devices, one core each: XLA runs more of it in parallel so than in one device.
 oneDNN may round the inputs of float32 products to bfloat16, which a core with AMX multiplies five times as fast (but
@@ -246,9 +247,9 @@ def draw_batch(rng, size, latents, t5, clip, hints, empty):
     rows, variant = rng.integers(0, len(latents), size), rng.integers(0, t5.shape[1], size)
     drop = rng.random(size) < 0.1
     u = (rng.permutation(size) + rng.random(size)) / size        # stratified: less noise in the loss
-    # Half of the times are near 1, where sampling and capture begin and a scene takes shape: logit-normal ones, the
-    # other half, hardly ever are, and nano then draws its solids well only if the noise already shows them.
-    time = [1 / (1 + math.exp(-NormalDist().inv_cdf(2 * p))) if p < 0.5 else 0.4 + 0.6 * p for p in u.clip(1e-4)]
+    # Most times are near 1, where a scene takes shape: logit-normal ones hardly ever are, and a model trained on these
+    # alone draws its solids well only if the noise already shows them.
+    time = [1 / (1 + math.exp(-NormalDist().inv_cdf(4 * p))) if p < 0.25 else (2 + p) / 3 for p in u.clip(1e-4)]
     return {"latents": latents[rows].astype(np.float32), "hints": hints[rows],
             "noise": rng.standard_normal((size, *latents.shape[1:]), dtype=np.float32),
             "time": np.array(time, np.float32),
@@ -281,7 +282,7 @@ def train_flow(work, out, data, empty, cfgs, *, minutes, batch, rate, seed=0):
         rng = np.random.default_rng((seed, i))
         examples = jax.device_put(draw_batch(rng, batch, *data, empty), split)
         now = rate * min(1, (i + 1) / 100, 2 * (1 - used / total))
-        state, loss = step(state, examples, now, HINT_WEIGHT * (used < 0.75 * total), min(0.999, (1 + i) / (20 + i)))
+        state, loss = step(state, examples, now, HINT_WEIGHT * (used < 0.9 * total), min(0.999, (1 + i) / (20 + i)))
         losses.append(np.array(loss))
         used = time.monotonic() - start
         if (i + 1) % 100 == 0:
