@@ -4,20 +4,16 @@
     python train.py --layer 10 --features 16384            # on a TPU: FLUX.1-schnell
     python train.py --model FOLDER --prompts captions.jsonl.gz --prompt_field text --resume
 
-Copy it with `flux.py`, `sae.py`, what they import, and `nano/` for the bundled model. A run is a pure function of its
-flags. It works through the prompts in chunks: a chunk of prompts is harvested whole, its activations are shuffled, then
-the SAE trains on them batch by batch. The step number alone says where a run stands, so a resumed run harvests its
-chunk again and goes on bit for bit, and no activations are ever stored.
+Copy it with `flux.py`, `sae.py`, `prompts.py`, what they import, and `nano/` for the bundled model. A run is a pure
+function of its flags. It works through the prompts in chunks: a chunk of prompts is harvested whole, its activations
+are shuffled, then the SAE trains on them batch by batch. The step number alone says where a run stands, so a resumed
+run harvests its chunk again and goes on bit for bit, and no activations are ever stored.
 """
-import csv
-import gzip
-import importlib.util
 import itertools
 import json
 import os
 import shutil
 import time
-import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -27,11 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 import flux
+import prompts as sources
 import sae
 
-DATASET, DATASET_FIELD = "hf:opendiffusionai/cc12m-cleaned", "caption_llava_short"     # the FLUX SAE paper's prompts
-FIELDS = ("prompt", "caption", "text", DATASET_FIELD)            # tried in this order where --prompt_field is silent
-SUFFIXES = (".txt", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
 HELD_OUT = 1_000_000_000                                         # number of the first noise that no training step sees
 
 
@@ -56,120 +50,6 @@ class Run:
     lr: float
     seed: int
     dtype: str
-
-
-# ---------------------------------------------------------------- prompts
-
-
-def read_prompts(source, field=None):
-    """Prompts, streamed: from a text file (one a line), CSV or JSON lines (plain or .gz), parquet (with pyarrow), or
-    `hf:owner/dataset[/file]`. Blank ones are skipped. Raises ValueError naming a file or field that does not fit."""
-    if source.startswith("hf:"):
-        files = _hub_files(source[3:])
-    elif Path(source).is_file():
-        files = [source]
-    else:
-        raise ValueError(f"no prompt file {source!r}; give a file, or hf:owner/dataset[/file]")
-    for file in files:
-        for number, prompt in enumerate(_prompts_in(Path(file), field), 1):
-            if not isinstance(prompt or "", str):
-                raise ValueError(f"{file}: prompt {number} is {prompt!r}, not a string")
-            if prompt and prompt.strip():
-                yield prompt.strip()
-
-
-def _prompts_in(path, field):
-    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
-    if suffix == ".parquet":
-        yield from _parquet(path, field)
-        return
-    # utf-8-sig: spreadsheets put a byte order mark before the first field's name
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-        try:
-            if suffix == ".csv":
-                rows = csv.DictReader(file)
-                field = _field(rows.fieldnames or (), field, path)
-                yield from (row[field] for row in rows)
-            elif suffix in (".jsonl", ".ndjson", ".json"):
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield _json_prompt(line, field, f"{path}, line {number}")
-            else:
-                yield from file
-        except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError, csv.Error) as error:
-            raise ValueError(f"{path} cannot be read as {suffix or 'text'}: {error}") from None
-
-
-def _json_prompt(line, field, where):
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    return row[_field(row, field, where)] if isinstance(row, dict) else row
-
-
-def _parquet(path, field):
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
-    table = parquet.ParquetFile(path)
-    field = _field(table.schema_arrow.names, field, path)
-    for batch in table.iter_batches(columns=[field]):
-        yield from batch.column(0).to_pylist()
-
-
-def _field(names, field, where):
-    found = [name for name in ([field] if field else FIELDS) if name in names]
-    if not found:
-        raise ValueError(f"{where} has no field {field or ' or '.join(FIELDS)!r}, but {', '.join(names) or 'none'}; "
-                         "name it by --prompt_field")
-    return found[0]
-
-
-def _hub_files(name):
-    """Paths of a dataset's prompt files, each downloaded when it is reached."""
-    from huggingface_hub import HfApi, hf_hub_download
-    owner, dataset, *file = name.split("/", 2) if name.count("/") else (name, "")
-    if not owner or not dataset:
-        raise ValueError(f"hf:{name}: write hf:owner/dataset or hf:owner/dataset/file")
-    repo = f"{owner}/{dataset}"
-    files = file or [f for f in sorted(_hub(HfApi().list_repo_files, repo))
-                     if f.removesuffix(".gz").endswith(SUFFIXES) and not f.endswith((".txt", ".json"))]
-    if not files:
-        raise ValueError(f"the dataset {repo} holds no csv, jsonl or parquet file")
-    yield from (_hub(hf_hub_download, repo, f) for f in files)
-
-
-def _hub(call, repo, *file):
-    from huggingface_hub import errors
-    try:
-        return call(repo, *file, repo_type="dataset")
-    except errors.GatedRepoError:
-        raise ValueError(f"the dataset {repo} is gated: accept its terms on the hub, then `hf auth login`") from None
-    except Exception as error:                                   # or whatever the hub's HTTP library raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot fetch {'/'.join((repo, *file))} from the hub: {reason}") from None
-
-
-def _scene_captions():
-    """Captions of the scenes that nano draws, by our own script: one beside other weights is a stranger's code."""
-    spec = importlib.util.spec_from_file_location("scenes", Path(flux.__file__).parent / "nano" / "scenes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.captions(10_000)                               # the first 10,000 scenes are kept for evaluation
-
-
-def open_prompts(run):
-    """An endless iterator of prompts; a finite source starts anew when it ends (with other noise)."""
-    if run.prompts == "scenes":
-        yield from _scene_captions()
-    while True:
-        prompt = None
-        for prompt in read_prompts(run.prompts, run.prompt_field):
-            yield prompt
-        if prompt is None:
-            raise ValueError(f"{run.prompts} holds no prompts")
 
 
 # ---------------------------------------------------------------- activations
@@ -375,7 +255,7 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
         run = defaults(name, folder, cfg, given)
         if run.size:
             flux.check_size(folder, run.size)
-    stream = open_prompts(run)
+    stream = sources.stream(run.prompts, run.prompt_field)
     stream = itertools.chain([next(stream)], stream)             # a bad prompt source fails here, before the long load
     print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of "
           f"{run.batch:,} tokens, prompts from {run.prompts}")
@@ -390,11 +270,11 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
 def defaults(name, folder, cfg, given):
     """A Run from the flags that were given and, for the others, from the model. Raises ValueError for unfit values."""
     small, cpu = cfg.width <= 512, jax.devices()[0].platform == "cpu"
-    scenes = (folder / "scenes.py").is_file()
+    source, field = ("scenes", None) if (folder / "scenes.py").is_file() else (sources.DATASET, sources.DATASET_FIELD)
     run = Run(**{
         "model": name, "layer": max(cfg.num_layers - 1, 0), "site": "img", "features": min(16 * cfg.width, 16384),
-        "k": 32, "steps": 1000 if small else 10_000, "batch": 2048, "prompts": "scenes" if scenes else DATASET,
-        "prompt_field": None if scenes or "prompts" in given else DATASET_FIELD, "prompt_batch": 32 if small else 4,
+        "k": 32, "steps": 1000 if small else 10_000, "batch": 2048, "prompts": source,
+        "prompt_field": None if "prompts" in given else field, "prompt_batch": 32 if small else 4,
         "seeds_per_prompt": 4 if small else 1, "timesteps": 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0,
         "text_tokens": 0, "lr": None, "seed": 0, "dtype": "float32" if cpu else "bfloat16"} | given)
     flux.check_layer(cfg, run.layer, run.site)

@@ -1,0 +1,549 @@
+"""Show what every feature of an SAE means: a checkpoint → statistics, examples, and static HTML pages.
+
+    python dash.py ckpt/                                   # → dash/index.html: open it in a browser, no server needed
+    python dash.py ckpt/ --n 5000 --prompts captions.txt --out pages
+    python dash.py ckpt/ --pages_only                      # the pages once more, from what was collected before
+
+Copy it with `pages.py`, `dash.css`, `dash.js`, `prompts.py`, `flux.py`, `sae.py` and what these import. From Python,
+without pages:
+
+    found = dash.collect(model, params, cfg, prompts, folder, layer=3, site="img")
+    found = dash.load("dash/collect")                      # the same, from `stats.safetensors` and `collect.json`
+    found.density[7], found.top_image[7], found.top_map[7] # of feature 7
+
+One streaming pass. Each prompt is drawn once, from noise of its own; its activations are those of that very noise, on
+the path on which `train.py` trained. Memory holds features × kept examples, not tokens.
+
+Letters: F features, N images, I image tokens, T text tokens, S positions of an example (timesteps × its site's tokens,
+text before image), K top examples, Q examples of a quantile, B bins of the histogram.
+"""
+import hashlib
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+import flux
+import pages
+import prompts as prompt_sources
+import sae
+
+HELD_OUT = 1_500_000_000                                         # number of the first noise: no training step sees it
+EDGES = np.concatenate([[0], 10 ** np.arange(-4, 4.01, 0.1)]).astype(np.float32)   # of the histogram's bins; last: more
+KEPT, RESERVOIR, QUANTILES, SHOWN = 16, 32, 4, 4                 # top examples, random ones, groups of these, of each
+COFIRE_LIMIT = 16_384                                            # features; the counts of pairs are [F, F]
+
+
+# ---------------------------------------------------------------- what is collected
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Statistics of F features over all tokens of N images, as `stats.safetensors` and `collect.json` hold them.
+
+    An example is one image with the activations of one feature at all S positions; its value is their maximum. Top
+    examples come from K distinct images. A quantile's examples are drawn at random from a quarter, by value, of the
+    images on which the feature fires, without the top ones (quarters of a uniform sample of 32 of them).
+    Where there are fewer examples than room, image is -1 and value 0.
+    """
+    fired: np.ndarray                                            # [F] int64: positions at which it is above zero
+    images: np.ndarray                                           # [F] int64: images on which it fires
+    total: np.ndarray                                            # [F] float64: sum of its values
+    maximum: np.ndarray                                          # [F] float32
+    histogram: np.ndarray                                        # [F, B] int64: positions per bin from EDGES[b] on
+    mean_map: np.ndarray                                         # [F, I] float32: mean value at each image token
+    area: np.ndarray                                             # [F]: where it fires, mean share of tokens above zero
+    concentration: np.ndarray                                    # [F]: 1 - (Σv)² / (I Σv²), mean; near 1 is one token
+    spread: np.ndarray                                           # [F]: rms distance from its centre, in image sides
+    top_value: np.ndarray                                        # [F, K] float32, falling
+    top_image: np.ndarray                                        # [F, K] int32: place in `info["prompts"]`
+    top_map: np.ndarray                                          # [F, K, S] float32
+    quantile_value: np.ndarray                                   # [F, 4, Q] float32; group 0 holds the largest
+    quantile_image: np.ndarray                                   # [F, 4, Q] int32
+    quantile_map: np.ndarray                                     # [F, 4, Q, S] float32
+    together: np.ndarray                                         # [F, 10] int32: fire most at the same positions, or -1
+    together_jaccard: np.ndarray                                 # [F, 10]: positions of both ÷ positions of either
+    nearest: np.ndarray                                          # [F, 10] int32: by cosine of decoder rows, or -1
+    nearest_cosine: np.ndarray                                   # [F, 10] float32
+    auroc: np.ndarray                                            # [F, A] float32: of info["attributes"], image-wise
+    info: dict                                                   # prompts, model, layer, site, grid, tokens, ...
+
+    @property
+    def features(self):
+        return len(self.fired)
+
+    @property
+    def layout(self):
+        return Layout(**self.info["layout"])
+
+    @property
+    def density(self):
+        """[F]: share of positions at which the feature is above zero."""
+        return self.fired / max(self.info["tokens"], 1)
+
+    @property
+    def mean(self):
+        """[F]: mean value where it is above zero."""
+        return self.total / np.maximum(self.fired, 1)
+
+    def best_attribute(self, feature):
+        """(attribute of the scene, AUROC) that the feature predicts best, or None where no scene is known."""
+        row = self.auroc[feature] if self.auroc.shape[1] else np.array([np.nan])
+        if np.isnan(row).all():
+            return None
+        best = int(np.nanargmax(np.abs(row - 0.5)))
+        return self.info["attributes"][best], float(row[best])
+
+
+def load(folder):
+    """What `collect` saved in `folder`. Raises ValueError where it is missing or damaged."""
+    folder = Path(folder)
+    try:
+        info = json.loads((folder / "collect.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "stats.safetensors", "np") as file:
+            return Collected(**{name: file.get_tensor(name) for name in file.keys()}, info=info)  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(f"{folder} holds no collected statistics: {error}") from None
+
+
+def save(folder, found):
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {f.name: np.ascontiguousarray(getattr(found, f.name)) for f in fields(found) if f.name != "info"}
+    save_file(arrays, folder / "stats.safetensors")
+    (folder / "collect.json").write_text(json.dumps(found.info))
+
+
+class Counts:
+    """The running state of the pass: arrays in a dict, so that a stopped run can save and restore them."""
+
+    def __init__(self, F, layout):
+        self.layout, S = layout, layout.positions
+        self.a = {
+            "fired": np.zeros(F, np.int64), "images": np.zeros(F, np.int64), "total": np.zeros(F),
+            "maximum": np.zeros(F, np.float32), "histogram": np.zeros((F, len(EDGES)), np.int64),
+            "map_sum": np.zeros((F, layout.image_tokens)), "shape_sum": np.zeros((F, 4)),
+            "pairs": np.zeros((F, F) if F <= COFIRE_LIMIT else (0, 0), np.int32)}
+        for kind, room in (("top", KEPT), ("some", RESERVOIR)):
+            self.a |= {f"{kind}_key": np.full((F, room), -np.inf), f"{kind}_value": np.zeros((F, room), np.float32),
+                       f"{kind}_image": np.full((F, room), -1, np.int32),
+                       f"{kind}_map": np.zeros((F, room, S), np.float32)}
+
+    def add(self, number, values, indices, seed):
+        """Count image `number`, values [S, k] and indices [S, k]. Returns (features that fire, their maxima)."""
+        positions, slots = np.nonzero(values > 0)
+        value, feature = values[positions, slots], indices[positions, slots]
+        alive, row = np.unique(feature, return_inverse=True)     # of this image: far fewer than F
+        maps = np.zeros((len(alive), self.layout.positions), np.float32)
+        maps[row, positions] = value
+        peak = maps.max(1, initial=0)
+        a = self.a
+        a["fired"][alive] += (maps > 0).sum(1)
+        a["images"][alive] += 1
+        a["total"][alive] += maps.sum(1, dtype=np.float64)
+        a["maximum"][alive] = np.maximum(a["maximum"][alive], peak)
+        np.add.at(a["histogram"], (feature, np.searchsorted(EDGES, value, "right") - 1), 1)
+        if len(a["pairs"]):
+            self._count_pairs(values > 0, indices)
+        if self.layout.image_tokens:
+            self._add_shapes(alive, maps)
+        self._keep("top", alive, peak, peak, maps, number)
+        keys = np.random.default_rng((seed, number)).random(len(a["fired"]))[alive]
+        self._keep("some", alive, keys, peak, maps, number)      # the largest random keys: a uniform sample
+        return alive, peak
+
+    def _count_pairs(self, on, indices, chunk=256):
+        pairs, F = self.a["pairs"].reshape(-1), len(self.a["fired"])
+        for i in range(0, len(on), chunk):
+            active, index = on[i:i + chunk], indices[i:i + chunk].astype(np.int64)
+            both = active[:, :, None] & active[:, None, :]
+            np.add.at(pairs, (index[:, :, None] * F + index[:, None, :])[both], 1)
+
+    def _add_shapes(self, alive, maps):
+        """Sums of area, concentration and spread over the images on whose image tokens the feature fires."""
+        layout = self.layout
+        v = layout.image_part(maps).mean(1, dtype=np.float64)    # over timesteps
+        self.a["map_sum"][alive] += v
+        seen = v.any(1)
+        alive, v = alive[seen], v[seen]
+        weight = v / v.sum(1, keepdims=True)
+        y, x = np.divmod(np.arange(v.shape[1]), layout.grid[1])
+        centres = (y + 0.5) / layout.grid[0], (x + 0.5) / layout.grid[1]
+        variance = sum(weight @ c ** 2 - (weight @ c) ** 2 for c in centres)
+        concentration = 1 - 1 / (v.shape[1] * (weight ** 2).sum(1))
+        spread = np.sqrt(variance.clip(0))
+        self.a["shape_sum"][alive] += np.stack([(v > 0).mean(1), concentration, spread, np.ones(len(v))], 1)
+
+    def _keep(self, kind, alive, keys, values, maps, number):
+        """Let an example take the place of the one with the smallest key, where its own is larger."""
+        a = self.a
+        smallest = a[f"{kind}_key"][alive].argmin(1)
+        better = np.flatnonzero(keys > a[f"{kind}_key"][alive, smallest])
+        at = alive[better], smallest[better]
+        a[f"{kind}_key"][at], a[f"{kind}_value"][at] = keys[better], values[better]
+        a[f"{kind}_image"][at], a[f"{kind}_map"][at] = number, maps[better]
+
+    def finish(self, W_dec, labels, maxima, info):
+        """The `Collected` of what was counted. labels [N, A] and maxima [N, F] are for the AUROCs; A may be 0."""
+        a, images, tokens = self.a, max(info["images"], 1), self.layout.positions
+        order = np.argsort(-a["top_key"], 1, kind="stable")
+        top = {name: _take(a[f"top_{name}"], order) for name in ("value", "image", "map")}
+        area, concentration, spread = (a["shape_sum"][:, :3] / np.maximum(a["shape_sum"][:, 3:], 1)).T
+        together, jaccard = _together(a["pairs"], a["fired"])
+        nearest, cosine = _nearest(W_dec)
+        return Collected(
+            a["fired"], a["images"], a["total"], a["maximum"], a["histogram"],
+            (a["map_sum"] / images).astype(np.float32), area, concentration, spread,
+            top["value"], top["image"], top["map"], *self._quantiles(top["image"]), together, jaccard, nearest, cosine,
+            auroc(maxima, labels), info | {"tokens": images * tokens})
+
+    def _quantiles(self, top):
+        """Values, images and maps of the random examples, [F, 4, Q], the largest quarter first."""
+        a, F = self.a, len(top)
+        key = np.where((a["some_image"][:, :, None] == top[:, None, :]).any(2), -np.inf, a["some_key"])
+        value = np.zeros((F, QUANTILES, SHOWN), np.float32)
+        image, maps = np.full(value.shape, -1, np.int32), np.zeros((*value.shape, self.layout.positions), np.float32)
+        for f in np.flatnonzero((key > -np.inf).any(1)):
+            below = np.flatnonzero(key[f] > -np.inf)
+            below = below[np.argsort(-a["some_value"][f, below], kind="stable")]
+            for q, part in enumerate(np.array_split(below, QUANTILES)):
+                drawn = part[np.argsort(-key[f, part])[:SHOWN]]
+                drawn = drawn[np.argsort(-a["some_value"][f, drawn], kind="stable")]
+                value[f, q, :len(drawn)] = a["some_value"][f, drawn]
+                image[f, q, :len(drawn)], maps[f, q, :len(drawn)] = a["some_image"][f, drawn], a["some_map"][f, drawn]
+        return value, image, maps
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the positions of an example lie: timestep by timestep, text tokens, then image tokens in rows."""
+    timesteps: int
+    text_tokens: int                                             # 0 where the site has none
+    grid: tuple[int, int]                                        # rows, columns of image tokens; (0, 0) likewise
+
+    @property
+    def image_tokens(self):
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def positions(self):
+        return self.timesteps * (self.text_tokens + self.image_tokens)
+
+    def image_part(self, maps):
+        """maps [..., S] → [..., timesteps, I]."""
+        return self._by_step(maps)[..., self.text_tokens:]
+
+    def text_part(self, maps):
+        """maps [..., S] → [..., timesteps, T]."""
+        return self._by_step(maps)[..., :self.text_tokens]
+
+    def _by_step(self, maps):
+        return maps.reshape(*maps.shape[:-1], self.timesteps, self.text_tokens + self.image_tokens)
+
+
+def _take(array, order):
+    return np.take_along_axis(array, order.reshape(*order.shape, *[1] * (array.ndim - 2)), 1)
+
+
+def _best(score, n=10):
+    """Indices and values of the n largest in each row, falling; -1 where the value is not above zero."""
+    F = len(score)
+    n = min(n, F)
+    part = np.argpartition(-score, n - 1, 1)[:, :n] if n < F else np.tile(np.arange(F), (F, 1))
+    value = np.take_along_axis(score, part, 1)
+    order = np.argsort(-value, 1, kind="stable")
+    part, value = np.take_along_axis(part, order, 1), np.take_along_axis(value, order, 1)
+    return np.where(value > 0, part, -1).astype(np.int32), value.astype(np.float32)
+
+
+def _by_rows(score, F, rows=512, n=10):
+    """`_best` of score(rows) [rows, F], without a feature itself, block by block: no [F, F] of floats is built."""
+    blocks = []
+    for i in range(0, F, rows):
+        block = score(slice(i, i + rows))
+        block[np.arange(len(block)), np.arange(i, i + len(block))] = -np.inf
+        blocks.append(_best(block, n))
+    index, value = (np.concatenate(part) for part in zip(*blocks))
+    return index, value
+
+
+def _together(pairs, fired):
+    if not len(pairs):
+        return np.full((len(fired), 0), -1, np.int32), np.zeros((len(fired), 0), np.float32)
+    return _by_rows(lambda r: pairs[r] / np.maximum(fired[r, None] + fired - pairs[r], 1), len(fired))
+
+
+def _nearest(W_dec):
+    unit = np.asarray(W_dec, np.float32)
+    unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-30)
+    return _by_rows(lambda r: unit[r] @ unit.T, len(unit))
+
+
+def auroc(scores, labels):
+    """Area under the ROC curve [F, A]: the chance that an image with the label scores above one without, ties half.
+
+    scores [N, F], labels [N, A] bool; by the ranks' sum (Mann and Whitney 1947). NaN where one side has no image.
+    """
+    N, F = scores.shape if scores.size else (len(labels), scores.shape[1])
+    out = np.full((F, labels.shape[1]), np.nan, np.float32)
+    yes = labels.sum(0, dtype=np.float64)
+    both = (yes > 0) & (yes < N)
+    for f in range(F if both.any() else 0):
+        _, place, count = np.unique(scores[:, f], return_inverse=True, return_counts=True)
+        rank = (np.cumsum(count) - (count - 1) / 2)[place]
+        out[f, both] = (rank @ labels[:, both] - yes[both] * (yes[both] + 1) / 2) / (yes[both] * (N - yes[both]))
+    return out
+
+
+# ---------------------------------------------------------------- collecting
+
+
+def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, steps=4, size=None, text_tokens=None,
+            seed=0, batch=16, attributes=(), labels=None, info=None, progress=None):
+    """Draw `prompts`, encode the activations of one layer, and keep statistics: a `Collected`, also saved in
+    `folder`/collect, with the images in `folder`/images.
+
+    model: of `flux.load`. params, cfg: of `sae.load`. timesteps: at which activations are taken, as `train.py` does.
+    steps: in which the images are drawn. labels [N, A] bool: what is true of each prompt's scene, named by
+    `attributes`. info: more for the JSON. progress: called with the number of prompts done. A stopped run goes on where
+    its last state was saved, if all arguments are the same. Raises ValueError where activations are not finite.
+    """
+    folder, prompts, seed = Path(folder), list(prompts), int(seed)
+    flux.check_layer(model.cfg, layer, site)
+    size, text_tokens = size or min(256, model.size), text_tokens or model.text_tokens
+    grid = flux.token_grid(model, size)
+    layout = Layout(timesteps, text_tokens if site != "img" else 0, tuple(grid) if site != "txt" else (0, 0))
+    labels = np.zeros((len(prompts), 0), bool) if labels is None else np.asarray(labels, bool)
+    info = {**(info or {}), "kind": "fae dashboard", "layer": layer, "site": site, "layout": asdict(layout),
+            "size": size, "steps": steps, "seed": seed, "first_noise": HELD_OUT, "images": len(prompts),
+            "attributes": list(attributes),
+            "prompts": prompts, "features": cfg.features, "edges": EDGES.tolist(),
+            "words": words(model, prompts, layout.text_tokens) if layout.text_tokens else []}
+    counts = Counts(cfg.features, layout)
+    counts.a["maxima"] = np.zeros((len(prompts) if labels.shape[1] else 0, cfg.features), np.float32)
+    partial = Partial(folder, {**info, "weights": digest(params), "batch": batch})
+    done = partial.restore(counts.a)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    encode = jax.jit(lambda params, x: sae.encode(params, cfg, x))
+    shape = (grid[0] * grid[1], model.cfg.in_channels)
+    while done < len(prompts):
+        part = prompts[done:done + batch]
+        full = part + part[-1:] * (batch - len(part))            # one shape, one compile
+        noise = flux.draw_noise(seed, HELD_OUT + done + np.arange(batch), shape)
+        options = {"size": size, "noise": noise, "text_tokens": text_tokens}
+        acts = flux.capture(model, flux.prepare(model, full, steps=timesteps, **options), layer=layer, site=site)
+        if not bool(jnp.isfinite(acts).all()):
+            raise ValueError(f"activations of prompts {done} to {done + len(part) - 1} hold NaN or Inf")
+        codes = (np.moveaxis(np.asarray(x), 1, 0).reshape(batch, layout.positions, cfg.k)
+                 for x in encode(params, acts.astype(jnp.float32)))
+        drawn = flux.generate(model, full, steps=steps, **options)
+        for i, (values, indices, image, _) in enumerate(zip(*codes, drawn, part), done):
+            alive, peak = counts.add(i, values, indices, seed)
+            if labels.shape[1]:
+                counts.a["maxima"][i, alive] = peak
+            save_image(folder / "images" / f"{i}.webp", image)
+        done += len(part)
+        partial.save(counts.a, done)
+        if progress:
+            progress(done)
+    found = counts.finish(params["W_dec"], labels, counts.a["maxima"], info)
+    save(folder / "collect", found)
+    partial.remove()
+    return found
+
+
+class Partial:
+    """The state of a pass that is not finished, in `folder`/partial.*; it counts only for the same arguments."""
+
+    def __init__(self, folder, arguments, seconds=60):
+        self.arrays, self.json = folder / "partial.safetensors", folder / "partial.json"
+        self.folder, self.seconds, self.saved = folder, seconds, time.monotonic()
+        self.arguments = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+
+    def restore(self, state):
+        """Fill `state` with what was saved; returns the number of prompts done, 0 where nothing fits."""
+        try:
+            with safe_open(self.arrays, "np") as file:
+                if file.metadata()["arguments"] != self.arguments:
+                    return 0
+                state.update({name: file.get_tensor(name) for name in state})
+                return int(file.metadata()["done"])
+        except Exception:                                        # none yet, or torn: begin anew
+            return 0
+
+    def save(self, state, done):
+        if time.monotonic() - self.saved < self.seconds:
+            return
+        new = self.arrays.with_suffix(".new")
+        save_file(state, new, {"done": str(done), "arguments": self.arguments})
+        os.replace(new, self.arrays)
+        self.saved = time.monotonic()
+
+    def remove(self):
+        self.arrays.unlink(missing_ok=True)
+
+
+def digest(params):
+    """One hash of all weights."""
+    total = hashlib.sha256()
+    for name in sorted(params):
+        total.update(np.ascontiguousarray(params[name]).data)
+    return total.hexdigest()
+
+
+def words(model, prompts, length):
+    """For each prompt its T5 tokens as they stand in the text, without the padding (to which FLUX.1 attends too)."""
+    from tokenizers import Tokenizer
+    tokenizer = Tokenizer.from_file(str(model.source / "tokenizer_2" / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    return [[prompt[a:b] if b > a else token for token, (a, b) in zip(code.tokens, code.offsets)]
+            for prompt, code in zip(prompts, tokenizer.encode_batch(prompts))]
+
+
+def save_image(path, image):
+    from PIL import Image
+    Image.fromarray(image).save(path, quality=88, method=4)
+
+
+def scene_attributes(scenes, drawn):
+    """What is true of scenes of the nano world: names and a table [N, A]."""
+    def of(scene):
+        solids = scene.solids
+        places = [scenes.project(scene.camera, solid.center) for solid in solids]
+        row = {f"{kind}: {word}": any(getattr(solid, kind) == word for solid in solids)
+               for kind, words in (("shape", scenes.SHAPES), ("color", scenes.COLORS), ("size", scenes.SIZES))
+               for word in words}
+        row |= {"position: left": any(x < 0.4 for x, _, _ in places),
+                "position: right": any(x > 0.6 for x, _, _ in places),
+                "depth: near": any(solid.position[1] < -0.4 for solid in solids),
+                "depth: far": any(solid.position[1] > 0.4 for solid in solids)}
+        row |= {f"light: {side}": scene.side == side for side in scenes.SIDES}
+        return row | {f"objects: {n}": len(solids) == n for n in (1, 2, 3)}
+
+    rows = [of(scene) for scene in drawn]
+    return list(rows[0]), np.array([list(row.values()) for row in rows])
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, steps=None, features="", model="", seed=0,
+         batch=None, pages_only=False, **unknown):
+    """Write a dashboard of the SAE in the folder `checkpoint` into the folder --out.
+
+    --n: prompts. --steps: in which images are drawn. --features 0:200,512: pages of these only. --pages_only: pages
+    from what an earlier run collected. --model: where the checkpoint's own is not to be found.
+    """
+    flux.no_unknown_flags(unknown)
+    out = Path(out)
+    check_out(out, pages_only)
+    check_numbers(n=n, seed=seed, **{k: v for k, v in {"steps": steps, "batch": batch}.items() if v is not None})
+    params, cfg = sae.load(checkpoint)
+    wanted = feature_range(features, cfg.features)
+    building = out.resolve().with_name(f".{out.resolve().name}.{'pages' if pages_only else 'building'}")
+    if pages_only:
+        found = load(out / "collect")
+        shutil.rmtree(building, ignore_errors=True)              # of a stopped run; a stopped pass has another name
+        for part in ("collect", "images"):
+            shutil.copytree(out / part, building / part)
+    else:
+        found = collect_from(checkpoint, params, cfg, building, prompts, prompt_field, n, steps, model, seed, batch)
+    pages.write(found, building, wanted)
+    swap(building, out.resolve())
+    print(f"dashboard: {out / 'index.html'}")
+
+
+def collect_from(checkpoint, params, cfg, folder, source, field, n, steps, model, seed, batch):
+    """What the checkpoint says of itself, and the flags → `collect`."""
+    about = sae.load_metadata(checkpoint)
+    run = about.get("run") or {}
+    missing = [name for name in ("model", "layer", "site") if name not in about]
+    if missing:
+        raise ValueError(f"{checkpoint} does not say its {' or '.join(missing)} (it was not written by train.py)")
+    name, source = model or about["model"], source or run.get("prompts", "scenes")
+    labels = {}
+    if source == "scenes":
+        scenes = prompt_sources.scenes()
+        drawn = [scenes.sample(i) for i in range(n)]             # train.py begins behind the first 10,000
+        texts = [scenes.caption(scene) for scene in drawn]
+        labels = dict(zip(("attributes", "labels"), scene_attributes(scenes, drawn)))
+    else:
+        texts = prompt_sources.take(source, field or run.get("prompt_field"), n)
+    described = flux.read_config(name)[1]
+    flux.check_layer(described, about["layer"], about["site"])
+    if described.width != cfg.d_in:
+        raise ValueError(f"the SAE in {checkpoint} is for width {cfg.d_in}, but {name} has width {described.width}")
+    loaded = flux.load(name, dtype=jnp.dtype(run.get("dtype", "float32")))
+    steps = steps or (28 if loaded.cfg.guidance_embeds else 4)
+    info = {"model": str(name), "checkpoint": read_json(Path(checkpoint) / "cfg.json"), "source": source,
+            "metrics": read_metrics(Path(checkpoint) / "metrics.jsonl"), "versions": {"jax": jax.__version__}}
+    with tqdm(total=len(texts), unit="prompt", desc="collecting", dynamic_ncols=True) as bar:
+        return collect(loaded, params, cfg, texts, folder, layer=about["layer"], site=about["site"], steps=steps,
+                       timesteps=run.get("timesteps", 1), size=run.get("size") or None,
+                       text_tokens=run.get("text_tokens") or None, seed=seed, info=info, **labels,
+                       batch=batch or (16 if loaded.cfg.width <= 512 else 4),
+                       progress=lambda done: bar.update(done - bar.n))
+
+
+def check_out(out, pages_only):
+    """Refuse, before any work, a folder that is not a dashboard."""
+    ours = (out / "collect" / "collect.json").is_file()
+    if out.exists() and not ours and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not a dashboard; choose another --out")
+    if pages_only and not ours:
+        raise ValueError(f"--pages_only: there is no dashboard in {out} yet")
+
+
+def check_numbers(**values):
+    for name, value in values.items():
+        least = 0 if name == "seed" else 1
+        if type(value) is not int or not least <= value < 2 ** 31:
+            raise ValueError(f"--{name} {value}: it must be a whole number from {least}")
+
+
+def feature_range(text, F):
+    """"0:200,512" → the numbers, sorted; all F where it is empty. Raises ValueError for what is not a feature."""
+    try:
+        wanted = set()
+        for part in str(text).strip("()").replace(" ", "").split(",") if text != "" else ["0:"]:
+            low, colon, high = part.partition(":")
+            low, high = int(low or 0), int(high or F) if colon else int(low) + 1
+            if not 0 <= low < high <= F:
+                raise ValueError
+            wanted.update(range(low, high))
+        return sorted(wanted)
+    except ValueError:
+        raise ValueError(f"--features {text}: give numbers or ranges from 0 to {F - 1}, as in 0:200,512") from None
+
+
+def swap(new, out):
+    """Put the finished folder `new` where `out` is or will be; an old one stays until that moment."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_metrics(path):
+    """The lines of metrics.jsonl; [] without the file, and without a torn last line."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+if __name__ == "__main__":
+    flux.command(main)
