@@ -239,13 +239,14 @@ class Layout:
 
     def image_part(self, maps):
         """maps [..., S] → [..., timesteps, I]."""
-        return self._by_step(maps)[..., self.text_tokens:]
+        return self.by_step(maps)[..., self.text_tokens:]
 
     def text_part(self, maps):
         """maps [..., S] → [..., timesteps, T]."""
-        return self._by_step(maps)[..., :self.text_tokens]
+        return self.by_step(maps)[..., :self.text_tokens]
 
-    def _by_step(self, maps):
+    def by_step(self, maps):
+        """maps [..., S] → [..., timesteps, tokens]."""
         return maps.reshape(*maps.shape[:-1], self.timesteps, self.text_tokens + self.image_tokens)
 
 
@@ -324,8 +325,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     labels = np.zeros((len(prompts), 0), bool) if labels is None else np.asarray(labels, bool)
     info = {**(info or {}), "kind": "fae dashboard", "layer": layer, "site": site, "layout": asdict(layout),
             "size": size, "steps": steps, "seed": seed, "first_noise": HELD_OUT, "images": len(prompts),
-            "attributes": list(attributes),
-            "prompts": prompts, "features": cfg.features, "edges": EDGES.tolist(),
+            "attributes": list(attributes), "prompts": prompts, "features": cfg.features, "edges": EDGES.tolist(),
             "words": words(model, prompts, layout.text_tokens) if layout.text_tokens else []}
     counts = Counts(cfg.features, layout)
     counts.a["maxima"] = np.zeros((len(prompts) if labels.shape[1] else 0, cfg.features), np.float32)
@@ -361,11 +361,10 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
 
 
 class Partial:
-    """The state of a pass that is not finished, in `folder`/partial.*; it counts only for the same arguments."""
+    """The state of an unfinished pass, in `folder`/partial.safetensors; it counts only for the same arguments."""
 
     def __init__(self, folder, arguments, seconds=60):
-        self.arrays, self.json = folder / "partial.safetensors", folder / "partial.json"
-        self.folder, self.seconds, self.saved = folder, seconds, time.monotonic()
+        self.arrays, self.seconds, self.saved = folder / "partial.safetensors", seconds, time.monotonic()
         self.arguments = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
 
     def restore(self, state):
@@ -446,7 +445,8 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
     flux.no_unknown_flags(unknown)
     out = Path(out)
     check_out(out, pages_only)
-    check_numbers(n=n, seed=seed, **{k: v for k, v in {"steps": steps, "batch": batch}.items() if v is not None})
+    given = {"n": n, "seed": seed, "steps": steps, "batch": batch}
+    flux.check_whole({name: value for name, value in given.items() if value is not None})
     params, cfg = sae.load(checkpoint)
     wanted = feature_range(features, cfg.features)
     building = out.resolve().with_name(f".{out.resolve().name}.{'pages' if pages_only else 'building'}")
@@ -484,7 +484,8 @@ def collect_from(checkpoint, params, cfg, folder, source, field, n, steps, model
         raise ValueError(f"the SAE in {checkpoint} is for width {cfg.d_in}, but {name} has width {described.width}")
     loaded = flux.load(name, dtype=jnp.dtype(run.get("dtype", "float32")))
     steps = steps or (28 if loaded.cfg.guidance_embeds else 4)
-    info = {"model": str(name), "checkpoint": read_json(Path(checkpoint) / "cfg.json"), "source": source,
+    info = {"model": str(name), "source": source,
+            "checkpoint": json.loads((Path(checkpoint) / "cfg.json").read_text(encoding="utf-8")),
             "metrics": read_metrics(Path(checkpoint) / "metrics.jsonl"), "versions": {"jax": jax.__version__}}
     with tqdm(total=len(texts), unit="prompt", desc="collecting", dynamic_ncols=True) as bar:
         return collect(loaded, params, cfg, texts, folder, layer=about["layer"], site=about["site"], steps=steps,
@@ -501,13 +502,6 @@ def check_out(out, pages_only):
         raise ValueError(f"{out} exists and is not a dashboard; choose another --out")
     if pages_only and not ours:
         raise ValueError(f"--pages_only: there is no dashboard in {out} yet")
-
-
-def check_numbers(**values):
-    for name, value in values.items():
-        least = 0 if name == "seed" else 1
-        if type(value) is not int or not least <= value < 2 ** 31:
-            raise ValueError(f"--{name} {value}: it must be a whole number from {least}")
 
 
 def feature_range(text, F):
@@ -533,10 +527,6 @@ def swap(new, out):
         out.rename(old)
     new.rename(out)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_metrics(path):

@@ -675,6 +675,14 @@ def no_unknown_flags(flags):
         raise ValueError(f"unknown flag{'s' * (len(flags) > 1)} {names} (see --help)")
 
 
+def check_whole(flags):
+    """Raise ValueError for one of `flags` {name: value} that is not a whole number from 1 (0 where that fits)."""
+    for name, value in flags.items():
+        least = 0 if name in ("layer", "size", "text_tokens", "seed") else 1
+        if type(value) is not int or not least <= value < 2 ** 31:
+            raise ValueError(f"--{name} {value}: it must be a whole number from {least}")
+
+
 def command(function):
     """Run `function` as a command line. A user's mistake ends in one line on stderr, not in a traceback."""
     import inspect

@@ -38,9 +38,10 @@ def write(found, folder, wanted=None):
         write_text(folder / "maps" / f"{start // CHUNK}.js", f"addMaps({json.dumps(maps)});\n")
     write_text(folder / "index.html", index_page(found, wanted))
     write_text(folder / "run.html", run_page(found))
+    linked = set(wanted)
     for place, f in enumerate(tqdm(wanted, unit="page", desc="writing", dynamic_ncols=True)):
         around = [wanted[i] if 0 <= i < len(wanted) else None for i in (place - 1, place + 1)]
-        write_text(folder / "feature" / f"{f}.html", feature_page(found, f, *around, set(wanted)))
+        write_text(folder / "feature" / f"{f}.html", feature_page(found, f, *around, linked))
 
 
 def text(value):
@@ -61,7 +62,7 @@ def title_of(found):
     return f"{Path(info.get('model', 'model')).name or 'model'}, layer {info['layer']}, {info['site']}"
 
 
-def page(found, title, body, *, kind, root="", links=""):
+def page(found, title, body, *, kind, root=""):
     """A whole page. body: HTML. root: the way to the dashboard's folder."""
     scripts = "".join(f'<script src="{root}{name}" defer></script>'
                       for name in (["data.js"] if kind == "index" else []) + ["dash.js"])
@@ -73,7 +74,7 @@ def page(found, title, body, *, kind, root="", links=""):
 <meta http-equiv="Content-Security-Policy" content="{CSP}">
 <title>{text(title)} · {text(title_of(found))}</title>
 <link rel="stylesheet" href="{root}dash.css">
-{links}{scripts}
+{scripts}
 </head>
 <body data-page="{kind}">
 <a class="skip" href="#main">Skip to content</a>
@@ -103,9 +104,9 @@ def index_data(found, wanted):
     best = [found.best_attribute(f) for f in wanted]
     short = lambda array: [float(f"{v:.4g}") for v in np.asarray(array, np.float64)[wanted]]
     return {"feature": wanted, "density": short(found.density), "max": short(found.maximum), "mean": short(found.mean),
-            "images": found.images[wanted].tolist(), "area": short(found.area), "spread": short(found.spread),
-            "concentration": short(found.concentration), "top": [[i for i in row if i >= 0]
-                                                                 for row in found.top_image[wanted].tolist()],
+            "images": found.images[wanted].tolist(), "spread": short(found.spread),
+            "concentration": short(found.concentration),
+            "top": [[i for i in row if i >= 0] for row in found.top_image[wanted].tolist()],
             "attribute": [b[0] if b else "" for b in best], "auroc": [float(f"{b[1]:.4g}") if b else 0 for b in best],
             "prompts": found.info["prompts"], "grid": found.info["layout"]["grid"], "chunk": CHUNK}
 
@@ -260,7 +261,7 @@ def quantiles(found, f):
 def example(found, f, value, image, values):
     """One image under its heatmap (at the timestep of its maximum), its prompt and its value."""
     prompt, layout = found.info["prompts"][image], found.layout
-    step = int(values.reshape(layout.timesteps, -1).max(1).argmax())
+    step = int(layout.by_step(values).max(1).argmax())
     when = f", step {step + 1} of {layout.timesteps}" if layout.timesteps > 1 else ""
     overlay = ""
     if layout.image_tokens:

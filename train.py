@@ -244,7 +244,7 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
     names = {field.name for field in fields(Run)} - {"model"}
     given = {name: value for name, value in locals().items() if name in names and value not in (None, "")}
     flux.no_unknown_flags(unknown)
-    check_whole({"log_every": log_every, "save_every": save_every})
+    flux.check_whole({"log_every": log_every, "save_every": save_every})
     out = Path(out)
     check_out(out, resume, overwrite)
     if resume:
@@ -282,15 +282,8 @@ def defaults(name, folder, cfg, given):
     return replace(run, lr=(3 if small else 1) * sae.default_lr(run.features)) if run.lr is None else run
 
 
-def check_whole(values):
-    for name, value in values.items():
-        least = 0 if name in ("layer", "size", "text_tokens", "seed") else 1
-        if type(value) is not int or not least <= value < 2 ** 31:
-            raise ValueError(f"--{name} {value}: it must be a whole number from {least}")
-
-
 def check_numbers(run):
-    check_whole({field.name: getattr(run, field.name) for field in fields(Run) if field.type is int})
+    flux.check_whole({field.name: getattr(run, field.name) for field in fields(Run) if field.type is int})
     if run.lr is not None and not (isinstance(run.lr, (int, float)) and 0 < run.lr < float("inf")):
         raise ValueError(f"--lr {run.lr}: it must be a number above 0")
     if run.dtype not in ("float32", "bfloat16", "float16"):

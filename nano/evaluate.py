@@ -20,8 +20,10 @@ from pathlib import Path
 FLAGS = ("--xla_cpu_use_onednn=true "
          "--xla_cpu_experimental_onednn_fusion_type=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
 CPU = Path("/proc/cpuinfo")
-if __name__ == "__main__" and CPU.exists() and "amx_bf16" in CPU.read_text():  # before jax is imported; see train.py
-    os.environ.update(ONEDNN_DEFAULT_FPMATH_MODE="BF16", XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}")
+if __name__ == "__main__":                                       # before jax is imported; why: see train.py
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if CPU.exists() and "amx_bf16" in CPU.read_text():
+        os.environ.update(ONEDNN_DEFAULT_FPMATH_MODE="BF16", XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}")
 
 NANO = Path(__file__).resolve().parent
 sys.path[:0] = [str(NANO.parent), str(NANO)]
