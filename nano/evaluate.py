@@ -296,8 +296,9 @@ whether the light reaches it:
     python nano/evaluate.py --n {n}               # this page; --retrain trains the classifier anew
 
 {training}.
-Seeds from 1,000,000 on are for training, from 2,000,000 on for the classifier; all below are held out. The flow is not
-distilled; what ships is a moving average of its weights, in bfloat16.
+Seeds from 1,000,000 on are for training, from 2,000,000 on for the classifier; all below are held out. Like FLUX.1's,
+the flow is guidance-distilled: it draws as if with a classifier-free guidance of 2, at the cost of one pass a step. It
+is not distilled to fewer steps. What ships is a moving average of the weights, in bfloat16.
 
 The truth helped in training, beyond the captions: solids weigh more than ground in the error, and for most of the time
 a linear head on the residual stream of layer 6, which does not ship, had to name shape and colour at every image token.
@@ -307,7 +308,7 @@ the middle of `nano` than in a model that has seen captions alone; sizes, places
 License: MIT, weights and scripts alike. All images and captions come from `scenes.py`; no data of others was used.
 """
 TRAINING = ("20 minutes for the autoencoder and 45 for a first flow (20,000 scenes, 2,630 steps of AdamW, on two CPU "
-            "cores with AMX)\nand 104 minutes from its weights (`--minutes 104 --batch 48 --rate 2e-3`, without AMX)")
+            "cores with AMX)\nand 146 minutes from its weights (`--minutes 146 --batch 48 --rate 2e-3`, without AMX; guided from minute 104 on)")
 PARTS = {"transformer": "MMDiT", "text_encoder": "CLIP's text encoder", "text_encoder_2": "T5's encoder",
          "vae": "autoencoder, 8 times smaller latents of 16 channels"}
 

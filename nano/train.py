@@ -11,7 +11,9 @@
    describe a few pixels weigh little in the error of the velocity, and so are learned late. Two things hasten them: the
    error counts more where solids are, and until shortly before the end a linear head in the middle names shape and
    colour at every token, from the noisy latents and the caption (the idea of REPA, arXiv 2410.06940, with the truth for
-   a teacher).
+   a teacher). Like FLUX.1, the flow is guidance-distilled, here while it learns (model guidance, arXiv 2502.12154):
+   what it says beyond its own answer to no caption is added to the target, times 1 - 1 / GUIDANCE, of which the fixed
+   point is classifier-free guidance with the scale GUIDANCE. It took shapes from 67 to 88 % as captioned.
 
 The step is data-parallel over two CPU devices, one core each: XLA runs more of it in parallel so than in one device.
 oneDNN may round the inputs of float32 products to bfloat16, which a core with AMX multiplies five times as fast (but
@@ -59,6 +61,7 @@ import vae
 FIRST_SEED = 1_000_000                                           # scenes below are for evaluation
 TEXT_TOKENS = 32
 HINT_LAYER, HINT_WEIGHT, SOLID_WEIGHT, BACKGROUND = 6, 0.1, 5, len(scenes.SHAPES) * len(scenes.COLORS)
+GUIDANCE = 2                                                     # a scale; 1 leaves it out
 FLUX = flux.Config(in_channels=64, num_layers=4, num_single_layers=8, attention_head_dim=32, num_attention_heads=4,
                    joint_attention_dim=128, pooled_projection_dim=96, axes_dims_rope=(8, 12, 12))
 T5 = partial(text.T5Config, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
@@ -204,16 +207,16 @@ def barrier(x):
 barrier.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
-def loss_fn(params, cfgs, batch, hint_weight):
-    """What is minimized; (mean squared error of the velocity noise - latents, cross entropy of the hints)."""
-    t5_cfg, clip_cfg = cfgs
-    states = text.t5(params["t5"], t5_cfg, batch["t5"])
-    pooled = text.clip(params["clip"], clip_cfg, batch["clip"])
+def loss_fn(params, cfgs, empty, batch, hint_weight):
+    """What is minimized; (mean squared error of the guided velocity, cross entropy of the hints)."""
     t, after = batch["time"][:, None, None], []
     x = (1 - t) * batch["latents"] + t * batch["noise"]
-    v = flux.velocity(params["flux"], FLUX, x, states, pooled, batch["time"], grid=(8, 8),
-                      walk=partial(unrolled, states=after))
-    errors = jnp.mean((v - (batch["noise"] - batch["latents"])) ** 2, -1)
+    states, pooled = encode(params, cfgs, batch["t5"], batch["clip"])
+    v = velocity(params, x, states, pooled, batch["time"], after)
+    fixed = jax.lax.stop_gradient(params)
+    nothing = [jnp.repeat(one, len(x), 0) for one in encode(fixed, cfgs, *(ids[None] for ids in empty))]
+    guidance = jax.lax.stop_gradient(v) - velocity(fixed, x, *nothing, batch["time"], [])
+    errors = jnp.mean((v - (batch["noise"] - batch["latents"]) - (1 - 1 / GUIDANCE) * guidance) ** 2, -1)
     img = jax.nn.standardize(after[HINT_LAYER][:, TEXT_TOKENS:])
     hint = optax.softmax_cross_entropy(img @ params["hint"]["w"], batch["hints"] / 16).mean()
     solid = 1 - batch["hints"][..., BACKGROUND] / 16
@@ -222,12 +225,22 @@ def loss_fn(params, cfgs, batch, hint_weight):
     return jnp.mean(weight * errors) + hint_weight * hint, (jnp.mean(errors), hint)
 
 
-def make_step(mesh, cfgs, optimizer):
+def encode(params, cfgs, t5, clip):
+    """Token ids [B, 32] of both tokenizers → T5's states [B, 32, 128] and CLIP's vector [B, 96]."""
+    return text.t5(params["t5"], cfgs[0], t5), text.clip(params["clip"], cfgs[1], clip)
+
+
+def velocity(params, x, states, pooled, time, after):
+    return flux.velocity(params["flux"], FLUX, x, states, pooled, time, grid=(8, 8),
+                         walk=partial(unrolled, states=after))
+
+
+def make_step(mesh, cfgs, empty, optimizer):
     """(state, batch, rate, hint weight, EMA decay) → (state, losses), each device on its part of the batch."""
     every, split = PartitionSpec(), PartitionSpec("data")
 
     def gradients(params, batch, hint_weight):
-        grads, losses = jax.grad(loss_fn, has_aux=True)(params, cfgs, batch, hint_weight)
+        grads, losses = jax.grad(loss_fn, has_aux=True)(params, cfgs, empty, batch, hint_weight)
         return jax.lax.pmean((grads, losses), "data")
 
     gradients = jax.shard_map(gradients, mesh=mesh, in_specs=(every, split, every), out_specs=every, check_vma=False)
@@ -275,7 +288,7 @@ def train_flow(work, out, data, empty, cfgs, *, minutes, batch, rate, seed=0):
     if file.exists():
         state, used = restore(file, state)
         print(f"resumed at step {state['step']}, {used / 60:.1f} minutes", flush=True)
-    state, step = jax.device_put(state, every), make_step(mesh, cfgs, optimizer)
+    state, step = jax.device_put(state, every), make_step(mesh, cfgs, empty, optimizer)
     start, saved, losses, total = time.monotonic() - used, used, [], 60 * minutes
     while used < total:
         i = int(state["step"])
