@@ -436,7 +436,7 @@ def scene_attributes(scenes, drawn):
 
 
 def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, steps=None, features="", model="", seed=0,
-         batch=None, pages_only=False, **unknown):
+         batch=None, quant="", pages_only=False, **unknown):
     """Write a dashboard of the SAE in the folder `checkpoint` into the folder --out.
 
     --n: prompts. --steps: in which images are drawn. --features 0:200,512: pages of these only. --pages_only: pages
@@ -456,13 +456,14 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
         for part in ("collect", "images"):
             shutil.copytree(out / part, building / part)
     else:
-        found = collect_from(checkpoint, params, cfg, building, prompts, prompt_field, n, steps, model, seed, batch)
+        found = collect_from(checkpoint, params, cfg, building, prompts, prompt_field, n, steps, model, seed, batch,
+                             quant)
     pages.write(found, building, wanted)
     swap(building, out.resolve())
     print(f"dashboard: {out / 'index.html'}")
 
 
-def collect_from(checkpoint, params, cfg, folder, source, field, n, steps, model, seed, batch):
+def collect_from(checkpoint, params, cfg, folder, source, field, n, steps, model, seed, batch, quant):
     """What the checkpoint says of itself, and the flags → `collect`."""
     about = sae.load_metadata(checkpoint)
     run = about.get("run") or {}
@@ -482,7 +483,8 @@ def collect_from(checkpoint, params, cfg, folder, source, field, n, steps, model
     flux.check_layer(described, about["layer"], about["site"])
     if described.width != cfg.d_in:
         raise ValueError(f"the SAE in {checkpoint} is for width {cfg.d_in}, but {name} has width {described.width}")
-    loaded = flux.load(name, dtype=jnp.dtype(run.get("dtype", "float32")))
+    quantized = flux.quantized(quant or run.get("quant", "none"))
+    loaded = flux.load(name, dtype=jnp.dtype(run.get("dtype", "float32")), **quantized)
     steps = steps or (28 if loaded.cfg.guidance_embeds else 4)
     info = {"model": str(name), "source": source,
             "checkpoint": json.loads((Path(checkpoint) / "cfg.json").read_text(encoding="utf-8")),

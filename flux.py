@@ -303,13 +303,14 @@ def table(cfg, layout=DIFFUSERS):
     }
 
 
-def load_transformer(path, *, put=None, dtype=jnp.bfloat16):
+def load_transformer(path, *, put=None, dtype=jnp.bfloat16, unpack=None):
     """(Config, params) from a diffusers `transformer/` folder or from Black Forest Labs' single safetensors file.
 
     put: (name, array [in, out] of one layer, a numpy array) → the leaf to keep, called once per weight as it streams
-    from disk; the layers' leaves are then stacked. Raises ValueError on a missing, unexpected or misshapen tensor.
+    from disk; the layers' leaves are then stacked. unpack: see `text.open_weights`; what it joins, `put` gets as it is
+    (`quant.put` and `quant.unpack` are such functions). Raises ValueError on a missing, unexpected or misshapen tensor.
     """
-    weights = text_encoders.open_weights(path)
+    weights = text_encoders.open_weights(path, unpack)
     if Path(path).is_dir():
         cfg, layout = text_encoders.read_config(Config, Path(path) / "config.json"), DIFFUSERS
     else:
@@ -376,23 +377,24 @@ def read_config(model):
     return folder, text_encoders.read_config(Config, folder / "transformer" / "config.json")
 
 
-def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None):
+def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None):
     """A `Model` from "nano", "schnell", "dev", a diffusers folder or a Hugging Face repo id.
 
-    put(name, array): see `load_transformer`; names start with transformer., t5., clip. or vae. here. transformer: a
-    path to take the transformer from instead, for example `flux1-schnell.safetensors`.
+    put(name, array), unpack: see `load_transformer`; names start with transformer., t5., clip. or vae. here.
+    transformer: a path to take it from instead, for example `flux1-schnell.safetensors`.
     """
     folder = resolve(model)
 
     def part(prefix):
         return None if put is None else lambda name, array: put(f"{prefix}.{name}", array)
 
-    cfg, params = load_transformer(transformer or folder / "transformer", put=part("transformer"), dtype=dtype)
+    cfg, params = load_transformer(transformer or folder / "transformer", put=part("transformer"), dtype=dtype,
+                                   unpack=unpack)
     tokens = text_encoders.tokenizer_config(folder / "tokenizer_2").get("model_max_length", 512)
     return Model(
         cfg, params,
-        t5=text_encoders.load_t5(folder / "text_encoder_2", put=part("t5"), dtype=dtype),
-        clip=text_encoders.load_clip(folder / "text_encoder", put=part("clip"), dtype=dtype),
+        t5=text_encoders.load_t5(folder / "text_encoder_2", put=part("t5"), dtype=dtype, unpack=unpack),
+        clip=text_encoders.load_clip(folder / "text_encoder", put=part("clip"), dtype=dtype, unpack=unpack),
         vae=vae.load(folder / "vae", put=part("vae"), dtype=dtype),
         scheduler=text_encoders.read_json(folder / "scheduler" / "scheduler_config.json"),
         source=folder, text_tokens=min(tokens, 512 if cfg.guidance_embeds else 256),
@@ -627,7 +629,7 @@ def _euler_and_residual(params, cfg, latents, *args, grid, layer, site):
 
 
 def main(*prompts, model="auto", steps=4, seed=0, size=None, guidance=None, noise=None, dtype="bfloat16",
-         text_tokens=None, transformer=None, out="out.png", **unknown):
+         text_tokens=None, transformer=None, quant="", out="out.png", **unknown):
     """Draw images: one PNG per prompt at --out (numbered where there are several)."""
     from PIL import Image
     from tqdm import tqdm
@@ -642,7 +644,8 @@ def main(*prompts, model="auto", steps=4, seed=0, size=None, guidance=None, nois
     name = announce(model)
     if size is not None:
         check_size(read_config(name)[0], size)
-    loaded = load(name, dtype=jnp.dtype(dtype), transformer=transformer)
+    formats = quantized(quant or default_quant(resolve(name)))
+    loaded = load(name, dtype=jnp.dtype(dtype), transformer=transformer, **formats)
     size = loaded.size if size is None else size
     with tqdm(total=steps, unit="step", delay=1e-3) as bar:      # the delay: no bar is drawn before an error
         images = generate(loaded, prompts, steps=steps, size=size, seed=seed, noise=noise,
@@ -667,6 +670,22 @@ def announce(model):
     name, why = default_model() if model == "auto" else (model, "as asked")
     print(f"model: {name} ({why})")
     return name
+
+
+def default_quant(folder):
+    """The format of the weights where no flag says: nf4 where JAX sees an accelerator, none for nano and on a CPU."""
+    return "none" if jax.devices()[0].platform == "cpu" or (folder / "scenes.py").is_file() else "nf4"
+
+
+def quantized(name):
+    """Arguments of `load` for weights in the format `name` (nf4, int8 or none); "none" does without quant.py."""
+    try:
+        import quant
+    except ModuleNotFoundError:
+        if name == "none":
+            return {}
+        raise ValueError(f"--quant {name} needs quant.py beside flux.py") from None
+    return {"put": quant.put(name), "unpack": quant.unpack}
 
 
 def no_unknown_flags(flags):

@@ -116,9 +116,9 @@ COLUMNS = {"feature": "Feature", "density": "Density", "max": "Max", "mean": "Me
 
 
 def index_page(found, wanted):
-    dead = float(np.mean(found.fired == 0))
+    dead = found.fired == 0
     evaluation = found.info.get("checkpoint", {}).get("metadata", {}).get("evaluation", {}).get("SAE", {})
-    facts = [("Features", f"{found.features:,}"), ("Never fired here", f"{dead:.1%}"),
+    facts = [("Features", f"{found.features:,}"), ("Never fired here", f"{int(dead.sum()):,} ({dead.mean():.1%})"),
              ("L0", number(found.fired.sum() / max(found.info["tokens"], 1), 3)),
              ("FVU, held out", number(evaluation["fvu_standardized"], 3) if "fvu_standardized" in evaluation else "–"),
              ("Images", f"{found.info['images']:,}"), ("Tokens", f"{found.info['tokens']:,}")]

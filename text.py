@@ -59,10 +59,11 @@ def linear(n_in, parts, *, layers=None, bias=True, std=None):
     return table
 
 
-def open_weights(path):
+def open_weights(path, unpack=None):
     """{tensor name: lazy slice} of a safetensors file, or of a folder with one file or a sharded set and its index.
 
-    Nothing is read yet: a slice has `get_shape()`, and reads what `[...]` asks for. Raises OSError or ValueError.
+    Nothing is read yet: a slice has `get_shape()`, and reads what `[...]` asks for. unpack: from this dict to another,
+    in which one piece may stand for several tensors of the file. Raises OSError or ValueError.
     """
     path, weights = Path(path), {}
     if not path.exists():
@@ -75,7 +76,7 @@ def open_weights(path):
         except Exception as error:
             raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
         weights |= {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (it is no dict)
-    return weights
+    return unpack(weights) if unpack else weights
 
 
 def _weight_files(folder):
@@ -96,7 +97,7 @@ def load_tensors(table, weights, *, put=None, dtype=jnp.bfloat16, ignore=()):
     Before anything is read, a missing, unexpected (unless in `ignore`) or misshapen tensor raises ValueError.
     """
     check_tensors(table, weights, ignore)
-    put = put or (lambda name, array: jnp.asarray(array))
+    put = put or (lambda name, array: jax.tree.map(jnp.asarray, array))
 
     def leaf(path, tensor):
         name = path_name(path)
@@ -125,10 +126,12 @@ def check_tensors(table, weights, ignore=()):
 
 def _read(tensor, weights, layer, dtype):
     """One layer of one tensor as [in, out], its parts joined: each value is moved once, while it is transposed."""
+    pieces = [weights[part.format(layer)] for part in tensor.parts]
+    if all(hasattr(piece, "joined") for piece in pieces):        # quantized in the file, and so they stay
+        return pieces[0].joined(pieces, dtype)
     array, start = np.empty(tensor.shape, jnp.dtype(dtype)), 0
-    for part, width in tensor.parts.items():
-        piece = weights[part.format(layer)][:]
-        array[..., start:start + width] = piece.T if tensor.transposed else piece
+    for piece, width in zip(pieces, tensor.parts.values()):
+        array[..., start:start + width] = piece[:].T if tensor.transposed else piece[:]
         start += width
     return array
 
@@ -235,11 +238,11 @@ def t5_table(cfg):
     }
 
 
-def load_t5(folder, *, put=None, dtype=jnp.bfloat16):
+def load_t5(folder, *, put=None, dtype=jnp.bfloat16, unpack=None):
     """(T5Config, params) from a transformers folder (config.json and safetensors)."""
     cfg = read_config(T5Config, Path(folder) / "config.json")
     ignore = ("encoder.embed_tokens.weight",)                    # a second name of shared.weight
-    return cfg, load_tensors(t5_table(cfg), open_weights(folder), put=put, dtype=dtype, ignore=ignore)
+    return cfg, load_tensors(t5_table(cfg), open_weights(folder, unpack), put=put, dtype=dtype, ignore=ignore)
 
 
 def t5(params, cfg, ids):
@@ -321,9 +324,9 @@ def clip_table(cfg, prefix=""):
     }
 
 
-def load_clip(folder, *, put=None, dtype=jnp.bfloat16):
+def load_clip(folder, *, put=None, dtype=jnp.bfloat16, unpack=None):
     """(CLIPConfig, params) from a transformers folder (config.json and safetensors)."""
-    cfg, weights = read_config(CLIPConfig, Path(folder) / "config.json"), open_weights(folder)
+    cfg, weights = read_config(CLIPConfig, Path(folder) / "config.json"), open_weights(folder, unpack)
     prefix = "text_model." if any(name.startswith("text_model.") for name in weights) else ""
     ignore = (prefix + "embeddings.position_ids",)               # a buffer that old files carry
     return cfg, load_tensors(clip_table(cfg, prefix), weights, put=put, dtype=dtype, ignore=ignore)

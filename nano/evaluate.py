@@ -308,7 +308,8 @@ the middle of `nano` than in a model that has seen captions alone; sizes, places
 License: MIT, weights and scripts alike. All images and captions come from `scenes.py`; no data of others was used.
 """
 TRAINING = ("20 minutes for the autoencoder and 45 for a first flow (20,000 scenes, 2,630 steps of AdamW, on two CPU "
-            "cores with AMX)\nand 146 minutes from its weights (`--minutes 146 --batch 48 --rate 2e-3`, without AMX; guided from minute 104 on)")
+            "cores with AMX)\nand 146 minutes from its weights (`--minutes 146 --batch 48 --rate 2e-3`, without AMX;\n"
+            "guided from minute 104 on)")
 PARTS = {"transformer": "MMDiT", "text_encoder": "CLIP's text encoder", "text_encoder_2": "T5's encoder",
          "vae": "autoencoder, 8 times smaller latents of 16 channels"}
 

@@ -131,7 +131,7 @@ def test_metadata_says_how_to_make_it_again(trained, nano):
     assert (metadata["model"], metadata["layer"], metadata["site"], metadata["seed"]) == (str(nano), 2, "img", 0)
     assert metadata["versions"].keys() >= {"jax", "numpy"} and "normalization" in metadata and "revision" in metadata
     assert metadata["run"] == TINY | {"model": str(nano), "site": "img", "prompts": "scenes", "prompt_field": None,
-                                      "timesteps": 1, "lr": 3 * sae.default_lr(256), "seed": 0, "dtype": "float32"}
+                                      "timesteps": 1, "lr": 9 * sae.default_lr(256), "seed": 0, "dtype": "float32"}
     rows = metadata["evaluation"]
     assert list(rows) == ["SAE", "PCA, 8 components", "random features"]
     assert 0 < rows["PCA, 8 components"]["fvu_standardized"] < rows["random features"]["fvu_standardized"]
@@ -177,7 +177,7 @@ def test_a_finished_run_resumes_to_the_same_and_goes_on_with_more_steps(start, t
 
     def loop(run, harvest, state, cfg, *_):
         assert int(state.step) == 6 and run.steps == 10
-        assert cfg.decay == (8, 11) and cfg.lr == run.lr         # or the rate would stay at zero
+        assert cfg.decay == (3, 11) and cfg.lr == run.lr         # or the rate would stay at zero
         raise Stop
 
     monkeypatch.setattr(train, "loop", loop)

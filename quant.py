@@ -1,0 +1,699 @@
+"""4-bit NF4 and int8 weights that multiply like arrays, exact, with Pallas kernels for TPUs and a plain XLA twin.
+
+Stands alone: copy this one file. It needs jax, numpy and safetensors.
+
+    q = quant.nf4(w)                       # w [..., in, out] → 4.5 bits a weight, bitsandbytes' NormalFloat4
+    q = quant.nf4(w, nested=True)          # 4.13 bits: the scales in 8 bits as well ("double quantization")
+    q = quant.int8(w)                      # one scale per output column; activations get one per row as they come
+    y = x @ q                              # a pytree: jit, scan over stacked layers, q[i], device_put, grad to x
+    w = quant.dequantize(q)
+
+Blocks of 64 run along the input axis, so that a split of the output axis never cuts one. A byte holds the codes of two
+rows that lie half the input apart (not two neighbours): both nibbles of a tile then decode to whole tiles, and nothing
+is ever interleaved. A weight knows its chip, "cpu" or for example "v5e" (default: of JAX's first device, when it is
+quantized); `plan` says from it and from the sizes alone which product is a kernel. Sources: NF4 and double
+quantization: QLoRA (arXiv 2305.14314), rounding as bitsandbytes 0.50 does it; int8: LLM.int8 (arXiv 2208.07339)
+without its outliers.
+"""
+import json
+import warnings
+from dataclasses import dataclass, fields, replace
+from functools import partial, reduce
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TABLE = np.array([                                               # QLoRA, appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)
+BOUNDS = (TABLE[:-1] + TABLE[1:]) / 2                            # a value on a bound takes the lower code
+BLOCK, NESTED_BLOCK = 64, 256
+TINY = np.float32(1e-38)                                         # stands in for the scale of a block of zeros
+
+
+class Quantized:
+    """What NF4 and Int8 share: they look like the array [..., in, out] that they stand for."""
+    ndim = property(lambda self: len(self.shape))
+    __array_ufunc__ = None                                       # so that numpy leaves `x @ q` to us
+
+    def __rmatmul__(self, x):
+        return matmul(jnp.asarray(x), self)
+
+    def __getitem__(self, i):
+        """Of stacked weights one layer, or a slice of layers. The last two axes stay whole."""
+        if self.ndim < 3:
+            raise IndexError(f"a quantized weight of shape {list(self.shape)} is not stacked; it cannot be indexed")
+        return jax.tree.map(lambda leaf: leaf[i], self)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def astype(self, dtype):
+        """The same codes; what they decode to has another type."""
+        return replace(self, kind=jnp.dtype(dtype).name)
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.kind)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"],
+         meta_fields=["rows", "block", "kind", "chip"])
+@dataclass(frozen=True)
+class NF4(Quantized):
+    """Values TABLE[code] * scale. rows: the length of the input axis; half of it, rounded up to whole blocks, is in the
+    low nibbles of codes [..., half, out] uint8, the other half in the high ones. scales: float32, or `Nested`, of shape
+    [..., 2 half / block, out]. kind: the dtype it decodes to."""
+    codes: jax.Array
+    scales: "jax.Array | Nested"
+    rows: int
+    block: int
+    kind: str
+    chip: str
+
+    @property
+    def shape(self):
+        return (*self.codes.shape[:-2], self.rows, self.codes.shape[-1])
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales", "offset", "table"], meta_fields=["blocks"])
+@dataclass(frozen=True)
+class Nested:
+    """Scales in 8 bits: table[code] * scale + offset. codes [..., n, out] uint8; scales [..., m] float32, one for each
+    256 in bitsandbytes' order: the `blocks` real ones of an output, then those of the next; offset [...], table
+    [..., 256]."""
+    codes: jax.Array
+    scales: jax.Array
+    offset: jax.Array
+    table: jax.Array
+    blocks: int
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["kind", "chip"])
+@dataclass(frozen=True)
+class Int8(Quantized):
+    """values [..., in, out] int8 times scales [..., 1, out] float32. kind: the dtype it decodes to."""
+    values: jax.Array
+    scales: jax.Array
+    kind: str
+    chip: str
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+
+# ---------------------------------------------------------------- quantize
+
+
+def nf4(w, block=BLOCK, *, nested=False, dtype=None, chip=None):
+    """w [..., in, out] → NF4, on the host: with bitsandbytes' codes and scales for each block of `block` inputs.
+
+    A last block that is not full is scaled by its own values. dtype: what it decodes to (default: w's). Raises
+    ValueError for NaN or Inf and for a block that is not an even number.
+    """
+    w, kind = _checked(w, dtype)
+    if block < 2 or block % 2:
+        raise ValueError(f"block is {block}; it must be an even number of weights, such as 64")
+    rows = w.shape[-2]
+    blocks = _blocks(w, block)
+    scales = np.abs(blocks).max(-2)
+    codes = _codes(blocks, np.maximum(scales, TINY)[..., None, :], rows % block, rows // block)
+    return _pack(codes.reshape(*w.shape[:-2], -1, w.shape[-1]), scales, rows, block, nested, kind, chip)
+
+
+def int8(w, *, dtype=None, chip=None):
+    """w [..., in, out] → Int8: round(127 w / max |w|) of each output column. Raises ValueError for NaN or Inf."""
+    w, kind = _checked(w, dtype)
+    scales = np.abs(w).max(-2, keepdims=True) / np.float32(127)
+    values = np.rint(w / np.maximum(scales, TINY)).clip(-127, 127).astype(np.int8)
+    return Int8(jnp.asarray(values), jnp.asarray(scales), kind, chip or chip_of())
+
+
+def put(name, *, nested=False, dtype=None, chip=None):
+    """For `flux.load`: (name, array) → leaf, quantizing the weights of the blocks of transformer and T5 as `name` says
+    (nf4, int8 or none). What else there is, is small, and stays as it is. Raises ValueError for another name."""
+    chip = chip or chip_of()
+    if name not in FORMATS:
+        raise ValueError(f"unknown quantization {name!r}: it is one of {', '.join(FORMATS)}")
+    if name == "int8" and chip == "v4":
+        warnings.warn("a TPU v4 multiplies no int8: weights stay 8 bits in memory and are decoded to be used",
+                      stacklevel=2)
+
+    def leaf(path, array):
+        packed = isinstance(array, NF4)                          # from a checkpoint of bitsandbytes
+        wanted = path.startswith(("transformer.double.", "transformer.single.", "t5.block.")) and array.ndim == 2
+        if packed and not (name == "nf4" and wanted):
+            array = np.asarray(dequantize(array))
+        if not wanted or name == "none":
+            return jax.tree.map(jnp.asarray, array)
+        if name == "int8":
+            return int8(array, dtype=dtype, chip=chip)
+        return replace(array, chip=chip) if packed else nf4(array, nested=nested, dtype=dtype, chip=chip)
+
+    return leaf
+
+
+FORMATS = ("nf4", "int8", "none")
+
+
+def chip_of(device=None):
+    """"cpu", "gpu", or a TPU's generation ("v4", "v5e", "v5p", "v6e", …) of a device, by default JAX's first one."""
+    device = device or jax.devices()[0]
+    if device.platform != "tpu":
+        return device.platform
+    kind = device.device_kind.lower().removeprefix("tpu").strip()
+    return {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e"}.get(kind, kind)
+
+
+def _checked(w, dtype):
+    w = np.asarray(w)
+    if w.ndim < 2:
+        raise ValueError(f"a weight of shape {list(w.shape)}; quantization needs [..., in, out]")
+    full = w.astype(np.float32)
+    if not np.isfinite(full).all():
+        bad = np.argwhere(~np.isfinite(full))[0]
+        raise ValueError(f"the weight holds {full[tuple(bad)]} at {bad.tolist()}; only finite numbers can be quantized")
+    return full, jnp.dtype(dtype or w.dtype).name
+
+
+def _blocks(w, block):
+    """[..., in, out] → [..., n, block, out], n even, zeros behind the last input."""
+    rows, n = w.shape[-2], 2 * -(-w.shape[-2] // (2 * block))
+    w = np.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, n * block - rows), (0, 0)])
+    return w.reshape(*w.shape[:-2], n, block, w.shape[-1])
+
+
+def _codes(blocks, scales, rest, last):
+    """Index into TABLE of the nearest value. bitsandbytes multiplies full blocks by the reciprocal and divides the
+    rest; the two differ in the last bit, and so, on a bound, in the code."""
+    scaled = blocks * (np.float32(1) / scales)
+    if rest:
+        scaled[..., last, :, :] = blocks[..., last, :, :] / scales[..., last, :, :]
+    return np.searchsorted(BOUNDS, np.clip(scaled, -1, 1)).astype(np.uint8)
+
+
+def _pack(codes, scales, rows, block, nested, kind, chip):
+    """NF4 from codes [..., 2 half, out] and scales [..., n, out]."""
+    low, high = np.split(codes, 2, -2)
+    scales = _nest(scales, -(-rows // block)) if nested else scales
+    return NF4(jnp.asarray(low | high << 4), jax.tree.map(jnp.asarray, scales), rows, block, kind, chip or chip_of())
+
+
+def _nest(scales, blocks):
+    """float32 scales [..., n, out], the first `blocks` of them real → Nested, as bitsandbytes compresses statistics."""
+    real = np.moveaxis(scales[..., :blocks, :], -1, -2)          # outputs first: bitsandbytes' order
+    flat = np.ascontiguousarray(real).reshape(*scales.shape[:-2], -1)
+    offset = flat.mean(-1, dtype=np.float32)
+    pad = [(0, 0)] * (flat.ndim - 1) + [(0, -flat.shape[-1] % NESTED_BLOCK)]
+    grouped = np.pad(flat - offset[..., None], pad).reshape(*flat.shape[:-1], -1, NESTED_BLOCK)
+    most, table = np.abs(grouped).max(-1), dynamic_table()
+    # As bitsandbytes does it on a CPU: -1…1 in 65,536 steps, and of each step the nearest value's code.
+    nearest = np.searchsorted((table[:-1] + table[1:].astype(np.float64)) / 2, np.linspace(-1, 1, 65536))
+    scaled = grouped * (np.float32(1) / np.maximum(most, TINY))[..., None]
+    codes = nearest[((scaled + 1) * np.float32(32767.5) + np.float32(0.5)).astype(np.int32)].astype(np.uint8)
+    codes = codes.reshape(*flat.shape[:-1], -1)[..., :flat.shape[-1]].reshape(real.shape)
+    full = np.zeros(scales.shape, np.uint8)
+    full[..., :blocks, :] = np.moveaxis(codes, -1, -2)
+    return Nested(full, most, offset, np.broadcast_to(table, (*offset.shape, 256)), blocks)
+
+
+def dynamic_table():
+    """The 256 values of the 8-bit "dynamic tree" type (arXiv 1511.04561), signed, as bitsandbytes uses it."""
+    values = []
+    for i in range(7):
+        edges = np.linspace(0.1, 1, 2 ** i + 1, dtype=np.float32)
+        means = (edges[:-1] + edges[1:]) / 2
+        values += [sign * np.float32(10.0 ** (i - 6)) * m for m in means for sign in (1, -1)]
+    return np.sort(np.array([*values, 0.0, 1.0], np.float32))
+
+
+# ---------------------------------------------------------------- decode
+
+
+def dequantize(q):
+    """The array [..., in, out] that q stands for, in q.dtype; exact: products in float32, rounded once."""
+    if isinstance(q, Int8):
+        return (q.values.astype(jnp.float32) * q.scales).astype(q.dtype)
+    blocks = (*q.codes.shape[:-2], -1, q.block, q.codes.shape[-1])
+    halves = [_values(codes, q.chip).reshape(blocks) for codes in (q.codes & 15, q.codes >> 4)]
+    full = jnp.concatenate(halves, -3) * scales_of(q)[..., None, :]
+    return full.reshape(*q.codes.shape[:-2], -1, q.codes.shape[-1])[..., :q.rows, :].astype(q.dtype)
+
+
+def scales_of(q):
+    """An NF4's scales, float32 [..., n, out], decoded where they are nested."""
+    s = q.scales
+    if not isinstance(s, Nested):
+        return s
+    n, out = s.codes.shape[-2:]
+    group = (np.arange(out) * s.blocks + np.minimum(np.arange(n), s.blocks - 1)[:, None]) // NESTED_BLOCK
+
+    def one(codes, scales, offset, table):
+        return table[codes] * scales[group] + offset
+
+    for _ in range(s.codes.ndim - 2):
+        one = jax.vmap(one)
+    return one(s.codes, s.scales, s.offset, s.table)
+
+
+def _values(codes, chip):
+    """TABLE[codes] in float32. A CPU or GPU gathers; a TPU, whose gathers are slow, selects bit by bit."""
+    if chip in ("cpu", "gpu"):
+        return jnp.asarray(TABLE)[codes]
+    values = list(TABLE)
+    for bit in range(4):
+        values = [jnp.where((codes >> bit) & 1 == 1, b, a) for a, b in zip(values[::2], values[1::2])]
+    return values[0]
+
+
+# ---------------------------------------------------------------- multiply
+
+
+@jax.custom_vjp
+def matmul(x, q):
+    """x [..., in] @ q [in, out] → [..., out] in x's type, accumulated in float32. Gradients flow to x alone.
+
+    With Int8, each row of x is rounded to 8 bits too. Raises TypeError where the shapes do not fit.
+    """
+    if q.ndim != 2 or x.shape[-1:] != q.shape[:1]:
+        raise TypeError(f"cannot multiply {list(x.shape)} by a quantized weight of shape {list(q.shape)}")
+    flat = x.reshape(-1, x.shape[-1])
+    tiles = plan(q, len(flat))
+    if isinstance(q, Int8):
+        y = int8_twin(flat, q) if tiles is None else int8_kernel(flat, q, tiles)
+    else:
+        y = flat @ dequantize(q.astype(x.dtype)) if tiles is None else nf4_kernel(flat, q, tiles)
+    return y.reshape(*x.shape[:-1], q.shape[1])
+
+
+def _matmul_forward(x, q):
+    return matmul(x, q), q
+
+
+def _matmul_backward(q, g):
+    flat = g.reshape(-1, g.shape[-1])
+    tiles = plan(q, len(flat))
+    if tiles is None or isinstance(q, Int8):
+        dx = flat @ dequantize(q.astype(g.dtype)).T
+    else:
+        dx = nf4_transposed_kernel(flat, q, tiles)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0) if leaf.dtype.kind in "iu"
+                         else jnp.zeros_like(leaf), q)
+    return dx.reshape(*g.shape[:-1], q.shape[0]), zeros
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def int8_twin(x, q):
+    """The product with Int8 in plain XLA: exact in int32, then scaled by row and column."""
+    if q.chip == "v4":                                           # has no int8 product
+        return x @ dequantize(q.astype(x.dtype))
+    values, scales = round_rows(x)
+    product = jax.lax.dot(values, q.values, preferred_element_type=jnp.int32)
+    return (product.astype(jnp.float32) * scales * q.scales).astype(x.dtype)
+
+
+def round_rows(x):
+    """x [M, in] → (int8 values [M, in], float32 scales [M, 1]): each row scaled to ±127 and rounded."""
+    x = x.astype(jnp.float32)
+    scales = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True), TINY * 127) / 127
+    return jnp.round(x / scales).astype(jnp.int8), scales
+
+
+# ---------------------------------------------------------------- TPU kernels
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of one grid step: rows of x, columns of the output, and rows of packed codes (each stands for two)."""
+    rows: int
+    columns: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class Chip:
+    """The largest tiles, MiB of VMEM that they may fill, along which axis TABLE is gathered (0: sublanes, in two halves
+    of 8 rows; 1: lanes, where the chip has nothing else), and how many rows of codes are decoded at a time (0: all; see
+    `interleave`)."""
+    tiles: Tiles
+    vmem: int
+    axis: int
+    chunk: int
+
+
+CHIPS = {
+    "v4": Chip(Tiles(1024, 512, 512), 16, 1, 0),
+    "v5e": Chip(Tiles(3072, 256, 512), 100, 0, 0),
+    "v5p": Chip(Tiles(2048, 256, 512), 60, 0, 0),
+    "v6e": Chip(Tiles(3072, 256, 512), 100, 0, 256),
+}
+
+
+def plan(q, rows):
+    """The Tiles with which a product of x [rows, in] and q is a kernel, or None where it is the XLA twin's: on other
+    chips than those of CHIPS, for weights smaller than a tile of the matrix unit, and for those that do not divide."""
+    chip = CHIPS.get(q.chip)
+    if chip is None or q.ndim != 2 or min(q.shape) < 128 or (isinstance(q, Int8) and q.chip == "v4"):
+        return None
+    length, unit = (q.shape[0], 128) if isinstance(q, Int8) else (q.codes.shape[0], 8 * q.block)
+    most = chip.tiles.depth * (2 if isinstance(q, Int8) else 1)
+    depths = [d for d in range(unit, most + 1, unit) if length % d == 0] or [length]
+    if depths[-1] > 2 * most or unit % 64:
+        return None
+    return Tiles(min(chip.tiles.rows, -(-rows // 32) * 32), min(chip.tiles.columns, -(-q.shape[1] // 128) * 128),
+                 depths[-1])
+
+
+def nf4_kernel(x, q, tiles, *, interpret=False):
+    """x [M, in] @ NF4 [in, out] → [M, out] in x's type: codes come from HBM, are decoded in VMEM and multiplied."""
+    from jax.experimental import pallas as pl
+    (M, _), (half, out), chip = x.shape, q.codes.shape, CHIPS[q.chip]
+    x, scales, steps = jnp.pad(x, ((0, 0), (0, 2 * half - q.rows))), scales_of(q), half // tiles.depth
+
+    def kernel(x_low, x_high, codes, low, high, y, total):
+        start_total(total)
+        operands = (x_low, x_high)
+
+        def multiply(rows, *weights):
+            products = [jnp.dot(operands[part][rows, chunk], w.astype(x.dtype), precision=precision(x),
+                                preferred_element_type=jnp.float32) for part, chunk, w in weights]
+            total[rows] += reduce(jnp.add, products)
+
+        interleave(codes, (low, high), q.block, chip, tiles.rows, multiply)
+        write_total(y, total)
+
+    of_x = (tiles.rows, tiles.depth)
+    of_scales = (tiles.depth // q.block, tiles.columns)
+    return pl.pallas_call(
+        kernel, grid=(pl.cdiv(M, tiles.rows), pl.cdiv(out, tiles.columns), steps),
+        in_specs=[pl.BlockSpec(of_x, lambda i, j, k: (i, k)), pl.BlockSpec(of_x, lambda i, j, k: (i, k + steps)),
+                  pl.BlockSpec((tiles.depth, tiles.columns), lambda i, j, k: (k, j)),
+                  pl.BlockSpec(of_scales, lambda i, j, k: (k, j)),
+                  pl.BlockSpec(of_scales, lambda i, j, k: (k + steps, j))],
+        **output(M, out, tiles.rows, tiles.columns, x.dtype, jnp.float32, chip, interpret),
+    )(x, x, signed(q.codes), scales, scales)
+
+
+def nf4_transposed_kernel(g, q, tiles, *, interpret=False):
+    """g [M, out] @ NF4 [in, out] transposed → [M, in] in g's type; the two halves of the inputs come out as two."""
+    from jax.experimental import pallas as pl
+    (M, out), half, chip = g.shape, q.codes.shape[0], CHIPS[q.chip]
+    scales, steps = scales_of(q), half // tiles.depth
+    ragged = out % tiles.columns
+
+    def kernel(g_ref, codes, low, high, y_low, y_high, total_low, total_high):
+        start_total(total_low)
+        start_total(total_high)
+        totals = (total_low, total_high)
+
+        def inside(x):                                           # what lies behind the last column is not zero
+            column = jax.lax.broadcasted_iota(jnp.int32, (1, tiles.columns), 1) + pl.program_id(2) * tiles.columns
+            return jnp.where(column < out, x, 0) if ragged else x
+
+        def multiply(rows, *weights):
+            for part, chunk, w in weights:
+                totals[part][rows, chunk] += jax.lax.dot_general(
+                    inside(g_ref[rows]), inside(w).astype(g.dtype), (((1,), (1,)), ((), ())), precision=precision(g),
+                    preferred_element_type=jnp.float32)
+
+        interleave(codes, (low, high), q.block, chip, tiles.rows, multiply)
+        write_total(y_low, total_low)
+        write_total(y_high, total_high)
+
+    of_scales = (tiles.depth // q.block, tiles.columns)
+    one = output(M, half, tiles.rows, tiles.depth, g.dtype, jnp.float32, chip, interpret)
+    low, high = pl.pallas_call(
+        kernel, grid=(pl.cdiv(M, tiles.rows), steps, pl.cdiv(out, tiles.columns)),
+        in_specs=[pl.BlockSpec((tiles.rows, tiles.columns), lambda i, j, k: (i, k)),
+                  pl.BlockSpec((tiles.depth, tiles.columns), lambda i, j, k: (j, k)),
+                  pl.BlockSpec(of_scales, lambda i, j, k: (j, k)),
+                  pl.BlockSpec(of_scales, lambda i, j, k: (j + steps, k))],
+        **one | {name: [one[name]] * 2 for name in ("out_specs", "out_shape")}
+        | {"scratch_shapes": one["scratch_shapes"] * 2},
+    )(g, signed(q.codes), scales, scales)
+    return jnp.concatenate([low, high], 1)[:, :q.rows]
+
+
+def int8_kernel(x, q, tiles, *, interpret=False):
+    """The same numbers as `int8_twin`, in tiles: int8 products, summed in int32, scaled when they are written."""
+    from jax.experimental import pallas as pl
+    (M, _), (rows, out), chip = x.shape, q.shape, CHIPS[q.chip]
+    values, scales = round_rows(x)
+
+    def kernel(a, b, row, column, y, total):
+        start_total(total)
+        total[...] += jnp.dot(a[...], b[...], preferred_element_type=jnp.int32)
+        write_total(y, total, lambda sums: sums.astype(jnp.float32) * row[...] * column[...])
+
+    return pl.pallas_call(
+        kernel, grid=(pl.cdiv(M, tiles.rows), pl.cdiv(out, tiles.columns), rows // tiles.depth),
+        in_specs=[pl.BlockSpec((tiles.rows, tiles.depth), lambda i, j, k: (i, k)),
+                  pl.BlockSpec((tiles.depth, tiles.columns), lambda i, j, k: (k, j)),
+                  pl.BlockSpec((tiles.rows, 1), lambda i, j, k: (i, 0)),
+                  pl.BlockSpec((1, tiles.columns), lambda i, j, k: (0, j))],
+        **output(M, out, tiles.rows, tiles.columns, x.dtype, jnp.int32, chip, interpret),
+    )(values, q.values, scales, q.scales)
+
+
+def interleave(codes, scales, block, chip, rows, multiply):
+    """Decode a tile's codes, and call multiply(rows, (part, chunk, w), …) with float32 w [chunk, columns] of the part 0
+    (low nibbles) or 1 (high) until all rows are multiplied with all of them. With `chip.chunk` so many are decoded at a
+    time, between the products of four groups of rows with the last ones: v6e's compiler hides vector work behind the
+    matrix unit's only where the program has the two side by side."""
+    depth, tables = codes.shape[0], gather_tables(chip.axis)
+    size = chip.chunk if chip.chunk and depth % chip.chunk == 0 and rows % 64 == 0 else depth
+    groups = 4 if size == chip.chunk else 1
+    chunks = [(part, start) for part in (1, 0) for start in range(0, depth, size)]     # high nibbles are cheaper
+
+    def decode(part, start, i):
+        first = start + i * size // groups
+        return decode_rows(codes[span(first, size // groups)], scales[part], first, block, tables, part, chip.axis)
+
+    if groups == 1:
+        return multiply(slice(None), *((part, span(start, size), decode(part, start, 0)) for part, start in chunks))
+    coming = [decode(*chunks[0], i) for i in range(groups)]
+    for (part, start), following in zip(chunks, [*chunks[1:], None]):
+        w, coming = jnp.concatenate(coming, 0), []
+        for i in range(groups):
+            if following:
+                coming.append(decode(*following, i))
+            multiply(span(i * rows // groups, rows // groups), (part, span(start, size), w))
+
+
+def span(start, size):
+    return slice(start, start + size)
+
+
+def decode_rows(codes, scales, first, block, tables, part, axis):
+    """int8 codes [n, columns] of rows first … → float32 values, exact: the very products that `dequantize` makes."""
+    codes, rows = codes.astype(jnp.int32), []                    # narrower types cannot be shifted
+    for r in range(0, len(codes), 8):
+        values = [look_up(tables, codes[r:r + 8, c:c + 128], part, axis) for c in range(0, codes.shape[1], 128)]
+        scale = (first + r) // block
+        rows.append(jnp.concatenate(values, 1) * scales[scale:scale + 1])
+    return jnp.concatenate(rows, 0)
+
+
+def look_up(tables, codes, part, axis):
+    """TABLE at the low (part 0) or high nibbles of sign-extended bytes [8, 128]."""
+    gather = partial(jnp.take_along_axis, axis=axis, mode="promise_in_bounds")     # no tests for bounds
+    nibbles = codes >> 4 if part else codes
+    if axis:
+        return gather(tables[0], nibbles & 15)
+    upper = codes < 0 if part else codes & 8 != 0
+    return jnp.where(upper, gather(tables[1], nibbles & 7), gather(tables[0], nibbles & 7))
+
+
+def gather_tables(axis):
+    """TABLE in registers of 8 x 128. A kernel may not hold constant arrays: they are made of iotas and selects."""
+    place = jax.lax.broadcasted_iota(jnp.int32, (8, 128), axis)
+    tables = []
+    for part in (TABLE,) if axis else (TABLE[:8], TABLE[8:]):
+        table = jnp.zeros((8, 128), jnp.float32)
+        for i, value in enumerate(part):
+            table = jnp.where(place == i, value, table)
+        tables.append(table)
+    return tables
+
+
+def signed(codes):
+    """The same bytes as int8: sign-extended, the fourth bit of the high nibble costs no instruction to test."""
+    return jax.lax.bitcast_convert_type(codes, jnp.int8)
+
+
+def output(M, N, rows, columns, dtype, accumulator, chip, interpret):
+    """What every kernel says about its output [M, N], its running total, and the compiler."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu
+    parameters = tpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"),
+                                    vmem_limit_bytes=chip.vmem << 20)
+    return {"out_specs": pl.BlockSpec((rows, columns), lambda i, j, k: (i, j)),
+            "out_shape": jax.ShapeDtypeStruct((M, N), dtype), "interpret": interpret,
+            "scratch_shapes": [tpu.VMEM((rows, columns), accumulator)], "compiler_params": parameters}
+
+
+def start_total(total):
+    from jax.experimental import pallas as pl
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        total[...] = jnp.zeros_like(total)
+
+
+def write_total(y, total, finish=lambda sums: sums):
+    from jax.experimental import pallas as pl
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _():
+        y[...] = finish(total[...]).astype(y.dtype)
+
+
+def precision(x):
+    """Products of float32 as float32 has them; the matrix unit's own (bfloat16) else."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+# ---------------------------------------------------------------- files
+
+
+def save(file, tree):
+    """Write nested dicts of arrays and quantized weights as safetensors: `a.b.codes`, `a.b.scales`, … for `a["b"]`."""
+    from safetensors.numpy import save_file
+    arrays, kinds = {}, {}
+
+    def add(name, leaf):
+        if isinstance(leaf, (NF4, Int8, Nested)):
+            parts = {field.name: getattr(leaf, field.name) for field in fields(leaf)}
+            kinds[name] = {k: v for k, v in parts.items() if isinstance(v, (int, str)) and k != "chip"}
+            kinds[name]["type"] = type(leaf).__name__
+            leaf = {k: v for k, v in parts.items() if not isinstance(v, (int, str))}
+        if isinstance(leaf, dict):
+            for key, value in leaf.items():
+                if "." in key:
+                    raise ValueError(f"the key {key!r} holds a dot, which separates keys in the file")
+                add(f"{name}.{key}" if name else key, value)
+        else:
+            arrays[name] = np.ascontiguousarray(leaf)
+
+    add("", tree)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, file, metadata={"quantized": json.dumps(kinds)})
+
+
+def load(file, *, chip=None):
+    """What `save` wrote. Raises ValueError for another safetensors file."""
+    from safetensors import safe_open
+    with safe_open(file, "np") as reader:
+        try:
+            kinds = json.loads((reader.metadata() or {})["quantized"])
+        except KeyError:
+            raise ValueError(f"{file} was not written by quant.save") from None
+        tree = {}
+        for name in reader.keys():                               # noqa: SIM118 (it is no dict)
+            *parents, key = name.split(".")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[key] = jnp.asarray(reader.get_tensor(name))
+    chip = chip or chip_of()
+
+    def build(name, node):
+        if not isinstance(node, dict):
+            return node
+        parts = {key: build(f"{name}.{key}" if name else key, value) for key, value in node.items()}
+        if name not in kinds:
+            return parts
+        kind = dict(kinds[name])
+        cls = {"NF4": NF4, "Int8": Int8, "Nested": Nested}[kind.pop("type")]
+        return cls(**parts, **kind, **({} if cls is Nested else {"chip": chip}))
+
+    return build("", tree)
+
+
+STATE = ".quant_state.bitsandbytes__nf4"
+SIBLINGS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
+
+
+def unpack(weights):
+    """For `flux.load`: of the tensors that bitsandbytes wrote for one weight, one `Packed`; all others as they are.
+
+    weights: {name: lazy slice}. Raises ValueError for its other 4-bit type.
+    """
+    packed = {}
+    for name in weights:
+        weight, found, kind = name.partition(".quant_state.")
+        if found and kind != "bitsandbytes__nf4":
+            raise ValueError(f"{weight} is quantized as {kind}; of bitsandbytes' types only nf4 can be read")
+        if found:
+            packed[weight] = Packed(weight, {s: weights[weight + s] for s in ("", *SIBLINGS) if weight + s in weights})
+    used = {weight + s for weight in packed for s in SIBLINGS}
+    return {name: piece for name, piece in weights.items() if name not in used} | packed
+
+
+class Packed:
+    """A weight [out, in] as bitsandbytes stores NF4, read when it is asked for: two neighbouring inputs a byte, the
+    first in the high nibble, in blocks that run on from one output to the next."""
+
+    def __init__(self, name, parts):
+        self.parts, self.state = parts, json.loads(bytes(parts[STATE][:]))
+        if not np.allclose(parts[".quant_map"][:], TABLE):
+            raise ValueError(f"{name} has a table of its own; only NormalFloat4's can be read")
+
+    def get_shape(self):
+        return list(self.state["shape"])
+
+    def __getitem__(self, item):
+        return np.asarray(dequantize(self.joined([self], "float32"))).T[item]
+
+    def joined(self, pieces, dtype):
+        """NF4 [in, out] of weights side by side on the output axis: with the codes and scales of the file. Where its
+        blocks do not end with the inputs, ours are shorter, and some share a scale."""
+        rows = self.get_shape()[1]
+        block = int(np.gcd(rows, self.state["blocksize"]))
+        n = 2 * -(-rows // (2 * block))
+        codes = _fill(np.concatenate([piece.codes() for piece in pieces], 1), n * block)
+        if self.nested and len(pieces) == 1 and block == self.state["blocksize"]:
+            scales = self.nest(n)
+        else:
+            scales = _fill(np.concatenate([piece.scales(block) for piece in pieces], 1), n)
+        return _pack(codes, scales, rows, block, False, jnp.dtype(dtype).name, None)
+
+    @property
+    def nested(self):
+        return ".nested_absmax" in self.parts
+
+    def codes(self):
+        """[in, out]"""
+        packed = self.parts[""][:].reshape(-1)
+        flat = np.stack([packed >> 4, packed & 15], 1).reshape(-1)
+        shape = self.get_shape()
+        return flat[:shape[0] * shape[1]].reshape(shape).T
+
+    def scales(self, block):
+        """float32 [in / block, out]: of the file's block in which each of ours lies."""
+        scales = self.parts[".absmax"][:].reshape(-1)
+        if self.nested:
+            groups = np.arange(len(scales)) // self.state["nested_blocksize"]
+            scales = (self.parts[".nested_quant_map"][:][scales] * self.parts[".nested_absmax"][:][groups]
+                      + np.float32(self.state["nested_offset"]))
+        out, rows = self.get_shape()
+        return scales[np.arange(0, out * rows, block) // self.state["blocksize"]].reshape(out, -1).T
+
+    def nest(self, n):
+        """The scales as they are in the file, for weights whose blocks end with the inputs."""
+        out, rows = self.get_shape()
+        blocks = rows // self.state["blocksize"]
+        codes = self.parts[".absmax"][:].reshape(out, blocks).T
+        return Nested(_fill(codes, n), self.parts[".nested_absmax"][:], np.float32(self.state["nested_offset"]),
+                      self.parts[".nested_quant_map"][:], blocks)
+
+
+def _fill(array, n):
+    """Zeros behind the rows of array, up to n."""
+    return np.pad(array, ((0, n - len(array)), (0, 0)))

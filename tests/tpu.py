@@ -1,0 +1,116 @@
+"""Compile for TPUs that are not there, in a process of its own: `python tests/tpu.py v5e '[{"kernel": "nf4", ...}]'`.
+
+The wheel libtpu, which jax[tpu] brings, is the whole TPU compiler. Each job is one kernel on one chip: its product
+x [rows, in] @ w [in, out], and optionally the tiles. A line of JSON answers each: how many VLIW bundles the compiler
+scheduled for one step of the grid (cycles without stalls for memory: the tile is one straight piece of code), the
+tiles, and the seconds it took; or the compiler's error.
+"""
+import glob
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+
+def run(chip, jobs):
+    """The answers to `jobs`, one after the other, as they come: libtpu allows one process at a time."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                                "TPU_ACCELERATOR_TYPE": "v4-8", "TPU_LOG_DIR": "disabled"}
+    with tempfile.TemporaryDirectory() as dump:
+        environment["LIBTPU_INIT_ARGS"] = (f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+                                           "--xla_jf_emit_annotations=true --xla_jf_debug_level=2")
+        process = subprocess.Popen([sys.executable, __file__, chip, json.dumps(jobs), dump], env=environment,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        answers = [json.loads(line) for line in process.stdout if line.startswith("{")]
+        errors = process.stderr.read()
+    if process.wait() or len(answers) != len(jobs):
+        raise RuntimeError(f"{len(answers)} of {len(jobs)} answers: {errors[-2000:]}")
+    return answers
+
+
+def main(chip, jobs, dump):
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    pairs = {"chip_config_name": "megacore"} if chip == "v4" else {}           # else its two cores are two devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip], **pairs).devices
+    here = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
+    for job in jobs:
+        start, answer = time.time(), dict(job)
+        try:
+            function, shapes, answer["tiles"] = program(chip, **job)
+            placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
+            jax.jit(function, out_shardings=here).lower(*placed).compile()
+            answer["bundles"] = bundles(dump, start)
+        except Exception as error:
+            answer["error"] = str(error).splitlines()[0][:300]
+        print(json.dumps(answer | {"seconds": round(time.time() - start, 1)}), flush=True)
+
+
+def program(chip, kernel, rows, size, tiles=None):
+    """(function, shapes of its arguments, tiles) of one kernel."""
+    import jax
+    import jax.numpy as jnp
+
+    import quant
+    n_in, out = size
+    weight = quant.int8 if kernel == "int8" else quant.nf4
+    q = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weight_like(weight, n_in, out, chip))
+    chosen = quant.Tiles(*tiles) if tiles else quant.plan(q, rows)
+    x = jax.ShapeDtypeStruct((rows, out if kernel == "nf4 transposed" else n_in), jnp.bfloat16)
+    if kernel == "bfloat16":
+        w = jax.ShapeDtypeStruct((n_in, out), jnp.bfloat16)
+        return partial(matmul, tiles=chosen, vmem=quant.CHIPS[chip].vmem), (x, w), vars(chosen)
+    function = {"nf4": quant.nf4_kernel, "nf4 transposed": quant.nf4_transposed_kernel, "int8": quant.int8_kernel}
+    return partial(function[kernel], tiles=chosen), (x, q), vars(chosen)
+
+
+def weight_like(quantize, n_in, out, chip):
+    """A quantized weight's shapes, from a narrow one: quantizing a large one would take longer than compiling."""
+    import jax
+    import numpy as np
+    narrow = quantize(np.zeros((n_in, 1), np.float32), dtype="bfloat16", chip=chip)
+    return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (*leaf.shape[:-1], out)), narrow)
+
+
+def matmul(x, w, tiles, vmem):
+    """The plain bfloat16 product with the same tiles, to compare with."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+
+    import quant
+    chip, depth = quant.Chip(tiles, vmem, 0, 0), 2 * tiles.depth
+
+    def kernel(a, b, y, total):
+        quant.start_total(total)
+        total[...] += jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+        quant.write_total(y, total)
+
+    return pl.pallas_call(
+        kernel, grid=(pl.cdiv(x.shape[0], tiles.rows), pl.cdiv(w.shape[1], tiles.columns), x.shape[1] // depth),
+        in_specs=[pl.BlockSpec((tiles.rows, depth), lambda i, j, k: (i, k)),
+                  pl.BlockSpec((depth, tiles.columns), lambda i, j, k: (k, j))],
+        **quant.output(x.shape[0], w.shape[1], tiles.rows, tiles.columns, jax.numpy.bfloat16, jnp.float32, chip, False),
+    )(x, w)
+
+
+def bundles(dump, since):
+    """Of the largest program compiled since then, as the compiler's own analysis of its final schedule counts them."""
+    counts = [re.search(r"total scheduled bundles:\s+(\d+)", Path(file).read_text())
+              for file in glob.glob(f"{dump}/*schedule-analysis_final_bundles*") if os.path.getmtime(file) >= since - 1]
+    return max(int(count[1]) for count in counts if count)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])
