@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_flux import CASES as MODELS
-from test_flux import WEIGHTS, random_inputs, random_transformer, run
+from test_flux import WEIGHTS, quick, random_inputs, random_transformer, run
 
 import flux
 import quant
@@ -237,20 +238,24 @@ def weight(rows, out, **options):
     return quant.nf4(np.random.default_rng(rows + out).standard_normal((rows, out)).astype(np.float32), **options)
 
 
-KERNELS = [(256, 256, 32, quant.Tiles(32, 128, 128)), (1024, 384, 72, quant.Tiles(64, 256, 256)),
-           (200, 130, 33, quant.Tiles(64, 128, 128)), (320, 200, 7, quant.Tiles(32, 256, 192))]
+KERNELS = [("v4", 256, 256, 32, quant.Tiles(32, 128, 128)), ("v4", 200, 130, 33, quant.Tiles(64, 128, 128)),
+           ("v5e", 320, 200, 7, quant.Tiles(32, 256, 192)), ("v5e", 256, 130, 33, quant.Tiles(64, 128, 64)),
+           ("v6e", 1024, 200, 72, quant.Tiles(64, 128, 256))]                      # decoded in chunks, row group by group
 
 
-@pytest.mark.parametrize("chip", ["v4", "v5e"])
-@pytest.mark.parametrize(("rows", "out", "M", "tiles"), KERNELS)
+def interpreted(kernel, tiles):
+    return quick(partial(kernel, tiles=tiles, interpret=True))
+
+
+@pytest.mark.parametrize(("chip", "rows", "out", "M", "tiles"), KERNELS)
 def test_nf4_kernels(chip, rows, out, M, tiles):
     q = weight(rows, out, chip=chip, nested=out == 200)
     rng = np.random.default_rng(M)
     x, g = (jnp.asarray(rng.standard_normal((M, n)), jnp.float32) for n in (rows, out))
     w = quant.dequantize(q)
-    y = quant.nf4_kernel(x, q, tiles, interpret=True)
+    y = interpreted(quant.nf4_kernel, tiles)(x, q)
     np.testing.assert_allclose(y, x @ w, rtol=1e-4, atol=1e-4 * float(jnp.abs(x @ w).max()))
-    dx = quant.nf4_transposed_kernel(g, q, tiles, interpret=True)
+    dx = interpreted(quant.nf4_transposed_kernel, tiles)(g, q)
     np.testing.assert_allclose(dx, g @ w.T, rtol=1e-4, atol=1e-4 * float(jnp.abs(g @ w.T).max()))
 
 
@@ -270,7 +275,7 @@ def test_int8_kernel(rows, out, M, tiles):
     rng = np.random.default_rng(M)
     q = quant.int8(rng.standard_normal((rows, out)).astype(np.float32), chip="v5e")
     x = jnp.asarray(rng.standard_normal((M, rows)), jnp.float32)
-    np.testing.assert_allclose(quant.int8_kernel(x, q, tiles, interpret=True), quant.int8_twin(x, q), rtol=1e-6)
+    np.testing.assert_allclose(interpreted(quant.int8_kernel, tiles)(x, q), quant.int8_twin(x, q), rtol=1e-6)
 
 
 def test_plan_is_a_rule_of_chip_and_sizes():
@@ -278,7 +283,7 @@ def test_plan_is_a_rule_of_chip_and_sizes():
         assert quant.plan(weight(256, 256, chip=chip), 1024) is None
     assert quant.plan(weight(64, 256, chip="v5e"), 1024) is None
     tiles = quant.plan(weight(3072, 640, chip="v5e"), 1000)
-    assert tiles.depth == 512 and tiles.columns == 512 and tiles.rows == 1024
+    assert tiles == quant.Tiles(1024, 256, 512)
     assert quant.plan(quant.int8(np.ones((256, 256), np.float32), chip="v4"), 1024) is None
     with pytest.warns(UserWarning, match="v4 multiplies no int8"):
         quant.put("int8", chip="v4")
