@@ -131,7 +131,8 @@ def test_metadata_says_how_to_make_it_again(trained, nano):
     assert (metadata["model"], metadata["layer"], metadata["site"], metadata["seed"]) == (str(nano), 2, "img", 0)
     assert metadata["versions"].keys() >= {"jax", "numpy"} and "normalization" in metadata and "revision" in metadata
     assert metadata["run"] == TINY | {"model": str(nano), "site": "img", "prompts": "scenes", "prompt_field": None,
-                                      "timesteps": 1, "lr": 9 * sae.default_lr(256), "seed": 0, "dtype": "float32"}
+                                      "timesteps": 1, "lr": 9 * sae.default_lr(256), "seed": 0, "dtype": "float32",
+                                      "quant": "none"}
     rows = metadata["evaluation"]
     assert list(rows) == ["SAE", "PCA, 8 components", "random features"]
     assert 0 < rows["PCA, 8 components"]["fvu_standardized"] < rows["random features"]["fvu_standardized"]
@@ -356,11 +357,11 @@ def test_defaults_fit_nano(nano):
 
 @pytest.mark.parametrize("platform, dtype", [("cpu", "float32"), ("tpu", "bfloat16")])
 def test_defaults_fit_schnell(tmp_path, monkeypatch, platform, dtype):
-    monkeypatch.setattr(train.jax, "devices", lambda: [type("Device", (), {"platform": platform})])
+    monkeypatch.setattr(train.jax, "devices", lambda: [type("Device", (), {"platform": platform, "device_kind": "TPU v4"})])
     run = train.defaults("schnell", tmp_path, flux.Config(), {})
     assert (run.layer, run.features, run.site, run.dtype) == (18, 16384, "img", dtype)
     assert (run.prompts, run.prompt_field) == ("hf:opendiffusionai/cc12m-cleaned", "caption_llava_short")
-    assert run.lr == sae.default_lr(16384)
+    assert run.lr == sae.default_lr(16384) and run.quant == ("none" if platform == "cpu" else "nf4")
     given = train.defaults("schnell", tmp_path, flux.Config(), {"layer": 10, "features": 512, "prompts": "p.csv"})
     assert (given.layer, given.features, given.prompts, given.prompt_field) == (10, 512, "p.csv", None)
     assert given.lr == sae.default_lr(512)
@@ -378,7 +379,8 @@ def test_defaults_fit_schnell(tmp_path, monkeypatch, platform, dtype):
     ("--timesteps=0", "--timesteps 0"), ("--seeds_per_prompt=0", "--seeds_per_prompt 0"), ("--lr=0", "--lr 0"),
     ("--lr=fast", "--lr fast"),
     ("--lr=1e999", "--lr"), ("--seed=-1", "--seed -1"), ("--seed=3000000000", "--seed 3000000000"),
-    ("--dtype=int8", "--dtype int8"), ("--log_every=0", "--log_every 0"), ("--save_every=often", "--save_every often"),
+    ("--dtype=int8", "--dtype int8"), ("--quant=int4", "unknown quantization 'int4': it is one of nf4, int8, none"),
+    ("--log_every=0", "--log_every 0"), ("--save_every=often", "--save_every often"),
 ])
 def test_mistakes_end_in_one_line_before_any_work(monkeypatch, capsys, tmp_path, nano, flag, message):
     monkeypatch.chdir(tmp_path)
@@ -387,6 +389,16 @@ def test_mistakes_end_in_one_line_before_any_work(monkeypatch, capsys, tmp_path,
     model = [] if flag.startswith("--model") else [f"--model={nano}"]
     assert message in fails(monkeypatch, capsys, *model, *given)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_quantized_weights(nano, tmp_path, monkeypatch, name):
+    """Train on a quantized model: other activations, said in the checkpoint; --resume may not change it."""
+    monkeypatch.chdir(tmp_path)
+    train.main(model=str(nano), quant=name, **TINY, **LOGGED)
+    assert sae.load_metadata("ckpt")["run"]["quant"] == name
+    with pytest.raises(ValueError, match=f"trained with --quant {name}, not none"):
+        train.main(resume=True, quant="none")
 
 
 def test_a_gated_model_without_a_token(monkeypatch, capsys, tmp_path):
