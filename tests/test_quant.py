@@ -240,7 +240,7 @@ def weight(rows, out, **options):
 
 KERNELS = [("v4", 256, 256, 32, quant.Tiles(32, 128, 128)), ("v4", 200, 130, 33, quant.Tiles(64, 128, 128)),
            ("v5e", 320, 200, 7, quant.Tiles(32, 256, 192)), ("v5e", 256, 130, 33, quant.Tiles(64, 128, 64)),
-           ("v6e", 1024, 200, 72, quant.Tiles(64, 128, 256))]                      # decoded in chunks, row group by group
+           ("v6e", 1024, 200, 72, quant.Tiles(64, 128, 256))]                      # in chunks, row group by row group
 
 
 def interpreted(kernel, tiles):

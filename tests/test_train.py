@@ -357,7 +357,8 @@ def test_defaults_fit_nano(nano):
 
 @pytest.mark.parametrize("platform, dtype", [("cpu", "float32"), ("tpu", "bfloat16")])
 def test_defaults_fit_schnell(tmp_path, monkeypatch, platform, dtype):
-    monkeypatch.setattr(train.jax, "devices", lambda: [type("Device", (), {"platform": platform, "device_kind": "TPU v4"})])
+    device = type("Device", (), {"platform": platform, "device_kind": "TPU v4"})
+    monkeypatch.setattr(train.jax, "devices", lambda: [device])
     run = train.defaults("schnell", tmp_path, flux.Config(), {})
     assert (run.layer, run.features, run.site, run.dtype) == (18, 16384, "img", dtype)
     assert (run.prompts, run.prompt_field) == ("hf:opendiffusionai/cc12m-cleaned", "caption_llava_short")
