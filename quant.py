@@ -122,7 +122,8 @@ def nf4(w, block=BLOCK, *, nested=False, dtype=None, chip=None):
     blocks = _blocks(w, block)
     scales = np.abs(blocks).max(-2)
     codes = _codes(blocks, np.maximum(scales, TINY)[..., None, :], rows % block, rows // block)
-    return _pack(codes.reshape(*w.shape[:-2], -1, w.shape[-1]), scales, rows, block, nested, kind, chip)
+    scales = _nest(scales, -(-rows // block)) if nested else scales
+    return _pack(codes.reshape(*w.shape[:-2], -1, w.shape[-1]), scales, rows, block, kind, chip)
 
 
 def int8(w, *, dtype=None, chip=None):
@@ -182,9 +183,14 @@ def _checked(w, dtype):
 
 def _blocks(w, block):
     """[..., in, out] → [..., n, block, out], n even, zeros behind the last input."""
-    rows, n = w.shape[-2], 2 * -(-w.shape[-2] // (2 * block))
+    rows, n = w.shape[-2], _block_count(w.shape[-2], block)
     w = np.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, n * block - rows), (0, 0)])
     return w.reshape(*w.shape[:-2], n, block, w.shape[-1])
+
+
+def _block_count(rows, block):
+    """How many blocks of inputs are kept: whole ones, as many in the low nibbles as in the high ones."""
+    return 2 * -(-rows // (2 * block))
 
 
 def _codes(blocks, scales, rest, last):
@@ -196,10 +202,9 @@ def _codes(blocks, scales, rest, last):
     return np.searchsorted(BOUNDS, np.clip(scaled, -1, 1)).astype(np.uint8)
 
 
-def _pack(codes, scales, rows, block, nested, kind, chip):
-    """NF4 from codes [..., 2 half, out] and scales [..., n, out]."""
+def _pack(codes, scales, rows, block, kind, chip):
+    """NF4 from codes [..., 2 half, out] and scales [..., n, out], nested or not."""
     low, high = np.split(codes, 2, -2)
-    scales = _nest(scales, -(-rows // block)) if nested else scales
     return NF4(jnp.asarray(low | high << 4), jax.tree.map(jnp.asarray, scales), rows, block, kind, chip or chip_of())
 
 
@@ -656,13 +661,13 @@ class Packed:
         blocks do not end with the inputs, ours are shorter, and some share a scale."""
         rows = self.get_shape()[1]
         block = int(np.gcd(rows, self.state["blocksize"]))
-        n = 2 * -(-rows // (2 * block))
+        n = _block_count(rows, block)
         codes = _fill(np.concatenate([piece.codes() for piece in pieces], 1), n * block)
         if self.nested and len(pieces) == 1 and block == self.state["blocksize"]:
             scales = self.nest(n)
         else:
             scales = _fill(np.concatenate([piece.scales(block) for piece in pieces], 1), n)
-        return _pack(codes, scales, rows, block, False, jnp.dtype(dtype).name, None)
+        return _pack(codes, scales, rows, block, jnp.dtype(dtype).name, None)
 
     @property
     def nested(self):

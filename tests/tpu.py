@@ -65,7 +65,7 @@ def program(chip, kernel, rows, size, tiles=None):
     import quant
     n_in, out = size
     weight = quant.int8 if kernel == "int8" else quant.nf4
-    q = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weight_like(weight, n_in, out, chip))
+    q = weight_like(weight, n_in, out, chip)
     chosen = quant.Tiles(*tiles) if tiles else quant.plan(q, rows)
     x = jax.ShapeDtypeStruct((rows, out if kernel == "nf4 transposed" else n_in), jnp.bfloat16)
     if kernel == "bfloat16":
@@ -80,12 +80,11 @@ def weight_like(quantize, n_in, out, chip):
     import jax
     import numpy as np
     narrow = quantize(np.zeros((n_in, 1), np.float32), dtype="bfloat16", chip=chip)
-    return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (*leaf.shape[:-1], out)), narrow)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape[:-1], out), leaf.dtype), narrow)
 
 
 def matmul(x, w, tiles, vmem):
     """The plain bfloat16 product with the same tiles, to compare with."""
-    import jax
     import jax.numpy as jnp
     from jax.experimental import pallas as pl
 
@@ -101,7 +100,7 @@ def matmul(x, w, tiles, vmem):
         kernel, grid=(pl.cdiv(x.shape[0], tiles.rows), pl.cdiv(w.shape[1], tiles.columns), x.shape[1] // depth),
         in_specs=[pl.BlockSpec((tiles.rows, depth), lambda i, j, k: (i, k)),
                   pl.BlockSpec((depth, tiles.columns), lambda i, j, k: (k, j))],
-        **quant.output(x.shape[0], w.shape[1], tiles.rows, tiles.columns, jax.numpy.bfloat16, jnp.float32, chip, False),
+        **quant.output(x.shape[0], w.shape[1], tiles.rows, tiles.columns, jnp.bfloat16, jnp.float32, chip, False),
     )(x, w)
 
 
