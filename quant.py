@@ -9,8 +9,8 @@ Stands alone: copy this one file. It needs jax, numpy and safetensors.
     w = quant.dequantize(q)
 
 Blocks of 64 run along the input axis, so that a split of the output axis never cuts one. A byte holds the codes of two
-rows that lie half the input apart (not two neighbours): both nibbles of a tile then decode to whole tiles, and nothing
-is ever interleaved. A weight knows its chip, "cpu" or for example "v5e" (default: of JAX's first device, when it is
+rows that lie half a span of (mostly) 1,024 inputs apart, not of two neighbours: both nibbles of a tile then decode to
+whole tiles, and nothing is ever interleaved. A weight knows its chip, "cpu" or for example "v5e" (default: of JAX's first device, when it is
 quantized); `plan` says from it and from the sizes alone which product is a kernel. Sources: NF4 and double
 quantization: QLoRA (arXiv 2305.14314), rounding as bitsandbytes 0.50 does it; int8: LLM.int8 (arXiv 2208.07339)
 without its outliers.
@@ -30,7 +30,7 @@ TABLE = np.array([                                               # QLoRA, append
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)
 BOUNDS = (TABLE[:-1] + TABLE[1:]) / 2                            # a value on a bound takes the lower code
-BLOCK, NESTED_BLOCK = 64, 256
+BLOCK, NESTED_BLOCK, SPAN = 64, 256, 1024
 TINY = np.float32(1e-38)                                         # stands in for the scale of a block of zeros
 
 
@@ -64,9 +64,9 @@ class Quantized:
          meta_fields=["rows", "block", "kind", "chip"])
 @dataclass(frozen=True)
 class NF4(Quantized):
-    """Values TABLE[code] * scale. rows: the length of the input axis; half of it, rounded up to whole blocks, is in the
-    low nibbles of codes [..., half, out] uint8, the other half in the high ones. scales: float32, or `Nested`, of shape
-    [..., 2 half / block, out]. kind: the dtype it decodes to."""
+    """Values TABLE[code] * scale. rows: the length of the input axis, which is filled up to whole blocks. codes
+    [..., in / 2, out] uint8: of each span of inputs the first half is in the low nibbles, the second in the high ones.
+    scales: float32, or `Nested`, of shape [..., in / block, out]. kind: the dtype it decodes to."""
     codes: jax.Array
     scales: "jax.Array | Nested"
     rows: int
@@ -77,6 +77,11 @@ class NF4(Quantized):
     @property
     def shape(self):
         return (*self.codes.shape[:-2], self.rows, self.codes.shape[-1])
+
+    @property
+    def span(self):
+        """How many inputs a step of the kernels takes: with scales that fill tiles of 8 rows, or all there are."""
+        return _span(2 * self.codes.shape[-2], self.block)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales", "offset", "table"], meta_fields=["blocks"])
@@ -202,10 +207,17 @@ def _codes(blocks, scales, rest, last):
     return np.searchsorted(BOUNDS, np.clip(scaled, -1, 1)).astype(np.uint8)
 
 
+def _span(rows, block):
+    unit = 8 * block
+    return next((span for span in range(SPAN // unit * unit, 0, -unit) if rows % span == 0), rows)
+
+
 def _pack(codes, scales, rows, block, kind, chip):
-    """NF4 from codes [..., 2 half, out] and scales [..., n, out], nested or not."""
-    low, high = np.split(codes, 2, -2)
-    return NF4(jnp.asarray(low | high << 4), jax.tree.map(jnp.asarray, scales), rows, block, kind, chip or chip_of())
+    """NF4 from codes [..., in, out] and scales [..., n, out], nested or not."""
+    *stack, n, out = codes.shape
+    halves = codes.reshape(*stack, -1, 2, _span(n, block) // 2, out)
+    packed = (halves[..., 0, :, :] | halves[..., 1, :, :] << 4).reshape(*stack, n // 2, out)
+    return NF4(jnp.asarray(packed), jax.tree.map(jnp.asarray, scales), rows, block, kind, chip or chip_of())
 
 
 def _nest(scales, blocks):
@@ -243,10 +255,10 @@ def dequantize(q):
     """The array [..., in, out] that q stands for, in q.dtype; exact: products in float32, rounded once."""
     if isinstance(q, Int8):
         return (q.values.astype(jnp.float32) * q.scales).astype(q.dtype)
-    blocks = (*q.codes.shape[:-2], -1, q.block, q.codes.shape[-1])
-    halves = [_values(codes, q.chip).reshape(blocks) for codes in (q.codes & 15, q.codes >> 4)]
-    full = jnp.concatenate(halves, -3) * scales_of(q)[..., None, :]
-    return full.reshape(*q.codes.shape[:-2], -1, q.codes.shape[-1])[..., :q.rows, :].astype(q.dtype)
+    *stack, n, out = q.codes.shape
+    halves = [_values(codes, q.chip).reshape(*stack, -1, q.span // 2, out) for codes in (q.codes & 15, q.codes >> 4)]
+    full = jnp.stack(halves, -3).reshape(*stack, -1, q.block, out) * scales_of(q)[..., None, :]
+    return full.reshape(*stack, 2 * n, out)[..., :q.rows, :].astype(q.dtype)
 
 
 def scales_of(q):
@@ -335,7 +347,7 @@ def round_rows(x):
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of one grid step: rows of x, columns of the output, and rows of packed codes (each stands for two)."""
+    """Sizes of one grid step: rows of x, columns of the output, and inputs (with NF4 always a span)."""
     rows: int
     columns: int
     depth: int
@@ -343,106 +355,104 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Chip:
-    """The largest tiles, MiB of VMEM that they may fill, along which axis TABLE is gathered (0: sublanes, in two halves
-    of 8 rows; 1: lanes, where the chip has nothing else), and how many rows of codes are decoded at a time (0: all; see
-    `interleave`)."""
-    tiles: Tiles
+    """The largest tiles of each format, MiB of VMEM that they may fill, along which axis TABLE is gathered (0:
+    sublanes, in two halves of 8 rows; 1: lanes, where the chip has nothing else), and how many columns are decoded at a
+    time (0: all; see `interleave`)."""
+    nf4: Tiles
+    int8: "Tiles | None"
     vmem: int
     axis: int
     chunk: int
 
 
 CHIPS = {
-    "v4": Chip(Tiles(1024, 512, 512), 16, 1, 0),
-    "v5e": Chip(Tiles(3072, 256, 512), 100, 0, 0),
-    "v5p": Chip(Tiles(2048, 256, 512), 60, 0, 0),
-    "v6e": Chip(Tiles(3072, 256, 512), 100, 0, 256),
+    "v4": Chip(Tiles(1024, 512, SPAN), None, 16, 1, 0),
+    "v5e": Chip(Tiles(3072, 512, SPAN), Tiles(3072, 256, 3072), 100, 0, 128),
+    "v5p": Chip(Tiles(2048, 512, SPAN), Tiles(2048, 256, 3072), 60, 0, 128),
+    "v6e": Chip(Tiles(3072, 768, SPAN), Tiles(3072, 512, 3072), 100, 0, 256),
 }
 
 
 def plan(q, rows):
     """The Tiles with which a product of x [rows, in] and q is a kernel, or None where it is the XLA twin's: on other
     chips than those of CHIPS, for weights smaller than a tile of the matrix unit, and for those that do not divide."""
-    chip = CHIPS.get(q.chip)
-    if chip is None or q.ndim != 2 or min(q.shape) < 128 or (isinstance(q, Int8) and q.chip == "v4"):
+    chip, coded = CHIPS.get(q.chip), isinstance(q, NF4)
+    most = chip and (chip.nf4 if coded else chip.int8)
+    if not most or q.ndim != 2 or min(q.shape) < 128:
         return None
-    length, unit = (q.shape[0], 128) if isinstance(q, Int8) else (q.codes.shape[0], 8 * q.block)
-    most = chip.tiles.depth * (2 if isinstance(q, Int8) else 1)
-    depths = [d for d in range(unit, most + 1, unit) if length % d == 0] or [length]
-    if depths[-1] > 2 * most or unit % 64:
+    depth = q.span if coded else q.shape[0]
+    if coded and (depth > 2 * SPAN or q.block % 8):
         return None
-    return Tiles(min(chip.tiles.rows, -(-rows // 32) * 32), min(chip.tiles.columns, -(-q.shape[1] // 128) * 128),
-                 depths[-1])
+    if not coded and depth > most.depth:
+        depth = _divisor(depth, most.depth, 128)
+    unit, groups = chip.chunk or 128, -(-rows // most.rows)
+    columns = _divisor(-(-q.shape[1] // unit) * unit, most.columns, unit)
+    return Tiles(-(-rows // (32 * groups)) * 32, columns, depth) if depth else None
+
+
+def _divisor(n, most, unit):
+    """The largest multiple of unit, up to most, that divides n; 0 if there is none."""
+    return next((size for size in range(most // unit * unit, 0, -unit) if n % size == 0), 0)
 
 
 def nf4_kernel(x, q, tiles, *, interpret=False):
     """x [M, in] @ NF4 [in, out] → [M, out] in x's type: codes come from HBM, are decoded in VMEM and multiplied."""
     from jax.experimental import pallas as pl
     (M, _), (half, out), chip = x.shape, q.codes.shape, CHIPS[q.chip]
-    x, scales, steps = jnp.pad(x, ((0, 0), (0, 2 * half - q.rows))), scales_of(q), half // tiles.depth
+    x = jnp.pad(x, ((0, 0), (0, 2 * half - q.rows)))
 
-    def kernel(x_low, x_high, codes, low, high, y, total):
+    def kernel(x_ref, codes, scales, y, total):
         start_total(total)
-        operands = (x_low, x_high)
+        decode = decoder(codes, scales, q.block, chip.axis, x.dtype)
 
-        def multiply(rows, *weights):
-            products = [jnp.dot(operands[part][rows, chunk], w.astype(x.dtype), precision=precision(x),
-                                preferred_element_type=jnp.float32) for part, chunk, w in weights]
-            total[rows] += reduce(jnp.add, products)
+        def multiply(rows, columns, low, high):
+            total[rows, columns] += jnp.dot(x_ref[rows], jnp.concatenate([low, high], 0), precision=precision(x),
+                                            preferred_element_type=jnp.float32)
 
-        interleave(codes, (low, high), q.block, chip, tiles.rows, multiply)
+        interleave(spans(tiles.columns, chip.chunk), partial(decode, slice(None)), multiply, tiles.rows)
         write_total(y, total)
 
-    of_x = (tiles.rows, tiles.depth)
-    of_scales = (tiles.depth // q.block, tiles.columns)
     return pl.pallas_call(
-        kernel, grid=(pl.cdiv(M, tiles.rows), pl.cdiv(out, tiles.columns), steps),
-        in_specs=[pl.BlockSpec(of_x, lambda i, j, k: (i, k)), pl.BlockSpec(of_x, lambda i, j, k: (i, k + steps)),
-                  pl.BlockSpec((tiles.depth, tiles.columns), lambda i, j, k: (k, j)),
-                  pl.BlockSpec(of_scales, lambda i, j, k: (k, j)),
-                  pl.BlockSpec(of_scales, lambda i, j, k: (k + steps, j))],
+        kernel, grid=(pl.cdiv(M, tiles.rows), pl.cdiv(out, tiles.columns), 2 * half // tiles.depth),
+        in_specs=[pl.BlockSpec((tiles.rows, tiles.depth), lambda i, j, k: (i, k)),
+                  pl.BlockSpec((tiles.depth // 2, tiles.columns), lambda i, j, k: (k, j)),
+                  pl.BlockSpec((tiles.depth // q.block, tiles.columns), lambda i, j, k: (k, j))],
         **output(M, out, tiles.rows, tiles.columns, x.dtype, jnp.float32, chip, interpret),
-    )(x, x, signed(q.codes), scales, scales)
+    )(x, signed(q.codes, chip), scales_of(q))
 
 
 def nf4_transposed_kernel(g, q, tiles, *, interpret=False):
-    """g [M, out] @ NF4 [in, out] transposed → [M, in] in g's type; the two halves of the inputs come out as two."""
+    """g [M, out] @ NF4 [in, out] transposed → [M, in] in g's type."""
     from jax.experimental import pallas as pl
-    (M, out), half, chip = g.shape, q.codes.shape[0], CHIPS[q.chip]
-    scales, steps = scales_of(q), half // tiles.depth
+    (M, out), half, chip = g.shape, tiles.depth // 2, CHIPS[q.chip]
     ragged = out % tiles.columns
 
-    def kernel(g_ref, codes, low, high, y_low, y_high, total_low, total_high):
-        start_total(total_low)
-        start_total(total_high)
-        totals = (total_low, total_high)
+    def kernel(g_ref, codes, scales, y, total):
+        start_total(total)
+        decode = decoder(codes, scales, q.block, chip.axis, g.dtype)
 
         def inside(x):                                           # what lies behind the last column is not zero
             column = jax.lax.broadcasted_iota(jnp.int32, (1, tiles.columns), 1) + pl.program_id(2) * tiles.columns
             return jnp.where(column < out, x, 0) if ragged else x
 
-        def multiply(rows, *weights):
-            for part, chunk, w in weights:
-                totals[part][rows, chunk] += jax.lax.dot_general(
-                    inside(g_ref[rows]), inside(w).astype(g.dtype), (((1,), (1,)), ((), ())), precision=precision(g),
+        def multiply(rows, inputs, *parts):
+            for part, w in enumerate(parts):
+                where = slice(inputs.start + part * half, inputs.stop + part * half)
+                total[rows, where] += jax.lax.dot_general(
+                    inside(g_ref[rows]), inside(w), (((1,), (1,)), ((), ())), precision=precision(g),
                     preferred_element_type=jnp.float32)
 
-        interleave(codes, (low, high), q.block, chip, tiles.rows, multiply)
-        write_total(y_low, total_low)
-        write_total(y_high, total_high)
+        interleave(spans(half, chip.chunk), lambda inputs, part: decode(inputs, slice(None), part), multiply, tiles.rows)
+        write_total(y, total)
 
-    of_scales = (tiles.depth // q.block, tiles.columns)
-    one = output(M, half, tiles.rows, tiles.depth, g.dtype, jnp.float32, chip, interpret)
-    low, high = pl.pallas_call(
-        kernel, grid=(pl.cdiv(M, tiles.rows), steps, pl.cdiv(out, tiles.columns)),
+    columns = 2 * q.codes.shape[0]
+    return pl.pallas_call(
+        kernel, grid=(pl.cdiv(M, tiles.rows), columns // tiles.depth, pl.cdiv(out, tiles.columns)),
         in_specs=[pl.BlockSpec((tiles.rows, tiles.columns), lambda i, j, k: (i, k)),
-                  pl.BlockSpec((tiles.depth, tiles.columns), lambda i, j, k: (j, k)),
-                  pl.BlockSpec(of_scales, lambda i, j, k: (j, k)),
-                  pl.BlockSpec(of_scales, lambda i, j, k: (j + steps, k))],
-        **one | {name: [one[name]] * 2 for name in ("out_specs", "out_shape")}
-        | {"scratch_shapes": one["scratch_shapes"] * 2},
-    )(g, signed(q.codes), scales, scales)
-    return jnp.concatenate([low, high], 1)[:, :q.rows]
+                  pl.BlockSpec((half, tiles.columns), lambda i, j, k: (j, k)),
+                  pl.BlockSpec((tiles.depth // q.block, tiles.columns), lambda i, j, k: (j, k))],
+        **output(M, columns, tiles.rows, tiles.depth, g.dtype, jnp.float32, chip, interpret),
+    )(g, signed(q.codes, chip), scales_of(q))[:, :q.rows]
 
 
 def int8_kernel(x, q, tiles, *, interpret=False):
@@ -453,7 +463,8 @@ def int8_kernel(x, q, tiles, *, interpret=False):
 
     def kernel(a, b, row, column, y, total):
         start_total(total)
-        total[...] += jnp.dot(a[...], b[...], preferred_element_type=jnp.int32)
+        for columns in spans(tiles.columns, chip.chunk):
+            total[:, columns] += jnp.dot(a[...], b[:, columns], preferred_element_type=jnp.int32)
         write_total(y, total, lambda sums: sums.astype(jnp.float32) * row[...] * column[...])
 
     return pl.pallas_call(
@@ -466,37 +477,43 @@ def int8_kernel(x, q, tiles, *, interpret=False):
     )(values, q.values, scales, q.scales)
 
 
-def interleave(codes, scales, block, chip, rows, multiply):
-    """Decode a tile's codes, and call multiply(rows, (part, chunk, w), …) with float32 w [chunk, columns] of the part 0
-    (low nibbles) or 1 (high) until all rows are multiplied with all of them. With `chip.chunk` so many are decoded at a
-    time, between the products of four groups of rows with the last ones: v6e's compiler hides vector work behind the
-    matrix unit's only where the program has the two side by side."""
-    depth, tables = codes.shape[0], gather_tables(chip.axis)
-    size = chip.chunk if chip.chunk and depth % chip.chunk == 0 and rows % 64 == 0 else depth
-    groups = 4 if size == chip.chunk else 1
-    chunks = [(part, start) for part in (1, 0) for start in range(0, depth, size)]     # high nibbles are cheaper
-
-    def decode(part, start, i):
-        first = start + i * size // groups
-        return decode_rows(codes[span(first, size // groups)], scales[part], first, block, tables, part, chip.axis)
-
-    if groups == 1:
-        return multiply(slice(None), *((part, span(start, size), decode(part, start, 0)) for part, start in chunks))
-    coming = [decode(*chunks[0], i) for i in range(groups)]
-    for (part, start), following in zip(chunks, [*chunks[1:], None]):
-        w, coming = jnp.concatenate(coming, 0), []
-        for i in range(groups):
+def interleave(pieces, decode, multiply, rows):
+    """multiply(rows, piece, low, high) of all rows with every piece of a tile, which decode(piece, part) gives in two
+    parts (0: low nibbles, 1: high). Each part of the next piece is decoded before the product of one half of the rows
+    with this one: the compiler hides vector work behind the matrix unit's only where the two stand side by side."""
+    halves = [span(0, rows // 2), span(rows // 2, rows // 2)] if len(pieces) > 1 else [slice(None)]
+    coming = [decode(pieces[0], part) for part in (0, 1)]
+    for piece, following in zip(pieces, [*pieces[1:], None]):
+        parts, coming = coming, []
+        for part, half in enumerate(halves):
             if following:
-                coming.append(decode(*following, i))
-            multiply(span(i * rows // groups, rows // groups), (part, span(start, size), w))
+                coming.append(decode(following, part))
+            multiply(half, piece, *parts)
+
+
+def spans(length, size):
+    """Slices of `size`, or of all where it is 0 or does not divide."""
+    size = size if size and length % size == 0 else length
+    return [span(start, size) for start in range(0, length, size)]
 
 
 def span(start, size):
     return slice(start, start + size)
 
 
+def decoder(codes, scales, block, axis, dtype):
+    """(inputs, columns, part) → of a tile's codes that part (0: low nibbles, 1: high) as `dtype`, rounded once."""
+    tables, half = gather_tables(axis), codes.shape[0]
+
+    def decode(inputs, columns, part):
+        first = part * half + (inputs.start or 0)
+        return decode_rows(codes[inputs, columns], scales[:, columns], first, block, tables, part, axis).astype(dtype)
+
+    return decode
+
+
 def decode_rows(codes, scales, first, block, tables, part, axis):
-    """int8 codes [n, columns] of rows first … → float32 values, exact: the very products that `dequantize` makes."""
+    """Codes [n, columns] of rows first … → float32 values, exact: the very products that `dequantize` makes."""
     codes, rows = codes.astype(jnp.int32), []                    # narrower types cannot be shifted
     for r in range(0, len(codes), 8):
         values = [look_up(tables, codes[r:r + 8, c:c + 128], part, axis) for c in range(0, codes.shape[1], 128)]
@@ -506,13 +523,12 @@ def decode_rows(codes, scales, first, block, tables, part, axis):
 
 
 def look_up(tables, codes, part, axis):
-    """TABLE at the low (part 0) or high nibbles of sign-extended bytes [8, 128]."""
+    """TABLE at the low (part 0) or high nibbles of bytes [8, 128], which are sign-extended for axis 0 (see `signed`)."""
     gather = partial(jnp.take_along_axis, axis=axis, mode="promise_in_bounds")     # no tests for bounds
-    nibbles = codes >> 4 if part else codes
     if axis:
-        return gather(tables[0], nibbles & 15)
-    upper = codes < 0 if part else codes & 8 != 0
-    return jnp.where(upper, gather(tables[1], nibbles & 7), gather(tables[0], nibbles & 7))
+        return gather(tables[0], codes >> 4 if part else codes & 15)
+    upper, place = (codes < 0, codes >> 4 & 7) if part else (codes & 8 != 0, codes & 7)
+    return jnp.where(upper, gather(tables[1], place), gather(tables[0], place))
 
 
 def gather_tables(axis):
@@ -527,9 +543,10 @@ def gather_tables(axis):
     return tables
 
 
-def signed(codes):
-    """The same bytes as int8: sign-extended, the fourth bit of the high nibble costs no instruction to test."""
-    return jax.lax.bitcast_convert_type(codes, jnp.int8)
+def signed(codes, chip):
+    """For a table in two halves the same bytes as int8: sign-extended, a test of the fourth bit of the high nibble
+    costs no instruction."""
+    return codes if chip.axis else jax.lax.bitcast_convert_type(codes, jnp.int8)
 
 
 def output(M, N, rows, columns, dtype, accumulator, chip, interpret):

@@ -70,7 +70,7 @@ def program(chip, kernel, rows, size, tiles=None):
     x = jax.ShapeDtypeStruct((rows, out if kernel == "nf4 transposed" else n_in), jnp.bfloat16)
     if kernel == "bfloat16":
         w = jax.ShapeDtypeStruct((n_in, out), jnp.bfloat16)
-        return partial(matmul, tiles=chosen, vmem=quant.CHIPS[chip].vmem), (x, w), vars(chosen)
+        return partial(matmul, tiles=chosen, chip=quant.CHIPS[chip]), (x, w), vars(chosen)
     function = {"nf4": quant.nf4_kernel, "nf4 transposed": quant.nf4_transposed_kernel, "int8": quant.int8_kernel}
     return partial(function[kernel], tiles=chosen), (x, q), vars(chosen)
 
@@ -83,13 +83,12 @@ def weight_like(quantize, n_in, out, chip):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape[:-1], out), leaf.dtype), narrow)
 
 
-def matmul(x, w, tiles, vmem):
+def matmul(x, w, tiles, chip):
     """The plain bfloat16 product with the same tiles, to compare with."""
     import jax.numpy as jnp
     from jax.experimental import pallas as pl
 
     import quant
-    chip, depth = quant.Chip(tiles, vmem, 0, 0), 2 * tiles.depth
 
     def kernel(a, b, y, total):
         quant.start_total(total)
@@ -97,9 +96,9 @@ def matmul(x, w, tiles, vmem):
         quant.write_total(y, total)
 
     return pl.pallas_call(
-        kernel, grid=(pl.cdiv(x.shape[0], tiles.rows), pl.cdiv(w.shape[1], tiles.columns), x.shape[1] // depth),
-        in_specs=[pl.BlockSpec((tiles.rows, depth), lambda i, j, k: (i, k)),
-                  pl.BlockSpec((depth, tiles.columns), lambda i, j, k: (k, j))],
+        kernel, grid=(pl.cdiv(x.shape[0], tiles.rows), pl.cdiv(w.shape[1], tiles.columns), x.shape[1] // tiles.depth),
+        in_specs=[pl.BlockSpec((tiles.rows, tiles.depth), lambda i, j, k: (i, k)),
+                  pl.BlockSpec((tiles.depth, tiles.columns), lambda i, j, k: (k, j))],
         **quant.output(x.shape[0], w.shape[1], tiles.rows, tiles.columns, jnp.bfloat16, jnp.float32, chip, False),
     )(x, w)
 
