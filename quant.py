@@ -347,29 +347,29 @@ def round_rows(x):
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of one grid step: rows of x, columns of the output, and inputs (with NF4 always a span)."""
+    """Sizes of one grid step: rows of x, columns of the output, inputs (with NF4 always a span), and how many columns
+    are worked on at a time (0: all; see `interleave`)."""
     rows: int
     columns: int
     depth: int
+    chunk: int = 0
 
 
 @dataclass(frozen=True)
 class Chip:
-    """The largest tiles of each format, MiB of VMEM that they may fill, along which axis TABLE is gathered (0:
-    sublanes, in two halves of 8 rows; 1: lanes, where the chip has nothing else), and how many columns are decoded at a
-    time (0: all; see `interleave`)."""
+    """The largest tiles of each format, MiB of VMEM that they may fill, and along which axis TABLE is gathered (0:
+    sublanes, in two halves of 8 rows; 1: lanes, where the chip has nothing else)."""
     nf4: Tiles
     int8: "Tiles | None"
     vmem: int
     axis: int
-    chunk: int
 
 
 CHIPS = {
-    "v4": Chip(Tiles(1024, 512, SPAN), None, 16, 1, 0),
-    "v5e": Chip(Tiles(3072, 512, SPAN), Tiles(3072, 256, 3072), 100, 0, 128),
-    "v5p": Chip(Tiles(2048, 512, SPAN), Tiles(2048, 256, 3072), 60, 0, 128),
-    "v6e": Chip(Tiles(3072, 768, SPAN), Tiles(3072, 512, 3072), 100, 0, 256),
+    "v4": Chip(Tiles(1024, 512, SPAN), None, 16, 1),
+    "v5e": Chip(Tiles(3072, 512, SPAN, 128), Tiles(3072, 256, 3072, 128), 100, 0),
+    "v5p": Chip(Tiles(2048, 512, SPAN, 128), Tiles(2048, 256, 3072, 128), 60, 0),
+    "v6e": Chip(Tiles(3072, 768, SPAN, 256), Tiles(3072, 512, 3072, 256), 100, 0),
 }
 
 
@@ -385,9 +385,10 @@ def plan(q, rows):
         return None
     if not coded and depth > most.depth:
         depth = _divisor(depth, most.depth, 128)
-    unit, groups = chip.chunk or 128, -(-rows // most.rows)
+    unit, groups = most.chunk or 128, -(-rows // most.rows)
     columns = _divisor(-(-q.shape[1] // unit) * unit, most.columns, unit)
-    return Tiles(-(-rows // (32 * groups)) * 32, columns, depth) if depth else None
+    chunk = most.chunk if rows > 512 else 0                      # few rows hide nothing
+    return Tiles(-(-rows // (32 * groups)) * 32, columns, depth, chunk) if depth else None
 
 
 def _divisor(n, most, unit):
@@ -409,7 +410,7 @@ def nf4_kernel(x, q, tiles, *, interpret=False):
             total[rows, columns] += jnp.dot(x_ref[rows], jnp.concatenate([low, high], 0), precision=precision(x),
                                             preferred_element_type=jnp.float32)
 
-        interleave(spans(tiles.columns, chip.chunk), partial(decode, slice(None)), multiply, tiles.rows)
+        interleave(spans(tiles.columns, tiles.chunk), partial(decode, slice(None)), multiply, tiles.rows)
         write_total(y, total)
 
     return pl.pallas_call(
@@ -442,7 +443,7 @@ def nf4_transposed_kernel(g, q, tiles, *, interpret=False):
                     inside(g_ref[rows]), inside(w), (((1,), (1,)), ((), ())), precision=precision(g),
                     preferred_element_type=jnp.float32)
 
-        interleave(spans(half, chip.chunk), lambda inputs, part: decode(inputs, slice(None), part), multiply, tiles.rows)
+        interleave(spans(half, tiles.chunk), lambda inputs, part: decode(inputs, slice(None), part), multiply, tiles.rows)
         write_total(y, total)
 
     columns = 2 * q.codes.shape[0]
@@ -463,7 +464,7 @@ def int8_kernel(x, q, tiles, *, interpret=False):
 
     def kernel(a, b, row, column, y, total):
         start_total(total)
-        for columns in spans(tiles.columns, chip.chunk):
+        for columns in spans(tiles.columns, tiles.chunk):
             total[:, columns] += jnp.dot(a[...], b[:, columns], preferred_element_type=jnp.int32)
         write_total(y, total, lambda sums: sums.astype(jnp.float32) * row[...] * column[...])
 
@@ -527,7 +528,8 @@ def look_up(tables, codes, part, axis):
     gather = partial(jnp.take_along_axis, axis=axis, mode="promise_in_bounds")     # no tests for bounds
     if axis:
         return gather(tables[0], codes >> 4 if part else codes & 15)
-    upper, place = (codes < 0, codes >> 4 & 7) if part else (codes & 8 != 0, codes & 7)
+    place = (codes >> 4 if part else codes) & 7
+    upper = codes < 0 if part else codes & 8 != 0
     return jnp.where(upper, gather(tables[1], place), gather(tables[0], place))
 
 

@@ -39,7 +39,7 @@ def compare(chip, kernel):
         if n is None or plain is None:
             print(f"| {chip} | {kernel} | {answer['rows']} | {answer.get('error') or seen[tile].get('error')} |")
             continue
-        tile = " x ".join(map(str, tile))
+        tile = " x ".join(map(str, tile[:3]))
         print(f"| {chip} | {kernel} | {answer['rows']} | {tile} | {n:,} | {plain:,} | {n / plain:.3f} |", flush=True)
 
 

@@ -242,7 +242,7 @@ def weight(rows, out, **options):
 
 KERNELS = [("v4", 256, 256, 32, quant.Tiles(32, 128, 256)), ("v4", 200, 130, 33, quant.Tiles(64, 128, 256)),
            ("v5e", 320, 200, 7, quant.Tiles(32, 256, 384)), ("v5e", 1024, 130, 33, quant.Tiles(64, 128, 1024)),
-           ("v6e", 1024, 600, 72, quant.Tiles(96, 768, 1024))]                     # piece by piece, half by half
+           ("v6e", 1024, 600, 72, quant.Tiles(96, 768, 1024, 256))]                     # piece by piece, half by half
 
 
 def interpreted(kernel, tiles):
@@ -267,7 +267,8 @@ def test_decoding_in_a_kernel_is_exact(axis, part):
     codes = np.arange(16 * 128, dtype=np.uint32).reshape(16, 128) * 7 % 256
     scales = np.random.default_rng(0).standard_normal((4, 128)).astype(np.float32)
     ours = jax.jit(lambda codes, scales: quant.decode_rows(
-        codes, scales, 16, 8, quant.gather_tables(axis), part, axis))(codes.astype(np.uint8).view(np.uint8 if axis else np.int8), scales)
+        codes, scales, 16, 8, quant.gather_tables(axis), part, axis))(codes.astype(np.uint8).view(np.uint8 if axis else np.int8),
+                                                         scales)
     np.testing.assert_array_equal(ours, quant.TABLE[codes >> 4 if part else codes & 15] * np.repeat(scales[2:], 8, 0))
 
 
@@ -285,7 +286,7 @@ def test_plan_is_a_rule_of_chip_and_sizes():
         assert quant.plan(weight(256, 256, chip=chip), 1024) is None
     assert quant.plan(weight(64, 256, chip="v5e"), 1024) is None
     tiles = quant.plan(weight(3072, 640, chip="v5e"), 1000)
-    assert tiles == quant.Tiles(1024, 128, 1024)
+    assert tiles == quant.Tiles(1024, 128, 1024, 128)
     assert quant.plan(quant.int8(np.ones((256, 256), np.float32), chip="v4"), 1024) is None
     with pytest.warns(UserWarning, match="v4 multiplies no int8"):
         quant.put("int8", chip="v4")
