@@ -318,7 +318,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     its last state was saved, if all arguments are the same. Raises ValueError where activations are not finite.
     """
     folder, prompts, seed = Path(folder), list(prompts), int(seed)
-    flux.check_layer(model.cfg, layer, site)
+    flux.residual_names(model.cfg, layer, site)
     size, text_tokens = size or min(256, model.size), text_tokens or model.text_tokens
     grid = flux.token_grid(model, size)
     layout = Layout(timesteps, text_tokens if site != "img" else 0, tuple(grid) if site != "txt" else (0, 0))
@@ -480,7 +480,7 @@ def collect_from(checkpoint, params, cfg, folder, source, field, n, steps, model
     else:
         texts = prompt_sources.take(source, field or run.get("prompt_field"), n)
     described = flux.read_config(name)[1]
-    flux.check_layer(described, about["layer"], about["site"])
+    flux.residual_names(described, about["layer"], about["site"])
     if described.width != cfg.d_in:
         raise ValueError(f"the SAE in {checkpoint} is for width {cfg.d_in}, but {name} has width {described.width}")
     quantized = flux.quantized(quant or run.get("quant", "none"))

@@ -14,8 +14,10 @@ A layer is one number: the double blocks come first, then the single blocks. The
 `double.txt.neurons`, `single.neurons`, each stacked over the layers of its kind (see `harvest.py`).
 """
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -70,42 +72,88 @@ def velocity(params, cfg, latents, text, pooled, timestep, guidance=None, *, gri
     grid: (rows, columns) of packed tokens, rows * columns = I. walk: how the blocks are run (see `scan_blocks`).
     Raises ValueError where these do not fit the model.
     """
-    img, _, vec = _run(params, cfg, latents, text, pooled, timestep, guidance, grid, cfg.layers, walk)
-    scale, shift = jnp.split(_linear(params["out"]["mod"], jax.nn.silu(vec))[:, None], 2, axis=-1)
-    return _linear(params["out"]["proj"], _modulate(img, shift, scale))
+    inputs = latents, text, pooled, timestep, guidance
+    return _run(params, cfg, inputs, grid, walk, cfg.layers)[0]
 
 
 def residual(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, layer, site, walk=None):
     """The residual stream that leaves block `layer`, and nothing computed after it: [B, I, D] for site "img",
     [B, T, D] for "txt", [B, T + I, D] for "both" (text first). Other arguments as for `velocity`."""
-    check_layer(cfg, layer, site)
-    img, txt, _ = _run(params, cfg, latents, text, pooled, timestep, guidance, grid, layer + 1, walk)
-    return {"img": img, "txt": txt, "both": jnp.concatenate([txt, img], 1)}[site]
+    inputs, names = (latents, text, pooled, timestep, guidance), residual_names(cfg, layer, site)
+    caught = _run(params, cfg, inputs, grid, walk, layer + 1, layer, names)[1]
+    return jnp.concatenate(list(caught.values()), 1)
 
 
-def check_layer(cfg, layer, site):
+def catch(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, layer, names, walk=None):
+    """(`velocity`, {name: what block `layer` sows under it}), for example of "double.img.neurons" or "single.txt"."""
+    inputs = latents, text, pooled, timestep, guidance
+    return _run(params, cfg, inputs, grid, walk, cfg.layers, layer, tuple(names))
+
+
+def residual_names(cfg, layer, site):
+    """Under which names block `layer` sows its residual stream at `site`. Raises ValueError for unknown ones."""
     if site not in SITES:
         raise ValueError(f"unknown site {site!r}: it is one of {', '.join(SITES)}")
     if not isinstance(layer, (int, np.integer)) or not 0 <= layer < cfg.layers:
         raise ValueError(f"unknown layer {layer!r}: the model has layers 0 to {cfg.layers - 1} "
                          f"({cfg.num_layers} double, {cfg.num_single_layers} single)")
+    kind = "double" if layer < cfg.num_layers else "single"
+    return tuple(f"{kind}.{s}" for s in (("txt", "img") if site == "both" else (site,)))
 
 
-def _run(params, cfg, latents, text, pooled, timestep, guidance, grid, stop, walk):
-    """Streams (img [B, I, D], txt [B, T, D]) after the first `stop` blocks, and the conditioning vector [B, D]."""
-    _check_inputs(cfg, latents, text, pooled, timestep, guidance, grid)
+def _run(params, cfg, inputs, grid, walk, stop, layer=None, names=()):
+    """(velocity, or None where blocks are left, values `names` of block `layer`) of the first `stop` blocks."""
+    _check_inputs(cfg, *inputs, grid)
+    ends = {name: p for name, p in params.items() if name not in ("double", "single")}
+    (img, txt), vec, mod, rope = _begin(ends, cfg, *inputs, grid=grid)
+    T, walk, caught = txt.shape[1], walk or scan_blocks, {}
+
+    def blocks(kind, x, first, last):
+        n = min(stop, last) - first
+        cuts = [0, n, *((layer - first, layer - first + 1) if names else ())]
+        cuts = sorted({min(max(cut, 0), n) for cut in cuts})
+        for a, b in pairwise(cuts):
+            wanted = names if first + a == layer else ()
+            x, found = walk(_block(kind, cfg, T, wanted), x, params[kind], range(a, b), rope)
+            caught.update({name: found[name][0] for name in wanted})
+        return x
+
+    img, txt, _ = blocks("double", (img, txt, mod), 0, cfg.num_layers)
+    if stop > cfg.num_layers:
+        x, _ = blocks("single", (jnp.concatenate([txt, img], 1), mod), cfg.num_layers, cfg.layers)
+        img = x[:, T:]
+    return (_end(params["out"], img, vec) if stop == cfg.layers else None), caught
+
+
+@partial(jax.jit, static_argnames=("cfg", "grid"))
+def _begin(params, cfg, latents, text, pooled, timestep, guidance, *, grid):
+    """What the blocks start from: the streams (img, txt), the conditioning vector [B, D], and what is made of it and of
+    the positions once for all of them."""
     dtype = params["img_in"]["b"].dtype                          # biases are never quantized: they tell the dtype
     vec = _embed(params, cfg, pooled.astype(dtype), timestep, guidance)
     img, txt = _linear(params["img_in"], latents.astype(dtype)), _linear(params["txt_in"], text.astype(dtype))
-    rope, T = _rope_tables(cfg, txt.shape[1], grid), txt.shape[1]
-    mod, walk = jax.nn.silu(vec), walk or scan_blocks
-    img, txt = walk(lambda x, p: _double_block(p, cfg, *x, mod, rope), (img, txt), params["double"],
-                     min(stop, cfg.num_layers))
-    if stop > cfg.num_layers:
-        x = walk(lambda x, p: _single_block(p, cfg, x, mod, rope, T), jnp.concatenate([txt, img], 1),
-                  params["single"], stop - cfg.num_layers)
-        txt, img = x[:, :T], x[:, T:]
-    return img, txt, vec
+    return (img, txt), vec, jax.nn.silu(vec), _rope_tables(cfg, txt.shape[1], grid)
+
+
+@jax.jit
+def _end(params, img, vec):
+    scale, shift = jnp.split(_linear(params["mod"], jax.nn.silu(vec))[:, None], 2, axis=-1)
+    return _linear(params["proj"], _modulate(img, shift, scale))
+
+
+@lru_cache
+def _block(kind, cfg, T, names):
+    """(x, parameters of one layer, rope) → (x, {name: value sown}) of one kind of block; the same object for the same
+    arguments, so that it is compiled once."""
+    def double(x, p, rope):
+        img, txt, mod = x
+        return (*_double_block(p, cfg, img, txt, mod, rope), mod)
+
+    def single(x, p, rope):
+        return _single_block(p, cfg, *x, rope, T), x[1]
+
+    block = {"double": double, "single": single}[kind]
+    return reap(block, names) if names else lambda *args: (block(*args), {})     # then a reap from outside sees all
 
 
 def _double_block(p, cfg, img, txt, mod, rope):
@@ -204,16 +252,22 @@ def _rope_tables(cfg, text_tokens, grid):
     return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
 
 
-def scan_blocks(block, x, stack, stop):
-    """x through the first `stop` of the stacked blocks, as one `lax.scan`: compile time does not grow with depth.
+def scan_blocks(block, x, stack, layers, *context):
+    """x through the `layers` (a range) of the stacked blocks as one `lax.scan`: compile time does not grow with depth.
 
-    The default of every `walk` argument. block: (x, parameters of one layer) → x. stack: parameters [L, ...].
+    The default of every `walk` argument. block: (x, parameters of one layer, *context) → (x, {name: value}). x: a
+    pytree of arrays [B, ...]. stack: parameters [L, ...]. Returns x and the values, [len(layers), ...].
     """
-    depth = jax.tree.leaves(stack)[0].shape[0]
-    if stop == depth:
-        return jax.lax.scan(lambda x, p: (block(x, p), None), x, stack)[0]
+    return _scan(block, x, stack, layers, context)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _scan(block, x, stack, layers, context):
+    if layers == range(jax.tree.leaves(stack)[0].shape[0]):
+        return jax.lax.scan(lambda x, p: block(x, p, *context), x, stack)
     # A shorter walk indexes the whole stack, since a slice of the stack would be a second copy of its weights.
-    return jax.lax.scan(lambda x, i: (block(x, jax.tree.map(lambda w: w[i], stack)), None), x, jnp.arange(stop))[0]
+    return jax.lax.scan(lambda x, i: block(x, jax.tree.map(lambda w: w[i], stack), *context), x,
+                        jnp.arange(layers.start, layers.stop))
 
 
 def _check_inputs(cfg, latents, text, pooled, timestep, guidance, grid):
@@ -362,6 +416,7 @@ class Model:
     source: Path
     text_tokens: int                                             # T5's length where a call does not say
     size: int                                                    # pixels a side where a call does not say
+    walk: Callable | None = None                                 # how blocks are run (see `scan_blocks`)
 
     def tokenize(self, prompts, text_tokens=None):
         """T5 ids [B, text_tokens] and CLIP ids [B, 77] (or as many as the model has positions)."""
@@ -377,7 +432,7 @@ def read_config(model):
     return folder, text_encoders.read_config(Config, folder / "transformer" / "config.json")
 
 
-def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None):
+def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None, walk=None):
     """A `Model` from "nano", "schnell", "dev", a diffusers folder or a Hugging Face repo id.
 
     put(name, array), unpack: see `load_transformer`; names start with transformer., t5., clip. or vae. here.
@@ -398,7 +453,7 @@ def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None):
         vae=vae.load(folder / "vae", put=part("vae"), dtype=dtype),
         scheduler=text_encoders.read_json(folder / "scheduler" / "scheduler_config.json"),
         source=folder, text_tokens=min(tokens, 512 if cfg.guidance_embeds else 256),
-        size=text_encoders.read_json(folder / "vae" / "config.json").get("sample_size", 1024))
+        size=text_encoders.read_json(folder / "vae" / "config.json").get("sample_size", 1024), walk=walk)
 
 
 PARTS = ["model_index.json", *(f"{part}/*" for part in (
@@ -475,7 +530,8 @@ def generate(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, 
                     text_tokens=text_tokens)
     latents = start.latents
     for i in range(steps):
-        latents = _euler(model.params, model.cfg, latents, *start.condition, *start.sigmas[i:i + 2], grid=start.grid)
+        v = velocity(model.params, model.cfg, latents, *at(start, i), grid=start.grid, walk=model.walk)
+        latents = _euler(latents, v, *start.sigmas[i:i + 2])
         if progress:
             jax.block_until_ready(latents)
             progress(i + 1)
@@ -488,7 +544,7 @@ def residuals(model, prompts, *, layer, site, seed=0, steps=1, size=None, noise=
     N is I, T or T + I for site "img", "txt", "both" (see `residual`). It is taken at every sampling step, the first at
     pure noise; the last step runs no block after `layer`. size: default 256 pixels, or the model's own if smaller.
     """
-    check_layer(model.cfg, layer, site)
+    residual_names(model.cfg, layer, site)                       # raises before the long work
     start = prepare(model, prompts, steps=steps, size=size or min(256, model.size), seed=seed, noise=noise,
                     guidance=guidance, text_tokens=text_tokens)
     acts = capture(model, start, layer=int(layer), site=site)
@@ -497,13 +553,13 @@ def residuals(model, prompts, *, layer, site, seed=0, steps=1, size=None, noise=
 
 def capture(model, start, *, layer, site):
     """The residual stream at one layer in every sampling step from `start`: [steps, B, N, D] (see `residuals`)."""
-    latents, caught, steps = start.latents, [], len(start.sigmas) - 1
-    where = {"grid": start.grid, "layer": layer, "site": site}
-    for i in range(steps - 1):
-        latents, acts = _euler_and_residual(model.params, model.cfg, latents, *start.condition, *start.sigmas[i:i + 2],
-                                            **where)
-        caught.append(acts)
-    caught.append(_residual(model.params, model.cfg, latents, *start.condition, start.sigmas[steps - 1], **where))
+    latents, caught, where = start.latents, [], {"grid": start.grid, "layer": layer, "walk": model.walk}
+    names = residual_names(model.cfg, layer, site)
+    for i in range(len(start.sigmas) - 2):
+        v, found = catch(model.params, model.cfg, latents, *at(start, i), names=names, **where)
+        latents = _euler(latents, v, *start.sigmas[i:i + 2])
+        caught.append(jnp.concatenate(list(found.values()), 1))
+    caught.append(residual(model.params, model.cfg, latents, *at(start, -2), site=site, **where))
     return jnp.stack(caught)
 
 
@@ -514,6 +570,12 @@ class Start:
     condition: tuple
     sigmas: np.ndarray
     grid: tuple[int, int]
+
+
+def at(start, i):
+    """What `velocity` wants to know at sampling step i besides the latents: text, pooled, timestep, guidance."""
+    text, pooled, guidance = start.condition
+    return text, pooled, jnp.full(len(text), start.sigmas[i]), guidance
 
 
 def prepare(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, text_tokens=None):
@@ -573,7 +635,8 @@ def _grid(cfg, size):
 def encode_text(model, prompts, text_tokens=None):
     """T5 states [B, T, joint_attention_dim] and CLIP's pooled vector [B, pooled_projection_dim]."""
     t5_ids, clip_ids = model.tokenize(prompts, text_tokens)
-    return _t5(model.t5[1], model.t5[0], t5_ids), _clip(model.clip[1], model.clip[0], clip_ids)
+    text = text_encoders.t5(model.t5[1], model.t5[0], t5_ids, walk=model.walk or scan_blocks)
+    return text, _clip(model.clip[1], model.clip[0], clip_ids)
 
 
 def decode(model, latents, grid):
@@ -594,7 +657,6 @@ def unpack(latents, grid):
     return latents.reshape(B, h, w, c, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(B, 2 * h, 2 * w, c)
 
 
-_t5 = jax.jit(text_encoders.t5, static_argnums=1)
 _clip = jax.jit(text_encoders.clip, static_argnums=1)
 
 
@@ -604,25 +666,9 @@ def _decode(params, cfg, latents, *, grid):
     return vae.decode(params, cfg, unpack(latents, grid).astype(dtype)).astype(jnp.float32)
 
 
-@partial(jax.jit, static_argnames=("cfg", "grid"))
-def _euler(params, cfg, latents, text, pooled, guidance, sigma, following, *, grid):
-    t = jnp.full(len(latents), sigma)
-    v = velocity(params, cfg, latents, text, pooled, t, guidance, grid=grid)
+@jax.jit
+def _euler(latents, v, sigma, following):
     return latents + (following - sigma) * v.astype(jnp.float32)
-
-
-@partial(jax.jit, static_argnames=("cfg", "grid", "layer", "site"))
-def _residual(params, cfg, latents, text, pooled, guidance, sigma, *, grid, layer, site):
-    t = jnp.full(len(latents), sigma)
-    return residual(params, cfg, latents, text, pooled, t, guidance, grid=grid, layer=layer, site=site)
-
-
-@partial(jax.jit, static_argnames=("cfg", "grid", "layer", "site"))
-def _euler_and_residual(params, cfg, latents, *args, grid, layer, site):
-    kind, i = ("double", layer) if layer < cfg.num_layers else ("single", layer - cfg.num_layers)
-    names = {f"{kind}.{s}": i for s in (("txt", "img") if site == "both" else (site,))}
-    latents, caught = reap(partial(_euler, grid=grid), names)(params, cfg, latents, *args)
-    return latents, jnp.concatenate([caught[name] for name in names], 1)
 
 
 # ---------------------------------------------------------------- the command line

@@ -10,15 +10,15 @@ Stands alone: copy this one file. It needs jax, numpy and safetensors.
 
 Blocks of 64 run along the input axis, so that a split of the output axis never cuts one. A byte holds the codes of two
 rows that lie half a span of (mostly) 1,024 inputs apart, not of two neighbours: both nibbles of a tile then decode to
-whole tiles, and nothing is ever interleaved. A weight knows its chip, "cpu" or for example "v5e" (default: of JAX's first device, when it is
-quantized); `plan` says from it and from the sizes alone which product is a kernel. Sources: NF4 and double
-quantization: QLoRA (arXiv 2305.14314), rounding as bitsandbytes 0.50 does it; int8: LLM.int8 (arXiv 2208.07339)
-without its outliers.
+whole tiles, and nothing is ever interleaved. A weight knows its chip, "cpu" or for example "v5e" (default: of JAX's
+first device, when it is quantized); `plan` says from it and from the sizes alone which product is a kernel. Sources:
+NF4 and double quantization: QLoRA (arXiv 2305.14314), rounding as bitsandbytes 0.50 does it; int8: LLM.int8 (arXiv
+2208.07339) without its outliers.
 """
 import json
 import warnings
 from dataclasses import dataclass, fields, replace
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -256,9 +256,10 @@ def dequantize(q):
     if isinstance(q, Int8):
         return (q.values.astype(jnp.float32) * q.scales).astype(q.dtype)
     *stack, n, out = q.codes.shape
-    halves = [_values(codes, q.chip).reshape(*stack, -1, q.span // 2, out) for codes in (q.codes & 15, q.codes >> 4)]
-    full = jnp.stack(halves, -3).reshape(*stack, -1, q.block, out) * scales_of(q)[..., None, :]
-    return full.reshape(*stack, 2 * n, out)[..., :q.rows, :].astype(q.dtype)
+    half = q.span // 2
+    nibbles = q.codes.reshape(*stack, -1, 1, half, out) >> np.array([0, 4], np.uint8)[:, None, None] & 15
+    blocks = _values(nibbles).reshape(*stack, -1, q.block, out) * scales_of(q)[..., None, :]
+    return blocks.reshape(*stack, 2 * n, out)[..., :q.rows, :].astype(q.dtype)
 
 
 def scales_of(q):
@@ -277,13 +278,11 @@ def scales_of(q):
     return one(s.codes, s.scales, s.offset, s.table)
 
 
-def _values(codes, chip):
-    """TABLE[codes] in float32. A CPU or GPU gathers; a TPU, whose gathers are slow, selects bit by bit."""
-    if chip in ("cpu", "gpu"):
-        return jnp.asarray(TABLE)[codes]
+def _values(codes):
+    """TABLE[codes] in float32, by selects: TPUs are slow to gather, and CPUs do these eight at a time."""
     values = list(TABLE)
     for bit in range(4):
-        values = [jnp.where((codes >> bit) & 1 == 1, b, a) for a, b in zip(values[::2], values[1::2])]
+        values = [jnp.where(codes >> bit & 1 == 1, b, a) for a, b in zip(values[::2], values[1::2])]
     return values[0]
 
 
@@ -365,10 +364,15 @@ class Chip:
     axis: int
 
 
+# Bundles of one step with 3,072 rows, ours / plain bfloat16's with the same tile (tests/bench_tpu.py, libtpu 0.0.42):
+# NF4 v4 9,814 / 8,815, v5e 23,345 / 23,166, v5p 11,975 / 11,796 (1,536 rows), v6e 12,023 / 11,568; with 256 rows v4
+# 4,794 / 2,458, v5e 2,991 / 2,192, v6e 2,582 / 1,310. Int8 v5e 8,128 / 13,831, v6e 9,598 / 18,710. What was worse on
+# v5e: two products of half a span each (12,606 / 11,183 with 256 columns), the whole tile decoded first (12,557);
+# on v6e 512 columns (8,210 / 7,817); on v4 columns in chunks (11,265 / 8,815).
 CHIPS = {
     "v4": Chip(Tiles(1024, 512, SPAN), None, 16, 1),
-    "v5e": Chip(Tiles(3072, 512, SPAN, 128), Tiles(3072, 256, 3072, 128), 100, 0),
-    "v5p": Chip(Tiles(2048, 512, SPAN, 128), Tiles(2048, 256, 3072, 128), 60, 0),
+    "v5e": Chip(Tiles(3072, 512, SPAN, 128), Tiles(1536, 256, 3072, 128), 100, 0),
+    "v5p": Chip(Tiles(2048, 512, SPAN, 128), Tiles(1536, 256, 3072, 128), 60, 0),
     "v6e": Chip(Tiles(3072, 768, SPAN, 256), Tiles(3072, 512, 3072, 256), 100, 0),
 }
 
@@ -443,7 +447,8 @@ def nf4_transposed_kernel(g, q, tiles, *, interpret=False):
                     inside(g_ref[rows]), inside(w), (((1,), (1,)), ((), ())), precision=precision(g),
                     preferred_element_type=jnp.float32)
 
-        interleave(spans(half, tiles.chunk), lambda inputs, part: decode(inputs, slice(None), part), multiply, tiles.rows)
+        pieces = spans(half, tiles.chunk)
+        interleave(pieces, lambda inputs, part: decode(inputs, slice(None), part), multiply, tiles.rows)
         write_total(y, total)
 
     columns = 2 * q.codes.shape[0]
@@ -524,7 +529,7 @@ def decode_rows(codes, scales, first, block, tables, part, axis):
 
 
 def look_up(tables, codes, part, axis):
-    """TABLE at the low (part 0) or high nibbles of bytes [8, 128], which are sign-extended for axis 0 (see `signed`)."""
+    """TABLE at the low (part 0) or high nibbles of bytes [8, 128]; for axis 0 they are sign-extended (see `signed`)."""
     gather = partial(jnp.take_along_axis, axis=axis, mode="promise_in_bounds")     # no tests for bounds
     if axis:
         return gather(tables[0], codes >> 4 if part else codes & 15)

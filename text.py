@@ -12,6 +12,7 @@ on axis 0. Sources: T5 v1.1 (arXiv 2002.05202, 1910.10683), CLIP (arXiv 2103.000
 """
 import json
 from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -245,21 +246,40 @@ def load_t5(folder, *, put=None, dtype=jnp.bfloat16, unpack=None):
     return cfg, load_tensors(t5_table(cfg), open_weights(folder, unpack), put=put, dtype=dtype, ignore=ignore)
 
 
-def t5(params, cfg, ids):
-    """Encoder states [B, T, D] of token ids [B, T]. No attention mask: FLUX lets every token see the padding."""
-    x = params["embed"][ids]
-    bias = params["bias"].astype(jnp.float32)[_buckets(cfg, ids.shape[1])].transpose(2, 0, 1)      # [H, T, T]
+def t5(params, cfg, ids, *, walk=None):
+    """Encoder states [B, T, D] of token ids [B, T]. No attention mask: FLUX lets every token see the padding.
 
-    def block(x, p):
+    walk: (block, x, stack, layers, bias) → (x, {}) runs the stacked blocks; the default is one `lax.scan`.
+    """
+    x, bias = _t5_begin(params["embed"], params["bias"], cfg, ids)
+    walk = walk or (lambda block, x, stack, layers, bias: jax.lax.scan(lambda x, p: block(x, p, bias), x, stack))
+    x, _ = walk(_t5_block(cfg), x, params["block"], range(cfg.num_layers), bias)
+    return _t5_end(params["norm"], cfg, x)
+
+
+@partial(jax.jit, static_argnums=2)
+def _t5_begin(embed, bias, cfg, ids):
+    """Embeddings [B, T, D] and the bias of positions [H, T, T], which all blocks share."""
+    return embed[ids], bias.astype(jnp.float32)[_buckets(cfg, ids.shape[1])].transpose(2, 0, 1)
+
+
+@partial(jax.jit, static_argnums=1)
+def _t5_end(norm, cfg, x):
+    return _rms_norm(x, norm, cfg.layer_norm_epsilon)
+
+
+@lru_cache
+def _t5_block(cfg):
+    """(x, parameters of one layer, bias) → (x, {}); the same object for the same cfg, so that it is compiled once."""
+    def block(x, p, bias):
         h = _rms_norm(x, p["norm1"], cfg.layer_norm_epsilon)
         q, k, v = (_heads(y, cfg.num_heads) for y in (h @ p["q"], *jnp.split(h @ p["kv"], 2, axis=-1)))
         x = x + _attend(q, k, v, bias) @ p["o"]                  # T5 does not scale the scores by 1/sqrt(K)
         h = _rms_norm(x, p["norm2"], cfg.layer_norm_epsilon)
         gate, up = jnp.split(h @ p["wi"], 2, axis=-1)
-        return x + (jax.nn.gelu(gate, approximate=True) * up) @ p["wo"], None
+        return x + (jax.nn.gelu(gate, approximate=True) * up) @ p["wo"], {}
 
-    x, _ = jax.lax.scan(block, x, params["block"])
-    return _rms_norm(x, params["norm"], cfg.layer_norm_epsilon)
+    return block
 
 
 def _buckets(cfg, length):

@@ -281,7 +281,7 @@ def defaults(name, folder, cfg, given):
         "seeds_per_prompt": 4 if small else 1, "timesteps": 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0,
         "text_tokens": 0, "lr": None, "seed": 0, "dtype": "float32" if cpu else "bfloat16",
         "quant": flux.default_quant(folder)} | given)
-    flux.check_layer(cfg, run.layer, run.site)
+    flux.residual_names(cfg, run.layer, run.site)
     check_numbers(run)
     return replace(run, lr=(9 if small else 1) * sae.default_lr(run.features)) if run.lr is None else run
 

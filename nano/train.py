@@ -188,15 +188,15 @@ def hint(seed):
 # ---------------------------------------------------------------- 4. the flow
 
 
-def unrolled(block, x, stack, stop, states):
+def unrolled(block, x, stack, layers, rope, *, states):
     """The blocks one after the other. On a CPU a training step in a loop would copy every activation into a stack.
 
     A barrier behind each block keeps XLA from computing the sum of all later gradients anew in every layer.
     """
-    for i in range(stop):
-        x = jax.tree.map(barrier, block(x, jax.tree.map(lambda w: w[i], stack)))
-        states.append(x)
-    return x
+    for i in layers:
+        x = jax.tree.map(barrier, block(x, jax.tree.map(lambda w: w[i], stack), rope)[0])
+        states.append(x[0])
+    return x, {}
 
 
 @jax.custom_vjp

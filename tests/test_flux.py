@@ -272,20 +272,12 @@ def poisoned(params, cfg, layer):
 
 
 def scan_lengths(jaxpr):
-    return [eqn.params["length"] for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
-
-
-def shared_walk():
-    """`scan_blocks`, traced once where several residuals of one layer are wanted."""
-    seen = {}
-
-    def walk(block, x, stack, stop):
-        key = (id(jax.tree.leaves(stack)[0]), stop)
-        if key not in seen:
-            seen[key] = flux.scan_blocks(block, x, stack, stop)
-        return seen[key]
-
-    return walk
+    """Of all scans, also inside of jits."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn.params["length"]
+        elif eqn.primitive.name in ("jit", "pjit"):
+            yield from scan_lengths(eqn.params["jaxpr"].jaxpr)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[4]])
@@ -297,9 +289,7 @@ def test_residual_matches_diffusers_and_needs_nothing_behind_it(case, tmp_path):
     assert len(expected) == cfg.layers
     for layer, (txt, img) in enumerate(expected):
         def sites(p, layer=layer):
-            walk = shared_walk()
-            return {site: flux.residual(p, cfg, **inputs, grid=grid, layer=layer, site=site, walk=walk)
-                    for site in flux.SITES}
+            return {site: flux.residual(p, cfg, **inputs, grid=grid, layer=layer, site=site) for site in flux.SITES}
 
         ours = quick(sites)(poisoned(params, cfg, layer))
         for site, value in {"img": img, "txt": txt, "both": np.concatenate([txt, img], 1)}.items():
@@ -329,17 +319,17 @@ def test_walk_is_passed_in():
     case, inputs, stops = CASES[0], random_inputs(CASES[0]), []
     cfg, params = random_params(case)
 
-    def one_by_one(block, x, stack, stop):
-        stops.append(stop)
-        for i in range(stop):
-            x = block(x, jax.tree.map(lambda w, i=i: w[i], stack))
-        return x
+    def one_by_one(block, x, stack, layers, *context):
+        stops.append(layers.stop)
+        for i in layers:
+            x, caught = block(x, jax.tree.map(lambda w, i=i: w[i], stack), *context)
+        return x, jax.tree.map(lambda value: value[None], caught)
 
     walked = quick(lambda p: flux.velocity(p, cfg, **inputs, grid=case[6], walk=one_by_one))(params)
     assert error(walked, np.asarray(run(params, cfg, **inputs, grid=case[6]))) <= 1e-5
     residual = lambda p: flux.residual(p, cfg, **inputs, grid=case[6], layer=1, site="img", walk=one_by_one)
     jax.eval_shape(residual, params)
-    assert stops == [1, 2, 1, 1]
+    assert stops == [1, 2, 1, 1]                                 # all of both kinds; then up to layer 1
 
 
 def test_gradients_reach_every_weight():
