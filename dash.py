@@ -36,6 +36,7 @@ import flux
 import pages
 import prompts as prompt_sources
 import sae
+import shard
 
 HELD_OUT = 1_500_000_000                                         # number of the first noise: no training step sees it
 EDGES = np.concatenate([[0], 10 ** np.arange(-4, 4.01, 0.1)]).astype(np.float32)   # of the histogram's bins; last: more
@@ -483,8 +484,8 @@ def collect_from(checkpoint, params, cfg, folder, source, field, n, steps, model
     flux.residual_names(described, about["layer"], about["site"])
     if described.width != cfg.d_in:
         raise ValueError(f"the SAE in {checkpoint} is for width {cfg.d_in}, but {name} has width {described.width}")
-    quantized = flux.quantized(quant or run.get("quant", "none"))
-    loaded = flux.load(name, dtype=jnp.dtype(run.get("dtype", "float32")), **quantized)
+    options = shard.arguments(shard.several(), flux.quantized(quant or run.get("quant", "none")))
+    loaded = flux.load(name, dtype=jnp.dtype(run.get("dtype", "float32")), **options)
     steps = steps or (28 if loaded.cfg.guidance_embeds else 4)
     info = {"model": str(name), "source": source,
             "checkpoint": json.loads((Path(checkpoint) / "cfg.json").read_text(encoding="utf-8")),

@@ -15,7 +15,7 @@ A layer is one number: the double blocks come first, then the single blocks. The
 """
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -227,12 +227,36 @@ def _qkv(p, cfg, qkv):
 
 
 def _attention(q, k, v, rope):
-    """Attention of all S tokens over all S tokens: [B, S, H, K] → [B, S, D]."""
-    # Not jax.nn.dot_product_attention, which asks for a precision that float16 on a CPU does not have.
-    scores = jnp.einsum("bqhk,bshk->bhqs", _rotate(q, rope), _rotate(k, rope), preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bhqs,bshk->bqhk", weights, v)
+    """Attention of all S tokens over all S tokens: [B, S, H, K] → [B, S, D]. No [S, S] of all heads is ever built: a
+    TPU runs JAX's flash attention where its tiles fit, and elsewhere long sequences go block by block."""
+    q, k = _rotate(q, rope), _rotate(k, rope)
+    tile = next((n for n in (512, 384, 256, 128) if q.shape[1] % n == 0), None)
+    if tile and q.shape[-1] % 128 == 0:
+        out = jax.lax.platform_dependent(q, k, v, tpu=partial(_flash, tile=tile), default=_softmax_attention)
+    else:
+        out = _softmax_attention(q, k, v)
     return out.reshape(*out.shape[:2], -1)
+
+
+def _softmax_attention(q, k, v, block=512):
+    # Not jax.nn.dot_product_attention, which asks for a precision that float16 on a CPU does not have.
+    def attend(q):
+        scores = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+        return jnp.einsum("bhqs,bshk->bqhk", weights, v)
+
+    B, S, H, K = q.shape
+    if 2 * block >= S:
+        return attend(q)
+    blocks = jnp.pad(q, ((0, 0), (0, -S % block), (0, 0), (0, 0))).reshape(B, -1, block, H, K).swapaxes(0, 1)
+    return jax.lax.map(attend, blocks).swapaxes(0, 1).reshape(B, -1, H, K)[:, :S]
+
+
+def _flash(q, k, v, tile):
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+    sizes = flash.BlockSizes(**{field.name: tile for field in fields(flash.BlockSizes)} | {"block_b": 1})
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return flash.flash_attention(q, k, v, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes).swapaxes(1, 2)
 
 
 def _rotate(x, rope):

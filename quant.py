@@ -123,17 +123,18 @@ def nf4(w, block=BLOCK, *, nested=False, dtype=None, chip=None):
     w, kind = _checked(w, dtype)
     if block < 2 or block % 2:
         raise ValueError(f"block is {block}; it must be an even number of weights, such as 64")
+    codes, scales = (np.asarray(part) for part in _fast_codes(jax.device_put(w, _host()), block))
+    if scales.min() < 1e-30:                                     # XLA takes the smallest floats for zeros
+        codes, scales = _codes(w, block, np)
     rows = w.shape[-2]
-    blocks = _blocks(w, block)
-    scales = np.abs(blocks).max(-2)
-    codes = _codes(blocks, np.maximum(scales, TINY)[..., None, :], rows % block, rows // block)
     scales = _nest(scales, -(-rows // block)) if nested else scales
-    return _pack(codes.reshape(*w.shape[:-2], -1, w.shape[-1]), scales, rows, block, kind, chip)
+    return _pack(codes, scales, rows, block, kind, chip)
 
 
 def int8(w, *, dtype=None, chip=None):
     """w [..., in, out] → Int8: round(127 w / max |w|) of each output column. Raises ValueError for NaN or Inf."""
     w, kind = _checked(w, dtype)
+    w = w.astype(np.float32)
     scales = np.abs(w).max(-2, keepdims=True) / np.float32(127)
     values = np.rint(w / np.maximum(scales, TINY)).clip(-127, 127).astype(np.int8)
     return Int8(jnp.asarray(values), jnp.asarray(scales), kind, chip or chip_of())
@@ -179,18 +180,20 @@ def _checked(w, dtype):
     w = np.asarray(w)
     if w.ndim < 2:
         raise ValueError(f"a weight of shape {list(w.shape)}; quantization needs [..., in, out]")
-    full = w.astype(np.float32)
-    if not np.isfinite(full).all():
-        bad = np.argwhere(~np.isfinite(full))[0]
-        raise ValueError(f"the weight holds {full[tuple(bad)]} at {bad.tolist()}; only finite numbers can be quantized")
-    return full, jnp.dtype(dtype or w.dtype).name
+    if not np.isfinite(w.astype(np.float32).sum()):              # a sum of finite numbers may overflow: then look again
+        bad = np.argwhere(~np.isfinite(w.astype(np.float32)))
+        if len(bad):
+            raise ValueError(f"the weight holds {w[tuple(bad[0])]} at {bad[0].tolist()}; only finite numbers can be "
+                             "quantized")
+    return w, jnp.dtype(dtype or w.dtype).name
 
 
-def _blocks(w, block):
-    """[..., in, out] → [..., n, block, out], n even, zeros behind the last input."""
-    rows, n = w.shape[-2], _block_count(w.shape[-2], block)
-    w = np.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, n * block - rows), (0, 0)])
-    return w.reshape(*w.shape[:-2], n, block, w.shape[-1])
+def _host():
+    """The CPU, whose divisions are exact, also where JAX computes elsewhere."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise RuntimeError("quantizing needs JAX's CPU backend: leave JAX_PLATFORMS unset, or add cpu to it") from None
 
 
 def _block_count(rows, block):
@@ -198,13 +201,23 @@ def _block_count(rows, block):
     return 2 * -(-rows // (2 * block))
 
 
-def _codes(blocks, scales, rest, last):
-    """Index into TABLE of the nearest value. bitsandbytes multiplies full blocks by the reciprocal and divides the
-    rest; the two differ in the last bit, and so, on a bound, in the code."""
-    scaled = blocks * (np.float32(1) / scales)
-    if rest:
-        scaled[..., last, :, :] = blocks[..., last, :, :] / scales[..., last, :, :]
-    return np.searchsorted(BOUNDS, np.clip(scaled, -1, 1)).astype(np.uint8)
+def _codes(w, block, np):
+    """(uint8 index into TABLE of the nearest value [..., in, out], float32 scales [..., n, out]) of w, zeros behind its
+    last input. bitsandbytes multiplies full blocks by the reciprocal and divides the rest; the two differ in the last
+    bit, and so, on a bound, in the code."""
+    *stack, rows, out = w.shape
+    n, full = _block_count(rows, block), rows // block
+    w = np.pad(w.astype(np.float32), [*[(0, 0)] * len(stack), (0, n * block - rows), (0, 0)])
+    blocks = w.reshape(*stack, n, block, out)
+    scales = np.max(np.abs(blocks), -2)
+    most = np.maximum(scales, TINY)[..., None, :]
+    rest = np.arange(n)[:, None, None] >= full
+    scaled = np.where(rest, blocks / most, blocks * (1 / most))
+    codes = sum((scaled > bound).astype(np.uint8) for bound in BOUNDS)
+    return codes.reshape(*stack, n * block, out), scales
+
+
+_fast_codes = jax.jit(partial(_codes, np=jnp), static_argnums=1)
 
 
 def _span(rows, block):

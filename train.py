@@ -25,6 +25,7 @@ from tqdm import tqdm
 import flux
 import prompts as sources
 import sae
+import shard
 
 HELD_OUT = 1_000_000_000                                         # number of the first noise that no training step sees
 
@@ -106,8 +107,9 @@ class Harvest:
 # ---------------------------------------------------------------- the run
 
 
-def train(run, model, prompts, out, *, resume, overwrite, log_every, save_every):
-    """Train to `run.steps`; checkpoints into the folder `out`. Returns rows of the closing table."""
+def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, save_every):
+    """Train to `run.steps`; checkpoints into the folder `out`. Returns rows of the closing table. mesh: of several
+    devices, over which the SAE's features are split."""
     harvest = Harvest(run, model, prompts)
     print(f"data: chunks of {harvest.tokens:,} tokens, from {harvest.forwards * run.prompt_batch:,} prompts each, "
           f"shuffled whole ({harvest.batches} batches of {run.batch:,})")
@@ -126,22 +128,25 @@ def train(run, model, prompts, out, *, resume, overwrite, log_every, save_every)
             state = sae.init(jax.random.key(run.seed), cfg, np.asarray(chunk[:65536], np.float32))
             begin(out, state, cfg, metadata, overwrite)
         bar.initial = bar.n = bar.last_print_n = int(state.step)         # or the time left would count old steps
-        state = loop(run, harvest, state, cfg, chunk, window, out, metadata, bar, log_every, save_every)
+        state = loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_every, save_every)
         bar.set_description("evaluating")
         rows = evaluate(run, harvest, state, cfg)
     sae.checkpoint(out, state, cfg, metadata=metadata | {"evaluation": rows})
     return rows
 
 
-def loop(run, harvest, state, cfg, chunk, window, out, metadata, bar, log_every, save_every):
+def loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_every, save_every):
     """Steps from where `state` stands to the end. `window`: metrics of the steps that are not in metrics.jsonl yet."""
-    step_fn = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
+    state = shard.split(mesh, state, run.features) if mesh else state
+    where = (jax.tree.map(lambda leaf: leaf.sharding, state), None) if mesh else None
+    step_fn = jax.jit(sae.step, static_argnums=1, donate_argnums=0, out_shardings=where)
     since, old = time.monotonic(), len(window)
     for step in range(int(state.step), run.steps):
         c, b = divmod(step, harvest.batches)
         if chunk is None or (b == 0 and step):
             chunk = harvest.chunk(c, bar)
-        state, metrics = step_fn(state, cfg, chunk[b * run.batch:(b + 1) * run.batch].astype(np.float32))
+        x = chunk[b * run.batch:(b + 1) * run.batch].astype(np.float32)
+        state, metrics = shard.wait(mesh, step_fn(state, cfg, x))
         window.append(metrics)
         bar.update()
         if (step + 1) % log_every == 0 or step + 1 == run.steps:
@@ -262,9 +267,12 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
     stream = itertools.chain([next(stream)], stream)             # a bad prompt source fails here, before the long load
     print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of "
           f"{run.batch:,} tokens, prompts from {run.prompts}")
-    loaded = flux.load(run.model, dtype=jnp.dtype(run.dtype), **flux.quantized(run.quant))
+    if mesh := shard.several():
+        shard.check(mesh, run.features)
+        print(f"devices: {mesh.size}, each with 1/{mesh.size} of the blocks' weights and of the features")
+    loaded = flux.load(run.model, dtype=jnp.dtype(run.dtype), **shard.arguments(mesh, flux.quantized(run.quant)))
     run = replace(run, size=run.size or min(256, loaded.size), text_tokens=run.text_tokens or loaded.text_tokens)
-    rows = train(run, loaded, stream, out, resume=resume, overwrite=overwrite, log_every=log_every,
+    rows = train(run, loaded, stream, out, mesh=mesh, resume=resume, overwrite=overwrite, log_every=log_every,
                  save_every=save_every)
     print(table(rows))
     print(f"checkpoint: {out}")

@@ -345,6 +345,28 @@ def test_gradients_reach_every_weight():
         assert np.abs(g).max(tuple(range(1, g.ndim))).all(), name                  # in every layer of the stack
 
 
+# ---------------------------------------------------------------- attention
+
+
+def test_attention_block_by_block():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 70, 3, 8), dtype=np.float32)) for _ in range(3))
+    whole, blocks = flux._softmax_attention(q, k, v), flux._softmax_attention(q, k, v, block=16)
+    np.testing.assert_allclose(blocks, whole, atol=1e-6)
+    jaxpr = jax.make_jaxpr(partial(flux._softmax_attention, block=16))(q, k, v)
+    assert max(np.prod(var.aval.shape) for eqn in jaxpr.eqns for var in eqn.outvars) < 2 * 3 * 70 * 70
+
+
+def test_flash_attention_is_attention():
+    """The kernel that a TPU runs, by Pallas' interpreter."""
+    from jax.experimental.pallas import tpu
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 256, 2, 128), dtype=np.float32)) for _ in range(3))
+    with tpu.force_tpu_interpret_mode():
+        ours = flux._flash(q, k, v, tile=128)
+    np.testing.assert_allclose(ours, flux._softmax_attention(q, k, v), atol=1e-5)
+
+
 # ---------------------------------------------------------------- errors
 
 

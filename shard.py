@@ -1,0 +1,194 @@
+"""A model on several chips or hosts: meshes, weights that live in parts, and stacked blocks run one by one.
+
+Stands alone: copy this one file. It needs jax and numpy.
+
+    mesh = shard.mesh()                                     # all of jax.devices(), axes data x fsdp
+    model = flux.load("schnell", put=shard.put(mesh, quant.put("nf4")), walk=shard.sliced(mesh))
+    state = shard.split(mesh, sae.init(...), features)      # an SAE and its optimizer: 1/n of the features a chip
+
+Weights are split on their last, the output axis (FSDP, "fully sharded data parallel", arXiv 2304.11277): each chip
+keeps 1/n of every weight, of its codes and its scales, and a layer is gathered while the one before it computes.
+Activations are split by batch over all chips. A block runs inside `shard_map`, so that it, and the Pallas kernels in
+it, see whole weights and their own part of the batch.
+
+`scan` and `sliced` walk stacked blocks [L, ...] with the same results. `scan` is one `lax.scan`, compiled for a range
+of layers; `sliced` is one program that takes the layer's number, dispatched once per layer: it stops at any layer, and
+catches at any layer, without another compilation.
+"""
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+SMALL = 2 ** 20                                                  # bytes: what is smaller is on every chip, whole
+AXES = ("data", "fsdp")
+
+# ---------------------------------------------------------------- placement
+
+
+def several():
+    """`mesh` of all devices, or None where there is one."""
+    return mesh() if len(jax.devices()) > 1 else None
+
+
+def mesh(devices=None, *, data=1):
+    """Mesh with the axes data x fsdp over `devices` (default: all that JAX has, of all hosts).
+
+    Weights are split over fsdp and repeated over data. Raises ValueError where `data` does not divide the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if not isinstance(data, int) or data < 1 or len(devices) % data:
+        raise ValueError(f"data is {data!r}: it must divide the number of devices, {len(devices)}")
+    return Mesh(np.array(devices).reshape(data, -1), AXES)
+
+
+def put(mesh, quantize=None):
+    """For `flux.load`: (name, array) → leaf on the mesh, quantized first by `quantize(name, array)`.
+
+    Weights of stacked blocks are split; everything else, and what is small, is on every chip. Raises ValueError for a
+    weight whose outputs the mesh does not divide, before anything of it is placed.
+    """
+    def leaf(name, array):
+        parts = quantize(name, array) if quantize else array
+        return jax.tree.map(lambda part: place(part, mesh, spec(mesh, part, name)), parts)
+
+    return leaf
+
+
+def spec(mesh, array, name=None):
+    """How an array [..., out] of one layer lies on the mesh: a PartitionSpec. `name`: for the error."""
+    n = mesh.shape["fsdp"]
+    if array.ndim < 2 or (name and not {"block", "double", "single"} & set(name.split("."))):
+        return PartitionSpec()
+    if array.shape[-1] % n == 0:
+        return PartitionSpec(*[None] * (array.ndim - 1), "fsdp")
+    if array.size * array.dtype.itemsize <= SMALL:
+        return PartitionSpec()
+    divisors = [k for k in range(1, 65) if array.shape[-1] % k == 0]
+    raise ValueError(f"{name or 'a weight'} of shape {list(array.shape)} cannot be split over {n} chips; its last axis "
+                     f"divides by {', '.join(map(str, divisors))}: choose fsdp (devices / data) among them")
+
+
+def check(mesh, features):
+    if features % mesh.size:
+        raise ValueError(f"{features} features cannot be split over {mesh.size} devices: take a multiple of "
+                         f"{mesh.size}")
+
+
+def arguments(mesh, options):
+    """The arguments `options` of `flux.load` (put, unpack) with which weights go to the mesh and blocks run on it; with
+    mesh None as they are."""
+    return options | {"put": put(mesh, options.get("put")), "walk": sliced(mesh)} if mesh else options
+
+
+def place(array, mesh, spec):
+    """The array on the mesh. Every host passes all of it and keeps its own parts: nothing is sent between hosts."""
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+
+
+def split(mesh, tree, size):
+    """The tree with every array that has an axis of `size` split on it over all chips, and the others on every chip.
+
+    Raises ValueError where the mesh does not divide `size`.
+    """
+    check(mesh, size)
+
+    return jax.tree.map(lambda array: place(array, mesh, split_spec(array.shape, size)), tree)
+
+
+def split_spec(shape, size):
+    return PartitionSpec(*[None] * shape.index(size), AXES) if size in shape else PartitionSpec()
+
+
+# ---------------------------------------------------------------- walkers
+
+
+@lru_cache
+def scan(mesh=None):
+    """walk(block, x, stack, layers, *context) → (x, caught): the blocks as one `lax.scan` over `layers`, a range.
+
+    block(x, parameters of one layer, *context) → (x, caught). x: a pytree of arrays [B, ...]. stack: parameters
+    [L, ...]; context: what all layers and examples share. Values caught are stacked, [len(layers), ...].
+    """
+    @partial(jax.jit, static_argnums=(0, 3))
+    def run(block, x, stack, layers, context):
+        step = stepper(block, mesh)
+        if not layers:
+            return x, {}
+        start = (x, fetch(stack, layers.start, mesh))
+        (x, _), caught = lax.scan(lambda state, i: step(*state, stack, i, context), start,
+                                  jnp.arange(layers.start, layers.stop))
+        return x, caught
+
+    return lambda block, x, stack, layers, *context: wait(mesh, run(block, x, stack, layers, context))
+
+
+@lru_cache
+def sliced(mesh=None):
+    """As `scan`, but one program for all layers, dispatched once for each. Not to be wrapped in `jax.jit`."""
+    first = jax.jit(partial(fetch, mesh=mesh))
+
+    @partial(jax.jit, static_argnums=0)
+    def run(block, x, p, stack, i, context):
+        return stepper(block, mesh)(x, p, stack, i, context)
+
+    def walk(block, x, stack, layers, *context):
+        if not layers:
+            return x, {}
+        caught, p = [], first(stack, layers.start)
+        for i in layers:
+            (x, p), found = wait(mesh, run(block, x, p, stack, i, context))
+            caught.append(found)
+        return x, jax.tree.map(lambda *values: jnp.stack(values), *caught)
+
+    walk.run = run                                               # its `_cache_size` counts compilations
+    return walk
+
+
+def stepper(block, mesh):
+    """(x, p, stack, i, context) → ((x, parameters of layer i + 1), caught): block i, and the fetching of the next one,
+    which needs nothing from it, so that the compiler can send the one while it computes the other."""
+    def step(x, p, stack, i, context):
+        following = fetch(stack, jnp.minimum(i + 1, depth(stack) - 1), mesh)
+        x, caught = local(block, mesh, x)(x, p, *context)
+        return (x, following), caught
+
+    return step
+
+
+def fetch(stack, i, mesh):
+    """The parameters of layer i, whole on every chip."""
+    p = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i, keepdims=False), stack)
+    if mesh is None:
+        return p
+    return jax.tree.map(lambda w: lax.with_sharding_constraint(w, NamedSharding(mesh, PartitionSpec())), p)
+
+
+def local(block, mesh, x):
+    """`block` on each chip's part of the batch; where that does not divide, every chip does all of it."""
+    if mesh is None:
+        return block
+    batch = batch_spec(mesh, jax.tree.leaves(x)[0].shape[0])
+
+    def specs(*args):
+        return (batch, *[PartitionSpec()] * (len(args) - 1))
+
+    return lambda *args: jax.shard_map(block, mesh=mesh, in_specs=specs(*args), out_specs=batch, check_vma=False)(*args)
+
+
+def batch_spec(mesh, B):
+    return PartitionSpec(AXES) if B % mesh.size == 0 else PartitionSpec()
+
+
+def wait(mesh, tree):
+    """Several devices on a CPU share one pool of threads: of programs that run at the same time, each may hold threads
+    that wait for the others' forever."""
+    return jax.block_until_ready(tree) if mesh is not None and mesh.devices.flat[0].platform == "cpu" else tree
+
+
+def depth(stack):
+    return jax.tree.leaves(stack)[0].shape[0]

@@ -1,0 +1,141 @@
+"""Does it fit? FLUX.1's real programs at their real sizes, compiled for TPUs that are not there, as Markdown:
+
+    python tests/bench_fit.py [v5e-1 v5e-4 v4-8 v6e-4 v5p-8 v4-32]
+
+No weights are made: shapes suffice. Bytes are those of one chip, as the compiler reports them: arguments (weights),
+temporaries and outputs. "with": bytes of what else is resident (the models and the SAE that the program does not use).
+"""
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+               "TPU_ACCELERATOR_TYPE": "v4-8", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+import flux
+import quant
+import sae
+import shard
+import text
+
+GIB = 2 ** 30
+#            topology, chip, chips, memory of one in GB
+TOPOLOGIES = {"v5e-1": ("v5e:2x2", "v5e", 1, 16), "v5e-4": ("v5e:2x2", "v5e", 4, 16), "v4-8": ("v4:2x2x1", "v4", 4, 32),
+              "v6e-4": ("v6e:2x2", "v6e", 4, 32), "v5p-8": ("v5p:2x2x1", "v5p", 4, 95),
+              "v4-32": ("v4:2x2x4", "v4", 16, 32)}
+T = 256
+QUANTIZED = "transformer.double.", "transformer.single.", "t5.block."
+
+
+def main(*names):
+    print(f"jax {jax.__version__}\n\n| chips | weights | program | compiled in | arguments | temporaries | outputs | "
+          "resident in all | fits |\n|---|---|---|--:|--:|--:|--:|--:|---|", flush=True)
+    for name in names or TOPOLOGIES:
+        topology, chip, chips, memory = TOPOLOGIES[name]
+        pairs = {"chip_config_name": "megacore"} if chip == "v4" else {}
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **pairs).devices
+        mesh = shard.mesh(devices[:chips])
+        for kind in ("nf4", "none"):
+            models = resident(mesh, chip, kind)
+            for label, function, *arguments in programs(mesh, models):
+                report(name, kind, label, memory, models, function, arguments)
+
+
+def report(name, kind, label, memory, models, function, arguments):
+    start = time.time()
+    try:
+        donated = (0,) if isinstance(function, partial) else ()             # the SAE's state
+        stats = jax.jit(function, donate_argnums=donated).lower(*arguments).compile().memory_analysis()
+    except Exception as error:
+        print(f"| {name} | {kind} | {label} | {time.time() - start:.0f} s | {str(error).splitlines()[0][:200]} |",
+              flush=True)
+        return
+    used = {id(leaf) for leaf in jax.tree.leaves(arguments)}
+    rest = sum(local_bytes(leaf) for leaf in jax.tree.leaves(models) if id(leaf) not in used)
+    new = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    sizes = stats.argument_size_in_bytes, stats.temp_size_in_bytes, new
+    total = sum(sizes) + rest
+    print(f"| {name} | {kind} | {label} | {time.time() - start:.0f} s | "
+          + " | ".join(f"{size / GIB:.2f}" for size in (*sizes, total))
+          + f" | {'yes' if total < memory * 1e9 else 'no'} |", flush=True)
+
+
+def local_bytes(leaf):
+    return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+
+
+def resident(mesh, chip, kind):
+    """Shapes of all that a run of train.py keeps on the chips."""
+    def model(table, prefix):
+        def leaf(path, tensor):
+            name = f"{prefix}.{text.path_name(path)}"
+            one = jax.ShapeDtypeStruct(tensor.shape, jnp.bfloat16)
+            if kind == "nf4" and len(tensor.shape) == 2 and name.startswith(QUANTIZED):
+                one = like(tensor.shape, chip)
+            depth = () if tensor.layers is None else (tensor.layers,)
+            return jax.tree.map(lambda part: jax.ShapeDtypeStruct(
+                (*depth, *part.shape), part.dtype, sharding=NamedSharding(
+                    mesh, PartitionSpec(*[None] * len(depth), *shard.spec(mesh, part, name)))), one)
+        return jax.tree_util.tree_map_with_path(leaf, table)
+
+    cfg = sae.Config(d_in=3072, features=16384, k=32)
+    return {"flux": model(flux.table(flux.Config()), "transformer"), "t5": model(text.t5_table(text.T5Config()), "t5"),
+            "clip": model(text.clip_table(text.CLIPConfig()), "clip"),
+            "sae": sae_state(mesh, cfg)}
+
+
+def like(shape, chip):
+    narrow = quant.nf4(np.ones((shape[0], 1), np.float32), dtype="bfloat16", chip=chip)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape[:-1], shape[1]), leaf.dtype), narrow)
+
+
+def sae_state(mesh, cfg):
+    sample = np.random.default_rng(0).standard_normal((64, cfg.d_in), np.float32)
+    state = jax.eval_shape(lambda: sae.init(jax.random.key(0), cfg, sample))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(
+        mesh, shard.split_spec(leaf.shape, cfg.features))), state)
+
+
+def programs(mesh, models):
+    cfg, walk = flux.Config(), shard.scan(mesh)
+
+    def inputs(B, tokens):
+        where = NamedSharding(mesh, shard.batch_spec(mesh, B))
+        make = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+        return make(B, tokens, 64), make(B, T, 4096), make(B, 768), make(B)
+
+    def denoise(grid):
+        return lambda params, *x: flux.velocity(params, cfg, *x, grid=grid, walk=walk)
+
+    def capture(layer):
+        return lambda params, *x: flux.residual(params, cfg, *x, grid=(16, 16), layer=layer, site="img", walk=walk)
+
+    B = max(4, mesh.size)
+    ids = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=NamedSharding(mesh, shard.batch_spec(mesh, B)))
+    yield f"T5-XXL, {B} prompts", lambda p, ids: text.t5(p, text.T5Config(), ids, walk=walk), models["t5"], ids
+    yield f"step at 256², batch {B}", denoise((16, 16)), models["flux"], *inputs(B, 256)
+    yield "step at 1024², batch 1", denoise((64, 64)), models["flux"], *inputs(1, 4096)
+    for layer in (10, 18, 37):
+        yield f"capture at {layer}, batch {B}", capture(layer), models["flux"], *inputs(B, 256)
+    for features in (16384, 65536):
+        cfg_sae = sae.Config(d_in=3072, features=features, k=32)
+        state = models["sae"] if features == 16384 else sae_state(mesh, cfg_sae)
+        x = jax.ShapeDtypeStruct((2048, 3072), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+        yield f"SAE step, {features:,} features", partial(train_step, cfg=cfg_sae), state, x
+
+
+def train_step(state, x, cfg):
+    return sae.step(state, cfg, x)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

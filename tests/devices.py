@@ -1,0 +1,93 @@
+"""What test_shard.py asks, answered in a process that has eight CPU devices: `python tests/devices.py MODEL WORK`.
+
+WORK is an empty folder. Each line printed is a JSON list: name, value.
+"""
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import flux
+import prompts as sources
+import sae
+import shard
+import train
+
+PROMPTS = [f"prompt {i}" for i in range(8)]
+
+
+def main(folder, work):
+    devices = jax.devices()
+    meshes = {"one device": None, "fsdp 4": shard.mesh(devices[:4]), "fsdp 8": shard.mesh(),
+              "data 2 x fsdp 4": shard.mesh(data=2)}
+
+    def load(name, walk=None, mesh=None):
+        options = shard.arguments(mesh, flux.quantized(name))
+        return flux.load(folder, dtype=jnp.float32, **options | ({"walk": walk} if walk else {}))
+
+    plain = load("nf4")
+    expected, expected_sae = answers(plain), train_sae(plain, None, work)
+    for name, mesh in meshes.items():
+        model = load("nf4", shard.sliced(mesh), mesh)
+        ours = answers(model)
+        tell(f"{name}: activations", [error(a, b) for a, b in zip(ours, expected)])
+        if name in ("one device", "fsdp 8"):
+            scan = answers(replace(model, walk=shard.scan(mesh)))
+            tell(f"{name}: scan - sliced", [float(np.abs(a - b).max()) for a, b in zip(scan, ours)])
+        if mesh:
+            w, bias = (model.params["single"]["in"][name] for name in "wb")
+            tell(f"{name}: parts", [part(w.codes), part(w.scales), part(bias)])
+            trained = train_sae(model, mesh, work)
+            tell(f"{name}: SAE", {key: error(trained[key], value) for key, value in expected_sae.items()})
+    tell("three prompts on eight devices", error(*[
+        np.asarray(flux.residuals(m, PROMPTS[:3], layer=5, site="img")) for m in (model, plain)]))
+    counts = []
+    for layer in [*range(model.cfg.layers)] * 2:
+        flux.residuals(model, PROMPTS, layer=layer, site="img")
+        counts.append(model.walk.run._cache_size())
+    tell("compilations", counts)
+    exact = load("none")
+    tell("fsdp 8, not quantized", [error(a, b) for a, b in zip(answers(load("none", mesh=meshes["fsdp 8"])),
+                                                              answers(exact))])
+
+
+def answers(model):
+    """The text encoding of 8 prompts, and residuals in two sampling steps, for which every block runs."""
+    encoded = flux.encode_text(model, PROMPTS)
+    return [np.asarray(x) for x in (*encoded, flux.residuals(model, PROMPTS, layer=5, site="img", steps=2))]
+
+
+def train_sae(model, mesh, work):
+    """The weights of an SAE after 20 steps of train.py."""
+    run = train.defaults("nano", model.source, model.cfg, {
+        "layer": 5, "features": 256, "k": 8, "steps": 20, "batch": 256, "buffer": 2048, "prompt_batch": 8,
+        "quant": "nf4", "size": 128, "text_tokens": 32})
+    out = Path(work) / f"sae{len(os.listdir(work))}"
+    train.train(run, model, sources.stream(run.prompts, run.prompt_field), out, mesh=mesh, resume=False,
+                overwrite=False, log_every=20, save_every=20)
+    return {name: np.asarray(value) for name, value in sae.load(out)[0].items()}
+
+
+def part(leaf):
+    """On how many chips a leaf's last axis lies."""
+    return leaf.shape[-1] // leaf.addressable_shards[0].data.shape[-1]
+
+
+def error(a, b):
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def tell(name, value):
+    print(json.dumps([name, value]), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,93 @@
+"""Write a FLUX.1-schnell of random weights: python tests/synthetic.py FOLDER
+
+The official shapes and names (34 GB, bfloat16, in files of 5 GB at most), with nano's tokenizers: for timing and memory
+at full size where the real weights are not. Remove the folder when done.
+"""
+import json
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import flux
+import text
+import vae
+
+SHARD = 5e9                                                      # bytes
+VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 1024,
+       "scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
+def main(folder):
+    folder, nano = Path(folder), ROOT / "nano"
+    if folder.exists() and any(folder.iterdir()):
+        sys.exit(f"{folder} is not empty")
+    shutil.copytree(nano, folder, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns("*.safetensors", "*.py", "*.jpg", "*.md", "__pycache__"))
+    end = text.read_json(nano / "text_encoder" / "config.json")["eos_token_id"]
+    t5, clip = text.T5Config(), text.CLIPConfig(eos_token_id=end)
+    settings = text.read_json(nano / "tokenizer_2" / "tokenizer_config.json")
+    rewrite(folder / "tokenizer_2" / "tokenizer_config.json", settings | {"model_max_length": 256})
+    rewrite(folder / "scheduler" / "scheduler_config.json",
+            text.read_json(nano / "scheduler" / "scheduler_config.json") | {"shift": 1.0})
+    parts = {"transformer": (flux.Config(), flux.table(flux.Config())), "text_encoder_2": (t5, text.t5_table(t5)),
+             "text_encoder": (clip, text.clip_table(clip))}
+    for part, (cfg, tensors) in parts.items():
+        rewrite(folder / part / "config.json", text.read_json(folder / part / "config.json") | vars(cfg))
+        write(folder / part, tensors, "diffusion_pytorch_model" if part == "transformer" else "model")
+    rewrite(folder / "vae" / "config.json", text.read_json(folder / "vae" / "config.json") | VAE)
+    cfg = vae.config(folder / "vae")
+    vae.save(folder / "vae", vae.init(jax.random.key(0), cfg), cfg)
+    print(f"{sum(file.stat().st_size for file in folder.rglob('*')) / 1e9:.1f} GB in {folder}")
+
+
+def rewrite(file, settings):
+    file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def write(folder, tensors, stem):
+    """The tensors as numbered safetensors files with an index, written one by one: no file is ever whole in memory."""
+    noise = np.random.default_rng(0).standard_normal(2 ** 26, dtype=np.float32)
+    entries = [(name.format(layer), tensor.file_shape(width), tensor.mean, tensor.std)
+               for tensor in jax.tree.leaves(tensors) for layer in tensor.numbers
+               for name, width in tensor.parts.items()]
+    shards, room = [[]], SHARD
+    for entry in entries:
+        size = 2 * int(np.prod(entry[1]))
+        if size > room:
+            shards.append([])
+            room = SHARD
+        shards[-1].append(entry)
+        room -= size
+    index = {}
+    for i, shard in enumerate(shards):
+        file = folder / f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        header, start = {}, 0
+        for name, shape, *_ in shard:
+            end = start + 2 * int(np.prod(shape))
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+            index[name], start = file.name, end
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)
+        with open(file, "wb") as out:
+            out.write(len(head).to_bytes(8, "little") + head)
+            for name, shape, mean, std in shard:
+                left, first = int(np.prod(shape)), zlib.crc32(name.encode()) % 1000
+                while left:
+                    piece = noise[first:first + left]
+                    out.write((mean + (std or 0.02) * piece).astype(jnp.bfloat16).tobytes())
+                    left, first = left - len(piece), 0
+        print(file, flush=True)
+    rewrite(folder / f"{stem}.safetensors.index.json",
+            {"metadata": {"total_size": sum(2 * int(np.prod(e[1])) for e in entries)}, "weight_map": index})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

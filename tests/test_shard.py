@@ -1,0 +1,104 @@
+"""Placement and walkers, on eight CPU devices in a process of their own (`devices.py`)."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import shard
+
+MESHES = ("fsdp 4", "fsdp 8", "data 2 x fsdp 4")
+
+
+@pytest.fixture(scope="module")
+def answers(nano, tmp_path_factory):
+    script = Path(__file__).with_name("devices.py")
+    result = subprocess.run([sys.executable, script, nano, tmp_path_factory.mktemp("devices")], capture_output=True,
+                            text=True, timeout=900, check=False)
+    assert not result.returncode, result.stderr[-2000:]
+    return dict(json.loads(line) for line in result.stdout.splitlines() if line.startswith('["'))
+
+
+@pytest.mark.parametrize("mesh", ["one device", *MESHES])
+def test_same_activations_wherever_they_are_computed(answers, mesh):
+    """Text encoding and residuals of nano in NF4, by the sliced walker, beside one plain scan on one device."""
+    assert max(answers[f"{mesh}: activations"]) <= 1e-5
+
+
+def test_without_quantization(answers):
+    assert max(answers["fsdp 8, not quantized"]) <= 1e-5
+
+
+@pytest.mark.parametrize("mesh", ["one device", "fsdp 8"])
+def test_both_walkers_give_the_same_bits(answers, mesh):
+    assert answers[f"{mesh}: scan - sliced"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_codes_and_scales_live_in_parts(answers, mesh):
+    n = int(mesh[-1])
+    assert answers[f"{mesh}: parts"] == [n, n, 1]                # codes, scales, bias
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_same_sae_after_20_steps(answers, mesh):
+    assert max(answers[f"{mesh}: SAE"].values()) <= 1e-4
+
+
+def test_a_batch_that_does_not_divide(answers):
+    assert answers["three prompts on eight devices"] <= 1e-5
+
+
+def test_another_layer_compiles_nothing(answers):
+    """All layers of nano twice: at most four programs (each kind of block, plain and caught), and none later."""
+    counts = answers["compilations"]
+    assert counts[-1] == counts[len(counts) // 2 - 1] <= counts[0] + 3
+
+
+def test_mesh_says_what_divides():
+    assert shard.mesh(jax.devices()[:1]).shape == {"data": 1, "fsdp": 1}
+    with pytest.raises(ValueError, match="data is 3: it must divide the number of devices, 1"):
+        shard.mesh(jax.devices()[:1], data=3)
+
+
+class Four:
+    """What `spec` asks of a mesh."""
+    shape, size = {"data": 1, "fsdp": 4}, 4
+
+
+def test_what_is_split():
+    big = jax.ShapeDtypeStruct((3072, 1024), jnp.bfloat16)
+    assert shard.spec(Four, big, "transformer.double.img.qkv.w") == PartitionSpec(None, "fsdp")
+    assert shard.spec(Four, big, "transformer.txt_in.w") == PartitionSpec()          # no stacked block
+    assert shard.spec(Four, jax.ShapeDtypeStruct((1024,), jnp.bfloat16), "transformer.single.in.b") == PartitionSpec()
+    assert shard.spec(Four, jax.ShapeDtypeStruct((64, 130), jnp.bfloat16), "t5.block.q") == PartitionSpec()    # small
+    odd = jax.ShapeDtypeStruct((8192, 130), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"t5.block.q of shape \[8192, 130\] cannot be split over 4.*1, 2, 5, 10"):
+        shard.spec(Four, odd, "t5.block.q")
+    with pytest.raises(ValueError, match="130 features cannot be split over 4 devices: take a multiple of 4"):
+        shard.check(Four, 130)
+
+
+def test_a_single_layer_and_none():
+    """Walkers on blocks of their own, with something caught, over no layer, one, and all."""
+    def block(x, p, shift):
+        y = jnp.tanh(x @ p) + shift
+        return y, {"y": y}
+
+    rng = np.random.default_rng(0)
+    x, stack = jnp.asarray(rng.standard_normal((3, 5))), jnp.asarray(rng.standard_normal((4, 5, 5)))
+    for layers in (range(0), range(2, 3), range(4)):
+        y, expected = x, []
+        for i in layers:
+            y, caught = block(y, stack[i], 0.5)
+            expected.append(caught["y"])
+        for walk in (shard.scan(), shard.sliced()):
+            z, caught = walk(block, x, stack, layers, 0.5)
+            np.testing.assert_allclose(z, y, rtol=1e-6)
+            if layers:
+                np.testing.assert_allclose(caught["y"], np.stack(expected), rtol=1e-6)
