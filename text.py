@@ -76,8 +76,26 @@ def open_weights(path, unpack=None):
             reader = safe_open(file, "np")
         except Exception as error:
             raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
-        weights |= {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (it is no dict)
+        with reader:
+            weights |= {name: Slice(file, name, reader.get_slice(name).get_shape())
+                        for name in reader.keys()}               # noqa: SIM118 (it is no dict)
     return unpack(weights) if unpack else weights
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A tensor of a safetensors file, which is mapped into memory only while it is read: what stays mapped counts as
+    used, and a model may be larger than the memory."""
+    file: Path
+    name: str
+    shape: list[int]
+
+    def get_shape(self):
+        return self.shape
+
+    def __getitem__(self, item):
+        with safe_open(self.file, "np") as reader:
+            return reader.get_slice(self.name)[item]
 
 
 def _weight_files(folder):
