@@ -1,9 +1,10 @@
 """Does it fit? FLUX.1's real programs at their real sizes, compiled for TPUs that are not there, as Markdown:
 
-    python tests/bench_fit.py [v5e-1 v5e-4 v4-8 v6e-4 v5p-8 v4-32]
+    python tests/bench_fit.py [v5e-1 v5e-4 v4-8 v6e-4 v5p-8 v4-32:nf4]
 
-No weights are made: shapes suffice. Bytes are those of one chip, as the compiler reports them: arguments (weights),
-temporaries and outputs. "with": bytes of what else is resident (the models and the SAE that the program does not use).
+No weights are made: shapes suffice. GiB are those of one chip, as the compiler reports them: arguments that the program
+uses (weights), temporaries and outputs. "resident in all" is with everything that a run of train.py keeps beside them:
+all of FLUX.1, T5-XXL and CLIP, and an SAE of 16,384 features with its optimizer. (VAEs, 0.16 GiB, are not counted.)
 """
 import os
 import sys
@@ -40,11 +41,12 @@ def main(*names):
     print(f"jax {jax.__version__}\n\n| chips | weights | program | compiled in | arguments | temporaries | outputs | "
           "resident in all | fits |\n|---|---|---|--:|--:|--:|--:|--:|---|", flush=True)
     for name in names or TOPOLOGIES:
+        name, _, kinds = name.partition(":")
         topology, chip, chips, memory = TOPOLOGIES[name]
         pairs = {"chip_config_name": "megacore"} if chip == "v4" else {}
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **pairs).devices
         mesh = shard.mesh(devices[:chips])
-        for kind in ("nf4", "none"):
+        for kind in [kinds] if kinds else ("nf4", "none"):
             models = resident(mesh, chip, kind)
             for label, function, *arguments in programs(mesh, models):
                 report(name, kind, label, memory, models, function, arguments)
@@ -59,11 +61,10 @@ def report(name, kind, label, memory, models, function, arguments):
         print(f"| {name} | {kind} | {label} | {time.time() - start:.0f} s | {str(error).splitlines()[0][:200]} |",
               flush=True)
         return
-    used = {id(leaf) for leaf in jax.tree.leaves(arguments)}
-    rest = sum(local_bytes(leaf) for leaf in jax.tree.leaves(models) if id(leaf) not in used)
+    kept = {id(leaf): local_bytes(leaf) for leaf in jax.tree.leaves((models, arguments))}
     new = stats.output_size_in_bytes - stats.alias_size_in_bytes
     sizes = stats.argument_size_in_bytes, stats.temp_size_in_bytes, new
-    total = sum(sizes) + rest
+    total = sum(sizes[1:]) + sum(kept.values())                  # also what this program, or this layer, has no use for
     print(f"| {name} | {kind} | {label} | {time.time() - start:.0f} s | "
           + " | ".join(f"{size / GIB:.2f}" for size in (*sizes, total))
           + f" | {'yes' if total < memory * 1e9 else 'no'} |", flush=True)
