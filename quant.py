@@ -152,7 +152,7 @@ def put(name, *, nested=False, dtype=None, chip=None):
 
     def leaf(path, array):
         packed = isinstance(array, NF4)                          # from a checkpoint of bitsandbytes
-        wanted = path.startswith(("transformer.double.", "transformer.single.", "t5.block.")) and array.ndim == 2
+        wanted = path.startswith(QUANTIZED) and array.ndim == 2
         if packed and not (name == "nf4" and wanted):
             array = np.asarray(dequantize(array))
         if not wanted or name == "none":
@@ -165,6 +165,7 @@ def put(name, *, nested=False, dtype=None, chip=None):
 
 
 FORMATS = ("nf4", "int8", "none")
+QUANTIZED = ("transformer.double.", "transformer.single.", "t5.block.")        # the names of what `put` quantizes
 
 
 def chip_of(device=None):

@@ -12,14 +12,14 @@ import time
 from functools import partial
 from pathlib import Path
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-               "TPU_ACCELERATOR_TYPE": "v4-8", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+import tpu
+
+os.environ |= tpu.ENVIRONMENT
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 import flux
@@ -34,7 +34,6 @@ TOPOLOGIES = {"v5e-1": ("v5e:2x2", "v5e", 1, 16), "v5e-4": ("v5e:2x2", "v5e", 4,
               "v6e-4": ("v6e:2x2", "v6e", 4, 32), "v5p-8": ("v5p:2x2x1", "v5p", 4, 95),
               "v4-32": ("v4:2x2x4", "v4", 16, 32)}
 T = 256
-QUANTIZED = "transformer.double.", "transformer.single.", "t5.block."
 
 
 def main(*names):
@@ -43,9 +42,7 @@ def main(*names):
     for name in names or TOPOLOGIES:
         name, _, kinds = name.partition(":")
         topology, chip, chips, memory = TOPOLOGIES[name]
-        pairs = {"chip_config_name": "megacore"} if chip == "v4" else {}
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **pairs).devices
-        mesh = shard.mesh(devices[:chips])
+        mesh = shard.mesh(tpu.devices(topology)[:chips])
         for kind in [kinds] if kinds else ("nf4", "none"):
             models = resident(mesh, chip, kind)
             for label, function, *arguments in programs(mesh, models):
@@ -80,8 +77,8 @@ def resident(mesh, chip, kind):
         def leaf(path, tensor):
             name = f"{prefix}.{text.path_name(path)}"
             one = jax.ShapeDtypeStruct(tensor.shape, jnp.bfloat16)
-            if kind == "nf4" and len(tensor.shape) == 2 and name.startswith(QUANTIZED):
-                one = like(tensor.shape, chip)
+            if kind == "nf4" and len(tensor.shape) == 2 and name.startswith(quant.QUANTIZED):
+                one = tpu.weight_like(quant.nf4, *tensor.shape, chip)
             depth = () if tensor.layers is None else (tensor.layers,)
             return jax.tree.map(lambda part: jax.ShapeDtypeStruct(
                 (*depth, *part.shape), part.dtype, sharding=NamedSharding(
@@ -92,11 +89,6 @@ def resident(mesh, chip, kind):
     return {"flux": model(flux.table(flux.Config()), "transformer"), "t5": model(text.t5_table(text.T5Config()), "t5"),
             "clip": model(text.clip_table(text.CLIPConfig()), "clip"),
             "sae": sae_state(mesh, cfg)}
-
-
-def like(shape, chip):
-    narrow = quant.nf4(np.ones((shape[0], 1), np.float32), dtype="bfloat16", chip=chip)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape[:-1], shape[1]), leaf.dtype), narrow)
 
 
 def sae_state(mesh, cfg):

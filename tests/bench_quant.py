@@ -67,7 +67,7 @@ def stored(shape, options):
 def leaf_bytes(path, tensor, prefix, options):
     layers = len(tensor.numbers)
     name = f"{prefix}.{text.path_name(path)}"
-    coded = name.startswith(("transformer.double.", "transformer.single.", "t5.block.")) and len(tensor.shape) == 2
+    coded = name.startswith(quant.QUANTIZED) and len(tensor.shape) == 2
     return layers * (stored(tensor.shape, options) if coded else 2 * np.prod(tensor.shape))
 
 

@@ -18,13 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# What must be set before jax is imported.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+               "TPU_ACCELERATOR_TYPE": "v4-8", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 def run(chip, jobs):
     """The answers to `jobs`, one after the other."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-                                "TPU_ACCELERATOR_TYPE": "v4-8", "TPU_LOG_DIR": "disabled",
-                                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    environment = os.environ | ENVIRONMENT
     with tempfile.TemporaryDirectory() as dump:
         environment["LIBTPU_INIT_ARGS"] = (f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
                                            "--xla_jf_emit_annotations=true --xla_jf_debug_level=2")
@@ -40,11 +41,8 @@ def run(chip, jobs):
 def main(chip, jobs, dump):
     import jax
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
-    pairs = {"chip_config_name": "megacore"} if chip == "v4" else {}           # else its two cores are two devices
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip], **pairs).devices
-    here = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
+    here = NamedSharding(Mesh(np.array(devices(TOPOLOGIES[chip])[:1]), ("x",)), PartitionSpec())
     for job in jobs:
         start, answer = time.time(), dict(job)
         try:
@@ -55,6 +53,13 @@ def main(chip, jobs, dump):
         except Exception as error:
             answer["error"] = str(error).splitlines()[0][:300]
         print(json.dumps(answer | {"seconds": round(time.time() - start, 1)}), flush=True)
+
+
+def devices(topology):
+    """Of a topology such as v4:2x2x1, in a process with ENVIRONMENT."""
+    from jax.experimental import topologies
+    pairs = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}  # else its two cores are two devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **pairs).devices
 
 
 def program(chip, kernel, rows, size, tiles=None):
