@@ -40,6 +40,7 @@ import kernels
 
 Params = dict[str, Array]
 CONFIG, WEIGHTS, STATE = "cfg.json", "sae_weights.safetensors", "state.safetensors"
+TMP = ".fae-tmp"                                                 # how names of unfinished saves end
 SAE_LENS_VERSION = "6.54.12"  # the format written; SAELens takes a file that names no version >= 6 for an old one
 
 
@@ -520,19 +521,23 @@ def _write(folder: Path, files: Mapping[str, Any], cfg: Config) -> None:
     if (folder / CONFIG).exists():
         _check_replaceable(folder / CONFIG, cfg)
     _remove_leftovers(folder)
-    building = folder
-    if not folder.exists():
-        building = folder.parent / f".{folder.name}.{os.getpid()}.fae-tmp"
-        building.mkdir(parents=True)
+    # Files are made in a folder of ours, for safetensors leaves temporaries of its own beside what it was writing.
+    new = not folder.exists()
+    mine = f"{os.getpid()}{TMP}"
+    building = folder.parent / f".{folder.name}.{mine}" if new else folder / f".{mine}"
+    building.mkdir(parents=True)
     for name, write in files.items():
-        temporary = building / f".{name}.{os.getpid()}.fae-tmp"
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, building / name)
+        write(building / name)
+        _sync(building / name)
+        if not new:
+            os.replace(building / name, folder / name)
+            _sync(folder)
+    if new:
         _sync(building)
-    if building != folder:
         os.rename(building, folder)
         _sync(folder.parent)
+    else:
+        building.rmdir()
 
 
 def _check_replaceable(path: Path, cfg: Config) -> None:
@@ -552,13 +557,12 @@ def _sync(path: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Deletes temporaries of saves that were killed: ours by their name, and their process no longer there."""
-    names = "|".join(map(re.escape, (CONFIG, WEIGHTS, STATE)))
-    for parent, pattern in ((folder, names), (folder.parent, re.escape(folder.name))):
-        for path in parent.glob(".*.fae-tmp") if parent.is_dir() else ():
-            match = re.fullmatch(rf"\.(?:{pattern})\.(\d+)\.fae-tmp", path.name)
-            if match and not _running(int(match[1])):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Deletes folders of saves that were killed: ours by their name, and their process no longer there."""
+    for parent, prefix in ((folder, "."), (folder.parent, f".{folder.name}.")):
+        for path in parent.glob(f".*{TMP}") if parent.is_dir() else ():
+            match = re.fullmatch(rf"{re.escape(prefix)}(\d+){re.escape(TMP)}", path.name)
+            if path.is_dir() and match and not _running(int(match[1])):
+                shutil.rmtree(path)
 
 
 def _running(process: int) -> bool:

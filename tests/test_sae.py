@@ -335,6 +335,8 @@ def test_killed_while_saving(tmp_path):
             assert cfg.features == 512 and params["W_enc"].shape == (64, 512)
             assert int(extra["step"]) == int(state.step) == state.params["b_enc"][0] >= 1
     (folder / ".notes.fae-tmp").write_text("not ours")
+    (folder / ".999999999.fae-tmp").mkdir()                      # as a process that is no more would have left it
+    (folder / ".999999999.fae-tmp" / ".tmpN94RWz").write_text("what safetensors leaves when it is killed")
     sae.checkpoint(folder, state, cfg)
     names = {p.name for p in folder.iterdir()}
     assert names == {"cfg.json", "sae_weights.safetensors", "state.safetensors", ".notes.fae-tmp"}
