@@ -2,6 +2,7 @@
 
 Stands alone: copy this one file. It needs jax and numpy.
 
+    shard.join()                                            # only where there are several hosts: first of all
     mesh = shard.mesh()                                     # all of jax.devices(), axes data x fsdp
     model = flux.load("schnell", put=shard.put(mesh, quant.put("nf4")), walk=shard.sliced(mesh))
     state = shard.split(mesh, sae.init(...), features)      # an SAE and its optimizer: 1/n of the features a chip
@@ -15,6 +16,9 @@ it, see whole weights and their own part of the batch.
 of layers; `sliced` is one program that takes the layer's number, dispatched once per layer: it stops at any layer, and
 catches at any layer, without another compilation.
 """
+import contextlib
+import os
+import sys
 from functools import lru_cache, partial
 
 import jax
@@ -90,18 +94,105 @@ def place(array, mesh, spec):
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
 
+def tensor(mesh):
+    """The same chips in one row, the axis `tensor`: over it an SAE's features are split, whatever its batch."""
+    return Mesh(mesh.devices.reshape(-1), "tensor")
+
+
 def split(mesh, tree, size):
     """The tree with every array that has an axis of `size` split on it over all chips, and the others on every chip.
 
     Raises ValueError where the mesh does not divide `size`.
     """
     check(mesh, size)
+    return jax.tree.map(lambda array: place(array, tensor(mesh), split_spec(array.shape, size)), tree)
 
-    return jax.tree.map(lambda array: place(array, mesh, split_spec(array.shape, size)), tree)
+
+def everywhere(mesh):
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def split_spec(shape, size):
-    return PartitionSpec(*[None] * shape.index(size), AXES) if size in shape else PartitionSpec()
+    return PartitionSpec(*[None] * shape.index(size), "tensor") if size in shape else PartitionSpec()
+
+
+# ---------------------------------------------------------------- several hosts
+
+HEARTBEAT = 30                                                   # seconds after which a silent host counts as lost
+
+
+def join(address=None, processes=None, number=None):
+    """Make this process one of several that run the same program, each on its own host's chips: before JAX sees any.
+
+    On a TPU pod (and under Slurm or Open MPI) all arguments are found; elsewhere: address "host:port" of the first
+    process, how many there are, and this one's number from 0. Raises ValueError where they are wrong or not found.
+    """
+    try:
+        jax.distributed.initialize(address, processes, number, heartbeat_timeout_seconds=HEARTBEAT,
+                                   shutdown_timeout_seconds=HEARTBEAT)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"no other processes found ({error}); where the system does not name them, give the first "
+                         "one's address, how many there are, and the number of this one: localhost:1234,2,0") from None
+
+
+def first():
+    """Whether this process is the one that writes files and speaks."""
+    return jax.process_index() == 0
+
+
+def whole(tree):
+    """The tree as numpy arrays on every host, also what is split over hosts: then all of them have to ask."""
+    from jax.experimental import multihost_utils
+
+    def gather(x):
+        local = not isinstance(x, jax.Array) or x.is_fully_addressable
+        return np.asarray(x) if local else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(gather, tree)
+
+
+def of_all(array):
+    """The arrays that the hosts give, of one shape, stacked on a new axis 0, on every host."""
+    from jax.experimental import multihost_utils
+    return multihost_utils.process_allgather(array, tiled=False)
+
+
+class Mistake(ValueError):
+    """What is wrong on one host, raised on all."""
+
+
+def together(function, *args):
+    """function(*args) on every host. Where it raises ValueError or OSError on one of them, Mistake on all."""
+    try:
+        result, message = function(*args), ""
+    except (ValueError, OSError) as error:
+        if jax.process_count() == 1:
+            raise
+        result, message = None, str(error) or repr(error)
+    said = of_all(np.frombuffer(message.encode()[:1000].ljust(1000), np.uint8))
+    for host, line in enumerate(said):
+        if line := bytes(line).decode(errors="ignore").strip():
+            raise Mistake(f"host {host}: {line}")
+    return result
+
+
+@contextlib.contextmanager
+def as_one(note):
+    """Several hosts act as one program: only the first one prints, and when one fails, it ends without waiting for the
+    others, who then end as well. note: what to add, in case that one was lost."""
+    if jax.process_count() == 1:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        if not first():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            said = (str(error) or repr(error)).splitlines()[0]
+            # How a lost host shows depends on what was being sent: no type of exception tells it.
+            print(f"error: {said}" + ("" if isinstance(error, Mistake) else f"\n{note}"), file=sys.stderr, flush=True)
+            os._exit(2)                                          # an ordinary exit waits for all
 
 
 # ---------------------------------------------------------------- walkers
@@ -165,7 +256,7 @@ def fetch(stack, i, mesh):
     p = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i, keepdims=False), stack)
     if mesh is None:
         return p
-    return jax.tree.map(lambda w: lax.with_sharding_constraint(w, NamedSharding(mesh, PartitionSpec())), p)
+    return jax.tree.map(lambda w: lax.with_sharding_constraint(w, everywhere(mesh)), p)
 
 
 def local(block, mesh, x):

@@ -101,7 +101,7 @@ class Harvest:
         start = flux.Start(flux.draw_noise(run.seed, numbers, shape), (text, pooled, guidance),
                            flux.sigmas(model.scheduler, run.timesteps, shape[0]), self.grid)
         acts = flux.capture(model, start, layer=run.layer, site=run.site)
-        return np.asarray(acts).reshape(-1, acts.shape[-1])
+        return shard.whole(acts).reshape(-1, acts.shape[-1])
 
 
 # ---------------------------------------------------------------- the run
@@ -109,7 +109,7 @@ class Harvest:
 
 def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, save_every):
     """Train to `run.steps`; checkpoints into the folder `out`. Returns rows of the closing table. mesh: of several
-    devices, over which the SAE's features are split."""
+    devices, over which the SAE's features are split. Of several hosts the first one writes."""
     harvest = Harvest(run, model, prompts)
     print(f"data: chunks of {harvest.tokens:,} tokens, from {harvest.forwards * run.prompt_batch:,} prompts each, "
           f"shuffled whole ({harvest.batches} batches of {run.batch:,})")
@@ -118,27 +118,30 @@ def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, 
     cfg = sae.Config(d_in=model.cfg.width, features=run.features, k=run.k, lr=run.lr, warmup=warmup,
                      decay=(warmup, run.steps + 1))
     metadata, chunk, window = describe(run, model), None, []
-    with tqdm(total=run.steps, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=run.steps, unit="step", dynamic_ncols=True, disable=not shard.first()) as bar:
         if resume:
-            state, _, unlogged = sae.load_state(out)
+            state, unlogged = load_state(out)
             window = [dict(zip(unlogged, values)) for values in zip(*unlogged.values())]
-            trim_metrics(out, int(state.step))
+            if shard.first():
+                trim_metrics(out, int(state.step))
         else:
             chunk = harvest.chunk(0, bar)
             state = sae.init(jax.random.key(run.seed), cfg, np.asarray(chunk[:65536], np.float32))
-            begin(out, state, cfg, metadata, overwrite)
+            if shard.first():
+                begin(out, state, cfg, metadata, overwrite)
         bar.initial = bar.n = bar.last_print_n = int(state.step)         # or the time left would count old steps
         state = loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_every, save_every)
         bar.set_description("evaluating")
+        state = shard.whole(state)
         rows = evaluate(run, harvest, state, cfg)
-    sae.checkpoint(out, state, cfg, metadata=metadata | {"evaluation": rows})
+    save(out, state, cfg, metadata | {"evaluation": rows})
     return rows
 
 
 def loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_every, save_every):
     """Steps from where `state` stands to the end. `window`: metrics of the steps that are not in metrics.jsonl yet."""
     state = shard.split(mesh, state, run.features) if mesh else state
-    where = (jax.tree.map(lambda leaf: leaf.sharding, state), None) if mesh else None
+    where = (jax.tree.map(lambda leaf: leaf.sharding, state), shard.everywhere(mesh)) if mesh else None
     step_fn = jax.jit(sae.step, static_argnums=1, donate_argnums=0, out_shardings=where)
     since, old = time.monotonic(), len(window)
     for step in range(int(state.step), run.steps):
@@ -152,15 +155,16 @@ def loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_
         if (step + 1) % log_every == 0 or step + 1 == run.steps:
             window = jax.device_get(window)                      # waits for the steps, so that the time is theirs
             line = summary(step + 1, run.batch, window, (len(window) - old) * run.batch / (time.monotonic() - since))
-            with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            if shard.first():
+                with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
             bar.set_description("train")
             bar.set_postfix_str(f"FVU {line['fvu']:.3f}, L0 {line['l0']:.1f}, dead {100 * line['dead']:.1f} %, "
                                 f"{line['tokens_per_s']:,.0f} tokens/s")
             window, since, old = [], time.monotonic(), 0
         if (step + 1) % save_every == 0:
             unlogged = {name: np.array([m[name] for m in window]) for name in (window or [{}])[0]}
-            sae.checkpoint(out, state, cfg, metadata=metadata, extra=unlogged)
+            save(out, shard.whole(state), cfg, metadata, unlogged)
     return state
 
 
@@ -200,6 +204,20 @@ def describe(run, model):
     return {"model": run.model, "revision": revision, "layer": run.layer, "site": run.site, "seed": run.seed,
             "normalization": "per dimension (mean, std), folded into the weights",
             "versions": {"jax": jax.__version__, "numpy": np.__version__}, "run": asdict(run)}
+
+
+def save(out, state, cfg, metadata, extra=None):
+    if shard.first():
+        sae.checkpoint(out, state, cfg, metadata=metadata, extra=extra)
+
+
+def load_state(out):
+    """(state, extra) to go on from. Of several hosts each has to see the checkpoint, and the same one."""
+    state, _, extra = shard.together(sae.load_state, out)
+    steps = shard.of_all(np.asarray(state.step)).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(f"--resume: the hosts see different checkpoints in {out}, of steps {steps}")
+    return state, extra
 
 
 def begin(out, state, cfg, metadata, overwrite):
@@ -246,36 +264,57 @@ def trim_metrics(out, step):
 def main(model="auto", layer=None, site="", features=None, k=None, steps=None, batch=None, prompts="",
          prompt_field="", prompt_batch=None, seeds_per_prompt=None, timesteps=None, buffer=None, size=None,
          text_tokens=None, lr=None, out="ckpt", resume=False, overwrite=False, seed=None, dtype="", quant="",
-         log_every=20, save_every=200, **unknown):
+         log_every=20, save_every=200, distributed=False, **unknown):
     """Train a TopK SAE on the residual stream of one layer, and write it to the folder --out. A flag left out takes
-    what suits the model (see `defaults`) or, with --resume, what the checkpoint says."""
+    what suits the model (see `defaults`) or, with --resume, what the checkpoint says. --distributed: this process is
+    one of several (of a TPU pod; elsewhere say which: --distributed host:port,processes,number)."""
     names = {field.name for field in fields(Run)} - {"model"}
     given = {name: value for name, value in locals().items() if name in names and value not in (None, "")}
     flux.no_unknown_flags(unknown)
     flux.check_whole({"log_every": log_every, "save_every": save_every})
     out = Path(out)
-    check_out(out, resume, overwrite)
+    if distributed:
+        shard.join(*([] if distributed is True else address(distributed)))
+    with shard.as_one(f"if a host was lost, go on from the checkpoint in {out}: --resume on all of them"):
+        run, stream = shard.together(prepare, str(model), given, out, resume, overwrite)
+        print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of "
+              f"{run.batch:,} tokens, prompts from {run.prompts}")
+        if mesh := shard.several():
+            print(f"devices: {mesh.size}, each with 1/{mesh.size} of the blocks' weights and of the features")
+        loaded = flux.load(run.model, dtype=jnp.dtype(run.dtype), **shard.arguments(mesh, flux.quantized(run.quant)))
+        run = replace(run, size=run.size or min(256, loaded.size), text_tokens=run.text_tokens or loaded.text_tokens)
+        rows = train(run, loaded, stream, out, mesh=mesh, resume=resume, overwrite=overwrite, log_every=log_every,
+                     save_every=save_every)
+        print(table(rows))
+        print(f"checkpoint: {out}")
+
+
+def address(given):
+    """`shard.join`'s arguments from the flag --distributed host:port,processes,number."""
+    try:
+        where, processes, number = given if isinstance(given, tuple) else str(given).split(",")
+        return str(where), int(processes), int(number)
+    except ValueError:
+        raise ValueError(f"--distributed {given}: it takes nothing, or host:port,processes,number") from None
+
+
+def prepare(model, given, out, resume, overwrite):
+    """(Run, stream of prompts): all that can be checked before the model is loaded. Only the first host looks into a
+    folder that it shall write."""
+    if resume or shard.first():
+        check_out(out, resume, overwrite)
     if resume:
         run = resumed(out, model, given)
     else:
-        name = flux.announce(str(model))
+        name = flux.announce(model)
         folder, cfg = flux.read_config(name)
         run = defaults(name, folder, cfg, given)
         if run.size:
             flux.check_size(folder, run.size)
-    stream = sources.stream(run.prompts, run.prompt_field)
-    stream = itertools.chain([next(stream)], stream)             # a bad prompt source fails here, before the long load
-    print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of "
-          f"{run.batch:,} tokens, prompts from {run.prompts}")
     if mesh := shard.several():
         shard.check(mesh, run.features)
-        print(f"devices: {mesh.size}, each with 1/{mesh.size} of the blocks' weights and of the features")
-    loaded = flux.load(run.model, dtype=jnp.dtype(run.dtype), **shard.arguments(mesh, flux.quantized(run.quant)))
-    run = replace(run, size=run.size or min(256, loaded.size), text_tokens=run.text_tokens or loaded.text_tokens)
-    rows = train(run, loaded, stream, out, mesh=mesh, resume=resume, overwrite=overwrite, log_every=log_every,
-                 save_every=save_every)
-    print(table(rows))
-    print(f"checkpoint: {out}")
+    stream = sources.stream(run.prompts, run.prompt_field)
+    return run, itertools.chain([next(stream)], stream)          # a bad source of prompts fails here
 
 
 def defaults(name, folder, cfg, given):

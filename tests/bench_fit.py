@@ -95,7 +95,7 @@ def sae_state(mesh, cfg):
     sample = np.random.default_rng(0).standard_normal((64, cfg.d_in), np.float32)
     state = jax.eval_shape(lambda: sae.init(jax.random.key(0), cfg, sample))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(
-        mesh, shard.split_spec(leaf.shape, cfg.features))), state)
+        shard.tensor(mesh), shard.split_spec(leaf.shape, cfg.features))), state)
 
 
 def programs(mesh, models):

@@ -1,7 +1,11 @@
 """Placement and walkers, on eight CPU devices in a process of their own (`devices.py`)."""
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+import sae
 import shard
 
 MESHES = ("fsdp 4", "fsdp 8", "data 2 x fsdp 4")
@@ -102,3 +107,75 @@ def test_a_single_layer_and_none():
             np.testing.assert_allclose(z, y, rtol=1e-6)
             if layers:
                 np.testing.assert_allclose(caught["y"], np.stack(expected), rtol=1e-6)
+
+
+# ---------------------------------------------------------------- several hosts: two processes, two devices in all
+
+FLAGS = {"layer": 5, "features": 256, "k": 8, "batch": 256, "buffer": 2048, "prompt_batch": 8, "quant": "nf4",
+         "size": 64, "text_tokens": 16, "log_every": 4, "save_every": 4}
+
+
+def hosts(nano, outs, devices=1, **flags):
+    """One train.py for each of `outs`, its checkpoint folder, all one program on as many hosts."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = [f"--{name}={value}" for name, value in (FLAGS | {"model": nano} | flags).items()]
+    each = [[f"--out={out}"] + [f"--distributed={where},{len(outs)},{i}"] * (len(outs) > 1)
+            for i, out in enumerate(outs)]
+    return [subprocess.Popen([sys.executable, Path(shard.__file__).with_name("train.py"), *flags, *mine], text=True,
+                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for mine in each]
+
+
+def finish(processes, timeout=300):
+    """(code, stdout, stderr) of each."""
+    said = [process.communicate(timeout=timeout) for process in processes]
+    return [(process.returncode, *text) for process, text in zip(processes, said)]
+
+
+@pytest.fixture(scope="module")
+def two_hosts(nano, tmp_path_factory):
+    """The checkpoint folder of a run on two hosts, what they said, and the folder that the second one was given."""
+    work = tmp_path_factory.mktemp("hosts")
+    said = finish(hosts(nano, [work / "ckpt", work / "second"], steps=10))
+    assert [code for code, *_ in said] == [0, 0], said
+    return work / "ckpt", said, work / "second"
+
+
+def test_two_hosts_are_as_one_with_two_devices(nano, two_hosts, tmp_path):
+    """The same bytes, but for the speed in metrics.jsonl; only the first host writes and prints."""
+    (code, *_, errors), = finish(hosts(nano, [tmp_path / "one"], devices=2, steps=10))
+    assert code == 0, errors
+    folder, said, second = two_hosts
+    assert not second.exists() and "model:" not in said[1][1] and "step/s" not in said[1][2]
+    for file in (sae.WEIGHTS, sae.STATE, sae.CONFIG):
+        assert (folder / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_killed_host_ends_the_other(nano, two_hosts):
+    """In a resumed run; what is left says so within a minute, and the checkpoint is whole."""
+    folder, *_ = two_hosts
+    first, second = hosts(nano, [folder, folder], steps=100_000, resume=True)
+    while first.poll() is None and '"step": 20' not in (folder / "metrics.jsonl").read_text():
+        time.sleep(0.1)
+    second.send_signal(signal.SIGKILL)
+    (code, _, errors), _ = finish([first, second], timeout=60)
+    assert code == 2 and "error: " in errors and f"go on from the checkpoint in {folder}: --resume" in errors
+    assert int(sae.load_state(folder)[0].step) >= 16 and sae.load(folder)[1].features == 256
+
+
+def test_a_mistake_ends_every_host(nano, two_hosts, tmp_path):
+    folder, *_ = two_hosts
+    said = finish(hosts(nano, [folder, tmp_path / "no"], steps=20, resume=True))
+    for code, _, errors in said:
+        assert code == 2 and f"error: host 1: --resume: there is no checkpoint in {tmp_path / 'no'}" in errors
+        assert "Traceback" not in errors
+
+
+def test_bare_distributed_away_from_a_pod(nano, tmp_path):
+    for flag, message in (("--distributed", "no other processes found"), ("--distributed=a,b", "host:port,processes")):
+        result = subprocess.run([sys.executable, Path(shard.__file__).with_name("train.py"), "--model", nano, flag],
+                                capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
