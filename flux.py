@@ -15,7 +15,7 @@ A layer is one number: the double blocks come first, then the single blocks. The
 """
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -73,7 +73,7 @@ def velocity(params, cfg, latents, text, pooled, timestep, guidance=None, *, gri
     Raises ValueError where these do not fit the model.
     """
     inputs = latents, text, pooled, timestep, guidance
-    return _run(params, cfg, inputs, grid, walk, cfg.layers)[0]
+    return _run(params, cfg, inputs, grid, walk)[0]
 
 
 def residual(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, layer, site, walk=None):
@@ -87,7 +87,7 @@ def residual(params, cfg, latents, text, pooled, timestep, guidance=None, *, gri
 def catch(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, layer, names, walk=None):
     """(`velocity`, {name: what block `layer` sows under it}), for example of "double.img.neurons" or "single.txt"."""
     inputs = latents, text, pooled, timestep, guidance
-    return _run(params, cfg, inputs, grid, walk, cfg.layers, layer, tuple(names))
+    return _run(params, cfg, inputs, grid, walk, None, layer, tuple(names))
 
 
 def residual_names(cfg, layer, site):
@@ -101,9 +101,13 @@ def residual_names(cfg, layer, site):
     return tuple(f"{kind}.{s}" for s in (("txt", "img") if site == "both" else (site,)))
 
 
-def _run(params, cfg, inputs, grid, walk, stop, layer=None, names=()):
-    """(velocity, or None where blocks are left, values `names` of block `layer`) of the first `stop` blocks."""
+def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=()):
+    """(velocity, values `names` of block `layer`) of all blocks, or (None, values) of the first `stop`."""
     _check_inputs(cfg, *inputs, grid)
+    loaded = sum(jax.tree.leaves(params[kind])[0].shape[0] for kind in ("double", "single"))
+    if loaded < (stop or cfg.layers) or (stop is None and "out" not in params):
+        raise ValueError(f"the model was loaded only up to layer {loaded - 1}")
+    whole, stop = stop is None, stop or cfg.layers
     ends = {name: p for name, p in params.items() if name not in ("double", "single")}
     (img, txt), vec, mod, rope = _begin(ends, cfg, *inputs, grid=grid)
     T, walk, caught = txt.shape[1], walk or scan_blocks, {}
@@ -122,7 +126,7 @@ def _run(params, cfg, inputs, grid, walk, stop, layer=None, names=()):
     if stop > cfg.num_layers:
         x, _ = blocks("single", (jnp.concatenate([txt, img], 1), mod), cfg.num_layers, cfg.layers)
         img = x[:, T:]
-    return (_end(params["out"], img, vec) if stop == cfg.layers else None), caught
+    return (_end(params["out"], img, vec) if whole else None), caught
 
 
 @partial(jax.jit, static_argnames=("cfg", "grid"))
@@ -381,12 +385,13 @@ def table(cfg, layout=DIFFUSERS):
     }
 
 
-def load_transformer(path, *, put=None, dtype=jnp.bfloat16, unpack=None):
+def load_transformer(path, *, put=None, dtype=jnp.bfloat16, unpack=None, last=None):
     """(Config, params) from a diffusers `transformer/` folder or from Black Forest Labs' single safetensors file.
 
     put: (name, array [in, out] of one layer, a numpy array) → the leaf to keep, called once per weight as it streams
     from disk; the layers' leaves are then stacked. unpack: see `text.open_weights`; what it joins, `put` gets as it is
-    (`quant.put` and `quant.unpack` are such functions). Raises ValueError on a missing, unexpected or misshapen tensor.
+    (`quant.put` and `quant.unpack` are such functions). last: the last layer that will be run; the blocks after it, and
+    what comes after the blocks, are not loaded. Raises ValueError on a missing, unexpected or misshapen tensor.
     """
     weights = text_encoders.open_weights(path, unpack)
     if Path(path).is_dir():
@@ -395,7 +400,14 @@ def load_transformer(path, *, put=None, dtype=jnp.bfloat16, unpack=None):
         weights = {name.removeprefix("model.diffusion_model."): piece for name, piece in weights.items()}
         weights = {k: _Swapped(v) if k.startswith(BFL[""][1]["out.mod"]) else v for k, v in weights.items()}
         cfg, layout = _bfl_config(weights, path), BFL
-    return cfg, text_encoders.load_tensors(table(cfg, layout), weights, put=put, dtype=dtype)
+    tensors = table(cfg, layout)
+    if last is not None:
+        text_encoders.check_tensors(tensors, weights)
+        depth = {"double": min(cfg.num_layers, last + 1), "single": max(0, last + 1 - cfg.num_layers)}
+        tensors = {name: jax.tree.map(lambda tensor: replace(tensor, layers=depth[name]), part) if name in depth
+                   else part for name, part in tensors.items() if name != "out"}
+        weights = {name: weights[name] for name in text_encoders.file_shapes(tensors)}
+    return cfg, text_encoders.load_tensors(tensors, weights, put=put, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -435,7 +447,7 @@ class Model:
     params: dict
     t5: tuple                                                    # (T5Config, params)
     clip: tuple                                                  # (CLIPConfig, params)
-    vae: tuple                                                   # (vae.Config, params)
+    vae: tuple                                                   # (vae.Config, params or None)
     scheduler: dict                                              # scheduler_config.json
     source: Path
     text_tokens: int                                             # T5's length where a call does not say
@@ -456,11 +468,12 @@ def read_config(model):
     return folder, text_encoders.read_config(Config, folder / "transformer" / "config.json")
 
 
-def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None, walk=None):
+def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None, walk=None, last=None):
     """A `Model` from "nano", "schnell", "dev", a diffusers folder or a Hugging Face repo id.
 
     put(name, array), unpack: see `load_transformer`; names start with transformer., t5., clip. or vae. here.
-    transformer: a path to take it from instead, for example `flux1-schnell.safetensors`.
+    transformer: a path to take it from instead, for example `flux1-schnell.safetensors`. last: for `residuals` at
+    layers up to this one, in one step, and nothing else: what they do not need (the VAE too) is not loaded.
     """
     folder = resolve(model)
 
@@ -468,13 +481,14 @@ def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None, 
         return None if put is None else lambda name, array: put(f"{prefix}.{name}", array)
 
     cfg, params = load_transformer(transformer or folder / "transformer", put=part("transformer"), dtype=dtype,
-                                   unpack=unpack)
+                                   unpack=unpack, last=last)
     tokens = text_encoders.tokenizer_config(folder / "tokenizer_2").get("model_max_length", 512)
     return Model(
         cfg, params,
         t5=text_encoders.load_t5(folder / "text_encoder_2", put=part("t5"), dtype=dtype, unpack=unpack),
         clip=text_encoders.load_clip(folder / "text_encoder", put=part("clip"), dtype=dtype, unpack=unpack),
-        vae=vae.load(folder / "vae", put=part("vae"), dtype=dtype),
+        vae=(vae.load(folder / "vae", put=part("vae"), dtype=dtype) if last is None
+             else (vae.config(folder / "vae"), None)),
         scheduler=text_encoders.read_json(folder / "scheduler" / "scheduler_config.json"),
         source=folder, text_tokens=min(tokens, 512 if cfg.guidance_embeds else 256),
         size=text_encoders.read_json(folder / "vae" / "config.json").get("sample_size", 1024), walk=walk)

@@ -326,11 +326,8 @@ def _matmul_forward(x, q):
 
 def _matmul_backward(q, g):
     flat = g.reshape(-1, g.shape[-1])
-    tiles = plan(q, len(flat))
-    if tiles is None or isinstance(q, Int8):
-        dx = flat @ dequantize(q.astype(g.dtype)).T
-    else:
-        dx = nf4_transposed_kernel(flat, q, tiles)
+    tiles = plan(q, len(flat), transposed=True)
+    dx = flat @ dequantize(q.astype(g.dtype)).T if tiles is None else nf4_transposed_kernel(flat, q, tiles)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0) if leaf.dtype.kind in "iu"
                          else jnp.zeros_like(leaf), q)
     return dx.reshape(*g.shape[:-1], q.shape[0]), zeros
@@ -370,9 +367,10 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Chip:
-    """The largest tiles of each format, MiB of VMEM that they may fill, and along which axis TABLE is gathered (0:
-    sublanes, in two halves of 8 rows; 1: lanes, where the chip has nothing else)."""
+    """The largest tiles of products with NF4, with NF4 transposed, and with int8; MiB of VMEM that they may fill; and
+    along which axis TABLE is gathered (0: sublanes, in two halves of 8 rows; 1: lanes, where the chip has no other)."""
     nf4: Tiles
+    transposed: Tiles
     int8: "Tiles | None"
     vmem: int
     axis: int
@@ -384,18 +382,21 @@ class Chip:
 # v5e: two products of half a span each (12,606 / 11,183 with 256 columns), the whole tile decoded first (12,557);
 # on v6e 512 columns (8,210 / 7,817); on v4 columns in chunks (11,265 / 8,815).
 CHIPS = {
-    "v4": Chip(Tiles(1024, 512, SPAN), None, 16, 1),
-    "v5e": Chip(Tiles(3072, 512, SPAN, 128), Tiles(1536, 256, 3072, 128), 100, 0),
-    "v5p": Chip(Tiles(2048, 512, SPAN, 128), Tiles(1536, 256, 3072, 128), 60, 0),
-    "v6e": Chip(Tiles(3072, 768, SPAN, 256), Tiles(3072, 512, 3072, 256), 100, 0),
+    "v4": Chip(Tiles(1024, 512, SPAN), Tiles(1024, 512, SPAN), None, 16, 1),
+    "v5e": Chip(Tiles(3072, 512, SPAN, 128), Tiles(3072, 1024, SPAN, 128), Tiles(1536, 256, 3072, 128), 100, 0),
+    "v5p": Chip(Tiles(2048, 512, SPAN, 128), Tiles(2048, 1024, SPAN, 128), Tiles(1536, 256, 3072, 128), 60, 0),
+    "v6e": Chip(Tiles(3072, 768, SPAN, 256), Tiles(3072, 768, SPAN, 256), Tiles(3072, 512, 3072, 256), 100, 0),
 }
 
 
-def plan(q, rows):
-    """The Tiles with which a product of x [rows, in] and q is a kernel, or None where it is the XLA twin's: on other
-    chips than those of CHIPS, for weights smaller than a tile of the matrix unit, and for those that do not divide."""
+def plan(q, rows, transposed=False):
+    """The Tiles with which a product of x [rows, in] and q (or, [rows, out], and q transposed) is a kernel, or None
+    where it is the XLA twin's: on other chips than those of CHIPS, for weights smaller than a tile of the matrix unit,
+    for those that do not divide, and for int8 transposed, whose scales lie along what is summed."""
     chip, coded = CHIPS.get(q.chip), isinstance(q, NF4)
-    most = chip and (chip.nf4 if coded else chip.int8)
+    if not chip or (transposed and not coded):
+        return None
+    most = chip.transposed if transposed else chip.nf4 if coded else chip.int8
     if not most or q.ndim != 2 or min(q.shape) < 128:
         return None
     depth = q.span if coded else q.shape[0]
@@ -455,11 +456,11 @@ def nf4_transposed_kernel(g, q, tiles, *, interpret=False):
             return jnp.where(column < out, x, 0) if ragged else x
 
         def multiply(rows, inputs, *parts):
-            for part, w in enumerate(parts):
-                where = slice(inputs.start + part * half, inputs.stop + part * half)
-                total[rows, where] += jax.lax.dot_general(
-                    inside(g_ref[rows]), inside(w), (((1,), (1,)), ((), ())), precision=precision(g),
-                    preferred_element_type=jnp.float32)
+            product = jax.lax.dot_general(
+                inside(g_ref[rows]), inside(jnp.concatenate(parts, 0)), (((1,), (1,)), ((), ())),
+                precision=precision(g), preferred_element_type=jnp.float32)
+            for part, y in enumerate(jnp.split(product, 2, axis=1)):
+                total[rows, slice(inputs.start + part * half, inputs.stop + part * half)] += y
 
         pieces = spans(half, tiles.chunk)
         interleave(pieces, lambda inputs, part: decode(inputs, slice(None), part), multiply, tiles.rows)

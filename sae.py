@@ -258,15 +258,15 @@ def _correlation(a: Array, b: Array) -> Array:
 
 def fold(state: State, cfg: Config) -> Params:
     """The trained SAE on raw residuals: W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D], computed in float64."""
-    p = {name: np.asarray(value, np.float64) for name, value in state.params.items()}
+    p = {name: np.asarray(value) for name, value in state.params.items()}
     mean, std = np.asarray(state.mean, np.float64), np.asarray(state.std, np.float64)
-    folded = {
-        "W_enc": (p["enc"] / std).T,
-        "b_enc": p["b_enc"] - p["enc"] @ (mean / std + p["b_dec"]),
-        "W_dec": p["dec"] * std,
-        "b_dec": p["b_dec"] * std + mean,
+    folded = {  # one at a time: in float64 each of the large ones is twice as large
+        "W_enc": lambda: (p["enc"] / std).T,
+        "b_enc": lambda: p["b_enc"] - p["enc"] @ (mean / std + p["b_dec"]),
+        "W_dec": lambda: p["dec"] * std,
+        "b_dec": lambda: p["b_dec"] * std + mean,
     }
-    return {name: jnp.asarray(value, jnp.float32) for name, value in folded.items()}
+    return {name: jnp.asarray(value(), jnp.float32) for name, value in folded.items()}
 
 
 # ---- using an SAE on raw residuals ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ Letters: B batch, T tokens, D model width, H heads, K head width, L layers. Weig
 on axis 0. Sources: T5 v1.1 (arXiv 2002.05202, 1910.10683), CLIP (arXiv 2103.00020), as `transformers` runs them.
 """
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -117,21 +118,41 @@ def load_tensors(table, weights, *, put=None, dtype=jnp.bfloat16, ignore=()):
     """
     check_tensors(table, weights, ignore)
     put = put or (lambda name, array: jax.tree.map(jnp.asarray, array))
+    arrays = _ahead(lambda job: _read(job[0], weights, job[1], dtype),
+                    [(tensor, i) for tensor in jax.tree.leaves(table) for i in tensor.numbers])
 
     def leaf(path, tensor):
         name = path_name(path)
         if tensor.layers is None:
-            return put(name, _read(tensor, weights, 0, dtype))
-        layers = [put(name, _read(tensor, weights, i, dtype)) for i in tensor.numbers]
+            return put(name, next(arrays))
+        layers = [put(name, next(arrays)) for _ in tensor.numbers]
         return jax.tree.map(lambda *xs: jnp.stack(xs), *layers) if layers else jnp.zeros((0, *tensor.shape), dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, table)
 
 
+def _ahead(function, jobs):
+    """function(job) of each job, in order; while the caller works on one, a thread has begun with the next."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for job in jobs:
+            ready, coming = coming, pool.submit(function, job)
+            if ready:
+                yield ready.result()
+                del ready                                        # or it would be in memory beside the next two
+        if coming:
+            yield coming.result()
+
+
+def file_shapes(table):
+    """{name in the file: shape there} of all that `table` declares."""
+    return {part.format(i): tensor.file_shape(width) for tensor in jax.tree.leaves(table)
+            for i in tensor.numbers for part, width in tensor.parts.items()}
+
+
 def check_tensors(table, weights, ignore=()):
     """Raise ValueError, with names and shapes, unless `weights` holds exactly the tensors that `table` declares."""
-    expected = {part.format(i): tensor.file_shape(width) for tensor in jax.tree.leaves(table)
-                for i in tensor.numbers for part, width in tensor.parts.items()}
+    expected = file_shapes(table)
     shapes = {name: tuple(piece.get_shape()) for name, piece in weights.items() if name not in ignore}
     for problem, names in (("missing", expected.keys() - shapes), ("unexpected", shapes.keys() - expected)):
         if names:

@@ -281,7 +281,9 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
               f"{run.batch:,} tokens, prompts from {run.prompts}")
         if mesh := shard.several():
             print(f"devices: {mesh.size}, each with 1/{mesh.size} of the blocks' weights and of the features")
-        loaded = flux.load(run.model, dtype=jnp.dtype(run.dtype), **shard.arguments(mesh, flux.quantized(run.quant)))
+        last = run.layer if run.timesteps == 1 else None         # more timesteps need all layers
+        options = shard.arguments(mesh, flux.quantized(run.quant)) | {"dtype": jnp.dtype(run.dtype), "last": last}
+        loaded = flux.load(run.model, **options)
         run = replace(run, size=run.size or min(256, loaded.size), text_tokens=run.text_tokens or loaded.text_tokens)
         rows = train(run, loaded, stream, out, mesh=mesh, resume=resume, overwrite=overwrite, log_every=log_every,
                      save_every=save_every)

@@ -33,7 +33,8 @@ def compare(chip, kernel):
     for answer in ours:
         tile = tuple(answer["tiles"].values())
         if tile not in seen:
-            job = {"kernel": "bfloat16", "rows": answer["rows"], "size": SHAPES[0], "tiles": tile}
+            plain = "bfloat16 transposed" if "transposed" in kernel else "bfloat16"
+            job = {"kernel": plain, "rows": answer["rows"], "size": SHAPES[0], "tiles": tile}
             seen[tile] = tpu.run(chip, [job])[0]
         n, plain = answer.get("bundles"), seen[tile].get("bundles")
         if n is None or plain is None:

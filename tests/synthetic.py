@@ -1,7 +1,7 @@
 """Write a FLUX.1-schnell of random weights: python tests/synthetic.py FOLDER
 
-The official shapes and names (34 GB, bfloat16, in files of 5 GB at most), with nano's tokenizers: for timing and memory
-at full size where the real weights are not. Remove the folder when done.
+The official shapes, names and files (34 GB, bfloat16), with nano's tokenizers: for timing and memory at full size where
+the real weights are not. Remove the folder when done.
 """
 import json
 import shutil
@@ -20,7 +20,7 @@ import flux
 import text
 import vae
 
-SHARD = 5e9                                                      # bytes
+SHARDS = {"transformer": 1e10, "text_encoder_2": 5e9, "text_encoder": 5e9}      # bytes of a file, at most
 VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 1024,
        "scaling_factor": 0.3611, "shift_factor": 0.1159}
 
@@ -53,22 +53,23 @@ def rewrite(file, settings):
 
 
 def write(folder, tensors, stem):
-    """The tensors as numbered safetensors files with an index, written one by one: no file is ever whole in memory."""
+    """The tensors as one safetensors file, or numbered ones with an index; no file is ever whole in memory."""
     noise = np.random.default_rng(0).standard_normal(2 ** 26, dtype=np.float32)
     entries = [(name.format(layer), tensor.file_shape(width), tensor.mean, tensor.std)
                for tensor in jax.tree.leaves(tensors) for layer in tensor.numbers
                for name, width in tensor.parts.items()]
-    shards, room = [[]], SHARD
+    shards, room = [[]], SHARDS[folder.name]
     for entry in entries:
         size = 2 * int(np.prod(entry[1]))
         if size > room:
             shards.append([])
-            room = SHARD
+            room = SHARDS[folder.name]
         shards[-1].append(entry)
         room -= size
     index = {}
     for i, shard in enumerate(shards):
-        file = folder / f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        number = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = folder / f"{stem}{number}.safetensors"
         header, start = {}, 0
         for name, shape, *_ in shard:
             end = start + 2 * int(np.prod(shape))
@@ -85,8 +86,9 @@ def write(folder, tensors, stem):
                     out.write((mean + (std or 0.02) * piece).astype(jnp.bfloat16).tobytes())
                     left, first = left - len(piece), 0
         print(file, flush=True)
-    rewrite(folder / f"{stem}.safetensors.index.json",
-            {"metadata": {"total_size": sum(2 * int(np.prod(e[1])) for e in entries)}, "weight_map": index})
+    if len(shards) > 1:
+        rewrite(folder / f"{stem}.safetensors.index.json",
+                {"metadata": {"total_size": sum(2 * int(np.prod(e[1])) for e in entries)}, "weight_map": index})
 
 
 if __name__ == "__main__":

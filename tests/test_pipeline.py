@@ -254,6 +254,22 @@ def test_load_puts_every_part(dev):
     assert model.text_tokens == 32 and model.size == 32          # what nano's tokenizer and this VAE's config say
 
 
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_load_up_to_a_layer(schnell, last):
+    """The same residuals; nothing else is read, and what was not loaded is not run."""
+    folder, model, _ = schnell
+    parts = set()
+    put = lambda name, array: parts.add(name) or jnp.asarray(array)
+    part = flux.load(folder, last=last, dtype=jnp.float32, put=put)
+    assert not [name for name in parts if name.startswith(("vae.", "transformer.out"))]
+    assert (any("single" in name for name in parts)) == (last >= model.cfg.num_layers)
+    for layer in range(last + 1):
+        where = {"layer": layer, "site": "both", "size": 32}
+        np.testing.assert_array_equal(flux.residuals(part, PROMPTS, **where), flux.residuals(model, PROMPTS, **where))
+    with pytest.raises(ValueError, match=f"loaded only up to layer {last}"):
+        flux.generate(part, PROMPTS, steps=1, size=32)
+
+
 def test_load_takes_the_transformer_from_bfl_file(dev, tmp_path):
     folder, model, _ = dev
     weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")

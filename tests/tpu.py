@@ -71,11 +71,11 @@ def program(chip, kernel, rows, size, tiles=None):
     n_in, out = size
     weight = quant.int8 if kernel == "int8" else quant.nf4
     q = weight_like(weight, n_in, out, chip)
-    chosen = quant.Tiles(*tiles) if tiles else quant.plan(q, rows)
-    x = jax.ShapeDtypeStruct((rows, out if kernel == "nf4 transposed" else n_in), jnp.bfloat16)
-    if kernel == "bfloat16":
-        w = jax.ShapeDtypeStruct((n_in, out), jnp.bfloat16)
-        return partial(matmul, tiles=chosen, chip=quant.CHIPS[chip]), (x, w), vars(chosen)
+    chosen = quant.Tiles(*tiles) if tiles else quant.plan(q, rows, kernel == "nf4 transposed")
+    x = jax.ShapeDtypeStruct((rows, out if kernel.endswith("transposed") else n_in), jnp.bfloat16)
+    if kernel.startswith("bfloat16"):
+        w, transposed = jax.ShapeDtypeStruct((n_in, out), jnp.bfloat16), kernel.endswith("transposed")
+        return partial(matmul, tiles=chosen, chip=quant.CHIPS[chip], transposed=transposed), (x, w), vars(chosen)
     function = {"nf4": quant.nf4_kernel, "nf4 transposed": quant.nf4_transposed_kernel, "int8": quant.int8_kernel}
     return partial(function[kernel], tiles=chosen), (x, q), vars(chosen)
 
@@ -88,8 +88,9 @@ def weight_like(quantize, n_in, out, chip):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape[:-1], out), leaf.dtype), narrow)
 
 
-def matmul(x, w, tiles, chip):
-    """The plain bfloat16 product with the same tiles, to compare with."""
+def matmul(x, w, tiles, chip, transposed=False):
+    """The plain bfloat16 product x @ w, or with w transposed, in the same tiles of w: to compare with."""
+    import jax
     import jax.numpy as jnp
     from jax.experimental import pallas as pl
 
@@ -97,14 +98,18 @@ def matmul(x, w, tiles, chip):
 
     def kernel(a, b, y, total):
         quant.start_total(total)
-        total[...] += jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+        total[...] += jax.lax.dot_general(a[...], b[...], (((1,), (1 if transposed else 0,)), ((), ())),
+                                          preferred_element_type=jnp.float32)
         quant.write_total(y, total)
 
+    (rows, inner), outer, across, along = x.shape, w.shape[1], tiles.columns, tiles.depth
+    if transposed:
+        outer, across, along = w.shape[0], along, across
     return pl.pallas_call(
-        kernel, grid=(pl.cdiv(x.shape[0], tiles.rows), pl.cdiv(w.shape[1], tiles.columns), x.shape[1] // tiles.depth),
-        in_specs=[pl.BlockSpec((tiles.rows, tiles.depth), lambda i, j, k: (i, k)),
-                  pl.BlockSpec((tiles.depth, tiles.columns), lambda i, j, k: (k, j))],
-        **quant.output(x.shape[0], w.shape[1], tiles.rows, tiles.columns, jnp.bfloat16, jnp.float32, chip, False),
+        kernel, grid=(pl.cdiv(rows, tiles.rows), pl.cdiv(outer, across), inner // along),
+        in_specs=[pl.BlockSpec((tiles.rows, along), lambda i, j, k: (i, k)),
+                  pl.BlockSpec((tiles.depth, tiles.columns), lambda i, j, k: (j, k) if transposed else (k, j))],
+        **quant.output(rows, outer, tiles.rows, across, jnp.bfloat16, jnp.float32, chip, False),
     )(x, w)
 
 
