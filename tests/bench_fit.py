@@ -4,11 +4,12 @@
 
 No weights are made: shapes suffice. GiB are those of one chip, as the compiler reports them: arguments that the program
 uses (weights), temporaries and outputs. "resident in all" is with everything that a run of train.py keeps beside them:
-all of FLUX.1, T5-XXL and CLIP, and an SAE of 16,384 features with its optimizer. (VAEs, 0.16 GiB, are not counted.)
+all of FLUX.1, T5-XXL, CLIP and the VAE, and an SAE of 16,384 features with its optimizer.
 """
 import os
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import quant
 import sae
 import shard
 import text
+import vae
 
 GIB = 2 ** 30
 #            topology, chip, chips, memory of one in GB
@@ -87,8 +89,16 @@ def resident(mesh, chip, kind):
 
     cfg = sae.Config(d_in=3072, features=16384, k=32)
     return {"flux": model(flux.table(flux.Config()), "transformer"), "t5": model(text.t5_table(text.T5Config()), "t5"),
-            "clip": model(text.clip_table(text.CLIPConfig()), "clip"),
+            "clip": model(text.clip_table(text.CLIPConfig()), "clip"), "vae": vae_params(mesh),
             "sae": sae_state(mesh, cfg)}
+
+
+def vae_params(mesh):
+    cfg = vae.Config(latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                     use_quant_conv=False, use_post_quant_conv=False)
+    shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), cfg))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=shard.everywhere(mesh)),
+                        shapes)
 
 
 def sae_state(mesh, cfg):
@@ -106,7 +116,7 @@ def programs(mesh, models):
         make = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
         return make(B, tokens, 64), make(B, T, 4096), make(B, 768), make(B)
 
-    def denoise(grid):
+    def denoise(grid, cfg=cfg):
         return lambda params, *x: flux.velocity(params, cfg, *x, grid=grid, walk=walk)
 
     def capture(layer):
@@ -117,6 +127,11 @@ def programs(mesh, models):
     yield f"T5-XXL, {B} prompts", lambda p, ids: text.t5(p, text.T5Config(), ids, walk=walk), models["t5"], ids
     yield f"step at 256², batch {B}", denoise((16, 16)), models["flux"], *inputs(B, 256)
     yield "step at 1024², batch 1", denoise((64, 64)), models["flux"], *inputs(1, 4096)
+    if mesh.size == 1:                                           # does the time grow with depth?
+        two = jax.tree.map(lambda w: jax.ShapeDtypeStruct((2, *w.shape[1:]), w.dtype, sharding=w.sharding),
+                           {kind: models["flux"][kind] for kind in ("double", "single")})
+        step = denoise((16, 16), replace(cfg, num_layers=2, num_single_layers=2))
+        yield "the same step, 2 + 2 blocks", step, models["flux"] | two, *inputs(B, 256)
     for layer in (10, 18, 37):
         yield f"capture at {layer}, batch {B}", capture(layer), models["flux"], *inputs(B, 256)
     for features in (16384, 65536):
