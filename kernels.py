@@ -85,8 +85,8 @@ def preactivations(x: Array, W_enc: Array, b_enc: Array) -> Array:
     """x [B, D], W_enc [F, D], b_enc [F] -> [B, F], the one array of that size. Not differentiable: see `select`.
 
     W_enc holds features as rows, so that its gradient is row-sparse like W_dec's; the product is as fast either way.
-    HIGH, because a TPU's default rounds float32 to bfloat16, which reorders the top-k. It multiplies in three passes and
-    errs by 1e-5; HIGHEST takes six, and a minute to compile.
+    HIGH, because a TPU's default rounds float32 to bfloat16, which reorders the top-k. Its three passes err by 1e-5;
+    HIGHEST takes six, and half a minute to compile.
     """
     x, W_enc, b_enc = lax.stop_gradient((x, W_enc, b_enc))
     return lax.dot_general(x, W_enc, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGH) + b_enc

@@ -1,6 +1,6 @@
 """Does it fit? FLUX.1's real programs at their real sizes, compiled for TPUs that are not there, as Markdown:
 
-    python tests/bench_fit.py [v5e-1 v5e-4 v4-8 v6e-4 v5p-8 v4-32:nf4]
+    python tests/bench_fit.py [v5e-1 v5e-4 v4-8 v6e-4 v5p-8 v4-32:nf4 "v4-8:nf4:capture at 18"]
 
 No weights are made: shapes suffice. GiB are those of one chip, as the compiler reports them: arguments that the program
 uses (weights), temporaries and outputs. "resident in all" is with everything that a run of train.py keeps beside them:
@@ -42,13 +42,14 @@ def main(*names):
     print(f"jax {jax.__version__}\n\n| chips | weights | program | compiled in | arguments | temporaries | outputs | "
           "resident in all | fits |\n|---|---|---|--:|--:|--:|--:|--:|---|", flush=True)
     for name in names or TOPOLOGIES:
-        name, _, kinds = name.partition(":")
+        name, kinds, wanted = (*name.split(":"), "", "")[:3]
         topology, chip, chips, memory = TOPOLOGIES[name]
         mesh = shard.mesh(tpu.devices(topology)[:chips])
         for kind in [kinds] if kinds else ("nf4", "none"):
             models = resident(mesh, chip, kind)
             for label, function, *arguments in programs(mesh, models):
-                report(name, kind, label, memory, models, function, arguments)
+                if label.startswith(wanted):
+                    report(name, kind, label, memory, models, function, arguments)
 
 
 def report(name, kind, label, memory, models, function, arguments):

@@ -242,7 +242,7 @@ def weight(rows, out, **options):
 
 KERNELS = [("v4", 256, 256, 32, quant.Tiles(32, 128, 256)), ("v4", 200, 130, 33, quant.Tiles(64, 128, 256)),
            ("v5e", 320, 200, 7, quant.Tiles(32, 256, 384)), ("v5e", 1024, 130, 33, quant.Tiles(64, 128, 1024)),
-           ("v6e", 1024, 600, 72, quant.Tiles(96, 768, 1024, 256))]                     # piece by piece, half by half
+           ("v6e", 1024, 200, 72, quant.Tiles(96, 256, 1024, 128))]                     # piece by piece, half by half
 
 
 def interpreted(kernel, tiles):

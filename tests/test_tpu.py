@@ -1,4 +1,8 @@
-"""Every kernel through the real TPU compiler, for chips that are not there."""
+"""Every kernel, and FLUX.1's own programs, through the real TPU compiler, for chips that are not there."""
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tpu
 
@@ -14,3 +18,14 @@ def test_kernels_compile_and_fit(chip):
     answers = tpu.run(chip, jobs)
     assert not [answer for answer in answers if "error" in answer]
     assert all(answer["bundles"] > 100 for answer in answers)
+
+
+@pytest.mark.parametrize("program, arguments", [("v4-8:nf4:step at 256", 1.7), ("v5e-1:nf4:capture at 18", 6)])
+def test_flux_fits(program, arguments):
+    """At its real size, beside all else that stays on the chips; arguments: GiB a chip that its weights may take."""
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with jax[tpu]")
+    script = Path(__file__).with_name("bench_fit.py")
+    result = subprocess.run([sys.executable, script, program], capture_output=True, text=True, check=True)
+    *_, line = result.stdout.splitlines()
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[-1] == "yes" and 0.5 < float(cells[4]) <= arguments, line
