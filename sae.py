@@ -20,6 +20,7 @@ B batch, D model width, F features, k active features.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -371,7 +372,7 @@ def checkpoint(
     resumed run goes on.
     """
     arrays = _flatten(state) | {f"extra/{name}": np.asarray(value) for name, value in (extra or {}).items()}
-    header = {"config": json.dumps(dataclasses.asdict(cfg))}
+    header = {"config": dataclasses.asdict(cfg)}
     files = _sae_files(fold(state, cfg), cfg, metadata)
     _write(Path(folder), {STATE: lambda path: _save_arrays(path, arrays, header)} | files, cfg)
 
@@ -380,9 +381,9 @@ def _sae_files(params: Params, cfg: Config, metadata: Mapping[str, Any] | None) 
     """Name -> a function that writes that file. cfg.json last: without it a folder is not taken for an SAE."""
     arrays = {name: np.asarray(params[name], np.float32) for name in _shapes(cfg)}
     _check_arrays("params", arrays, _shapes(cfg))
-    text = json.dumps(_description(cfg, metadata or {}), indent=2) + "\n"
+    text = json.dumps(_sealed(_description(cfg, metadata or {})), indent=2) + "\n"
     return {
-        WEIGHTS: lambda path: _save_arrays(path, arrays, {"format": "pt"}),
+        WEIGHTS: lambda path: _save_arrays(path, arrays, {}),
         CONFIG: lambda path: path.write_text(text),
     }
 
@@ -402,6 +403,20 @@ def _description(cfg: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "rescale_acts_by_decoder_norm": False,
         "metadata": {"sae_lens_version": SAE_LENS_VERSION, "training": dataclasses.asdict(cfg), **metadata},
     }
+
+
+def _sealed(described: dict[str, Any]) -> dict[str, Any]:
+    """With a digest of what decides how the weights are used and where they come from. Other tools may add to it."""
+    described = json.loads(json.dumps(described))
+    shape = [name for name in described if name not in ("metadata", "dtype", "device")]
+    origin = [name for name in described["metadata"] if name != "sae_lens_version"]
+    described["metadata"]["digest"] = {"of": shape, "of_metadata": origin, "sha256": _digest(described, shape, origin)}
+    return described
+
+
+def _digest(described: dict[str, Any], shape: list[str], origin: list[str]) -> str:
+    said = [[part.get(name) for name in names] for part, names in ((described, shape), (described["metadata"], origin))]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
@@ -456,6 +471,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name in ("normalize_activations", "reshape_activations"):
         if described[name] != "none":
             raise ValueError(f"{path}: {name} is {described[name]!r}; only 'none' can be loaded")
+    seal = described["metadata"].get("digest") if isinstance(described["metadata"], dict) else None
+    try:
+        whole = seal is None or seal["sha256"] == _digest(read, seal["of"], seal["of_metadata"])
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged: its digest is another (if it was edited on purpose, remove the digest)")
     return described
 
 
@@ -464,7 +486,7 @@ def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]
     path = Path(folder) / STATE
     arrays, header = _load_arrays(path)
     try:
-        cfg = Config(**json.loads(header["config"]))
+        cfg = Config(**header["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no usable config in its header: {error!r}") from None
     sample = np.zeros((2, cfg.d_in), np.float32)
@@ -487,20 +509,35 @@ def _flatten(state: State) -> dict[str, np.ndarray]:
     return {_name(keys): np.asarray(leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: dict[str, str]) -> None:
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: dict[str, Any]) -> None:
     # safetensors writes an array's memory as it lies there: a transposed view would come back scrambled
-    save_file({name: np.ascontiguousarray(value).reshape(value.shape) for name, value in arrays.items()}, path, header)
+    arrays = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in arrays.items()}
+    # One entry of metadata: safetensors writes several in any order, and a resumed run is to end in the same bytes
+    save_file(arrays, path, {"fae": json.dumps(header | {"sha256": _checksum(arrays, header)}, sort_keys=True)})
 
 
-def _load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _checksum(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> str:
+    """Of names, types, shapes and every bit: safetensors itself would not notice a flipped one."""
+    checksum = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(arrays):
+        checksum.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        checksum.update(arrays[name].reshape(-1).view(np.uint8))
+    return checksum.hexdigest()
+
+
+def _load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
         with safetensors.safe_open(path, "np") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except safetensors.SafetensorError as error:
+            names, header = file.keys(), json.loads((file.metadata() or {}).get("fae", "{}"))
+            arrays = {name: file.get_tensor(name) for name in names}
+            saved = header.pop("sha256", None)
+    except Exception as error:  # safetensors' own, and what numpy says to types that it does not know
         raise ValueError(f"{path} is damaged: {error} ({path.stat().st_size} bytes)") from None
+    if saved is not None and saved != _checksum(arrays, header):
+        raise ValueError(f"{path} is damaged: its contents are not those that were saved")
+    return arrays, header
 
 
 def _check_arrays(source: Any, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -526,17 +563,21 @@ def _write(folder: Path, files: Mapping[str, Any], cfg: Config) -> None:
     mine = f"{os.getpid()}{TMP}"
     building = folder.parent / f".{folder.name}.{mine}" if new else folder / f".{mine}"
     building.mkdir(parents=True)
-    for name, write in files.items():
-        write(building / name)
-        _sync(building / name)
-        if not new:
-            os.replace(building / name, folder / name)
-            _sync(folder)
+    try:
+        for name, write in files.items():
+            write(building / name)
+            _sync(building / name)
+    except (OSError, safetensors.SafetensorError) as error:  # a full disk
+        shutil.rmtree(building)
+        raise OSError(f"cannot save {folder}: {error}; what was there before is as it was") from None
     if new:
         _sync(building)
         os.rename(building, folder)
         _sync(folder.parent)
     else:
+        for name in files:
+            os.replace(building / name, folder / name)
+            _sync(folder)
         building.rmdir()
 
 

@@ -9,12 +9,16 @@ function of its flags. It works through the prompts in chunks: a chunk of prompt
 are shuffled, then the SAE trains on them batch by batch. The step number alone says where a run stands, so a resumed
 run harvests its chunk again and goes on bit for bit, and no activations are ever stored.
 """
+import contextlib
+import fcntl
 import itertools
 import json
 import os
 import shutil
+import signal
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -70,15 +74,16 @@ class Harvest:
         self.tokens = self.forwards * self.forward_tokens        # of a chunk
         self.batches = self.tokens // run.batch
 
-    def chunk(self, c, bar=None):
-        """Chunk `c` in its shuffled order. The prompts are a stream: chunks must be asked for in rising order."""
+    def chunk(self, c, bar=None, stop=lambda: False):
+        """Chunk `c` in its shuffled order, or None where stop() came first. The prompts are a stream: chunks must be
+        asked for in rising order."""
         self.seek(c)
         acts = np.empty((self.tokens, self.model.cfg.width), jnp.dtype(self.run.dtype))
         for i in range(self.forwards):
-            part = self.forward(self.position)
-            if not np.isfinite(part.astype(np.float32)).all():
-                raise ValueError(f"activations for step {c * self.batches} on hold NaN or Inf; none were trained on")
-            acts[i * self.forward_tokens:(i + 1) * self.forward_tokens] = part
+            if stop():
+                return None
+            acts[i * self.forward_tokens:(i + 1) * self.forward_tokens] = self.forward(
+                self.position, f"for step {c * self.batches} on")
             if bar:
                 bar.set_description(f"harvest {i + 1}/{self.forwards}")
         return acts[np.random.default_rng((self.run.seed, c)).permutation(self.tokens)]
@@ -88,8 +93,9 @@ class Harvest:
         skip = c * self.forwards * self.run.prompt_batch - self.position
         self.position += sum(1 for _ in itertools.islice(self.prompts, skip))
 
-    def forward(self, first):
-        """Activations [forward_tokens, D] of the next `prompt_batch` prompts; `first` numbers their noise."""
+    def forward(self, first, purpose="that were asked for"):
+        """Activations [forward_tokens, D] of the next `prompt_batch` prompts; `first` numbers their noise. Raises
+        ValueError, with the prompt, for what is not finite."""
         run, model = self.run, self.model
         prompts = list(itertools.islice(self.prompts, run.prompt_batch))
         self.position += len(prompts)
@@ -101,15 +107,21 @@ class Harvest:
         start = flux.Start(flux.draw_noise(run.seed, numbers, shape), (text, pooled, guidance),
                            flux.sigmas(model.scheduler, run.timesteps, shape[0]), self.grid)
         acts = flux.capture(model, start, layer=run.layer, site=run.site)
-        return shard.whole(acts).reshape(-1, acts.shape[-1])
+        acts = shard.whole(acts)                                 # [timesteps, prompts x seeds, N, D]
+        finite = np.isfinite(acts.astype(np.float32)).all((0, 2, 3))
+        if not finite.all():
+            prompt = prompts[int(np.argmin(finite)) // run.seeds_per_prompt]
+            raise ValueError(f"activations {purpose} hold NaN or Inf, at the prompt {prompt!r}; none were trained on")
+        return acts.reshape(-1, acts.shape[-1])
 
 
 # ---------------------------------------------------------------- the run
 
 
-def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, save_every):
+def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, save_every, stop=lambda step: False):
     """Train to `run.steps`; checkpoints into the folder `out`. Returns rows of the closing table. mesh: of several
-    devices, over which the SAE's features are split. Of several hosts the first one writes."""
+    devices, over which the SAE's features are split. Of several hosts the first one writes. stop(step): whether to
+    end before that step; then a checkpoint is written, and None returned."""
     harvest = Harvest(run, model, prompts)
     print(f"data: chunks of {harvest.tokens:,} tokens, from {harvest.forwards * run.prompt_batch:,} prompts each, "
           f"shuffled whole ({harvest.batches} batches of {run.batch:,})")
@@ -125,12 +137,16 @@ def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, 
             if shard.first():
                 trim_metrics(out, int(state.step))
         else:
-            chunk = harvest.chunk(0, bar)
+            chunk = harvest.chunk(0, bar, partial(stop, 0))
+            if chunk is None:
+                return None
             state = sae.init(jax.random.key(run.seed), cfg, np.asarray(chunk[:65536], np.float32))
             if shard.first():
                 begin(out, state, cfg, metadata, overwrite)
         bar.initial = bar.n = bar.last_print_n = int(state.step)         # or the time left would count old steps
-        state = loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_every, save_every)
+        state = loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_every, save_every, stop)
+        if int(state.step) < run.steps:
+            return None
         bar.set_description("evaluating")
         state = shard.whole(state)
         rows = evaluate(run, harvest, state, cfg)
@@ -138,8 +154,13 @@ def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, 
     return rows
 
 
-def loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_every, save_every):
-    """Steps from where `state` stands to the end. `window`: metrics of the steps that are not in metrics.jsonl yet."""
+def loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_every, save_every, stop):
+    """Steps from where `state` stands to the end, or until stop(step), and then a checkpoint. `window`: metrics of the
+    steps that are not in metrics.jsonl yet."""
+    def keep():
+        unlogged = {name: np.array([m[name] for m in window]) for name in (window or [{}])[0]}
+        save(out, shard.whole(state), cfg, metadata, unlogged)
+
     state = shard.split(mesh, state, run.features) if mesh else state
     where = (jax.tree.map(lambda leaf: leaf.sharding, state), shard.everywhere(mesh)) if mesh else None
     step_fn = jax.jit(sae.step, static_argnums=1, donate_argnums=0, out_shardings=where)
@@ -147,7 +168,10 @@ def loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_
     for step in range(int(state.step), run.steps):
         c, b = divmod(step, harvest.batches)
         if chunk is None or (b == 0 and step):
-            chunk = harvest.chunk(c, bar)
+            chunk = harvest.chunk(c, bar, partial(stop, step))
+        if chunk is None or stop(step):
+            keep()
+            break
         x = chunk[b * run.batch:(b + 1) * run.batch].astype(np.float32)
         state, metrics = shard.wait(mesh, step_fn(state, cfg, x))
         window.append(metrics)
@@ -163,8 +187,7 @@ def loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_
                                 f"{line['tokens_per_s']:,.0f} tokens/s")
             window, since, old = [], time.monotonic(), 0
         if (step + 1) % save_every == 0:
-            unlogged = {name: np.array([m[name] for m in window]) for name in (window or [{}])[0]}
-            save(out, shard.whole(state), cfg, metadata, unlogged)
+            keep()
     return state
 
 
@@ -178,7 +201,7 @@ def evaluate(run, harvest, state, cfg):
     """Rows of the closing table, on activations of prompts that come after the last one trained on: the SAE, PCA with k
     components fitted on these very activations (which flatters it), and random features (an SAE before any step)."""
     harvest.seek(-(-run.steps // harvest.batches))
-    x = np.concatenate([harvest.forward(HELD_OUT + i * run.prompt_batch)
+    x = np.concatenate([harvest.forward(HELD_OUT + i * run.prompt_batch, "of the evaluation")
                         for i in range(-(-min(harvest.tokens, 65536) // harvest.forward_tokens))]).astype(np.float32)
 
     def score(state):
@@ -231,6 +254,40 @@ def begin(out, state, cfg, metadata, overwrite):
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def claim(out):
+    """Hold the folder for this process, however it ends. Raises ValueError where another one does."""
+    path = out.resolve().with_name(f".{out.resolve().name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                raise FileNotFoundError                          # another run has just ended, and a third begun
+        except (BlockingIOError, FileNotFoundError):
+            raise ValueError(f"another run is writing {out}; wait for it, or choose another --out") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def preemption():
+    """stop(step): whether to end before it, since the system has sent SIGTERM (as before it takes a TPU away). Several
+    hosts agree on the step."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = []
+    old = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield lambda step: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
 def check_out(out, resume, overwrite):
     """Refuse, before any work, to touch a folder that is not meant."""
     known = {sae.CONFIG, sae.WEIGHTS, sae.STATE, "metrics.jsonl"}
@@ -275,7 +332,10 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
     out = Path(out)
     if distributed:
         shard.join(*([] if distributed is True else address(distributed)))
-    with shard.as_one(f"if a host was lost, go on from the checkpoint in {out}: --resume on all of them"):
+    with shard.as_one(f"if a host was lost, go on from the checkpoint in {out}: --resume on all of them"), \
+            contextlib.ExitStack() as held:
+        shard.together(lambda: shard.first() and held.enter_context(claim(out)))
+        stop = held.enter_context(preemption())
         run, stream = shard.together(prepare, str(model), given, out, resume, overwrite)
         print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of "
               f"{run.batch:,} tokens, prompts from {run.prompts}")
@@ -286,9 +346,9 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
         loaded = flux.load(run.model, **options)
         run = replace(run, size=run.size or min(256, loaded.size), text_tokens=run.text_tokens or loaded.text_tokens)
         rows = train(run, loaded, stream, out, mesh=mesh, resume=resume, overwrite=overwrite, log_every=log_every,
-                     save_every=save_every)
-        print(table(rows))
-        print(f"checkpoint: {out}")
+                     save_every=save_every, stop=stop)
+        print(table(rows) if rows else "stopped by SIGTERM; --resume goes on")
+        print(f"checkpoint: {out if out.exists() else 'none yet'}")
 
 
 def address(given):

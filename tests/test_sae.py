@@ -355,7 +355,9 @@ def test_saving_leaves_other_files_and_other_saes_alone(tmp_path):
 
 def edit_config(folder, **changes):
     path = folder / "cfg.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edited = json.loads(path.read_text()) | changes
+    edited["metadata"].pop("digest")                             # else it would be taken for damage
+    path.write_text(json.dumps(edited))
 
 
 def edit_weights(folder, change):
@@ -396,6 +398,49 @@ def test_broken_folders_are_named(tmp_path, message):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
+def damaged(data, r):
+    """One of four kinds: cut short, a bit flipped, a piece overwritten, something appended."""
+    kind, at = r.integers(4), int(r.integers(len(data)))
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + bytes([data[at] ^ 1 << int(r.integers(8))]) + data[at + 1:]
+    piece = r.bytes(int(r.integers(1, 64)))
+    return data[:at] + piece + data[at + len(piece):] if kind == 2 else data + piece
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors", "state.safetensors"])
+def test_damage_is_an_error_or_does_not_matter(tmp_path, name):
+    """200 times: never another SAE, never an error of another kind than ValueError."""
+    r, folder = np.random.default_rng(len(name)), tmp_path / "run"
+    sae.checkpoint(folder, trained(0), CFG, metadata={"layer": 3, "run": {"model": "nano"}})
+    read = (lambda: (sae.load_state(folder)[:2])) if name.startswith("state") else (
+        lambda: (*sae.load(folder), sae.load_metadata(folder)["run"], sae.load_metadata(folder)["layer"]))
+    whole, expected, harmless = (folder / name).read_bytes(), read(), 0
+    for _ in range(200):
+        (folder / name).write_bytes(damaged(whole, r))
+        try:
+            found = read()
+        except ValueError as error:
+            assert str(folder / name) in str(error) or "shape" in str(error), error
+            continue
+        harmless += 1
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert harmless < 40                                         # spaces, versions, names of what is not needed
+
+
+def test_foreign_files(tmp_path):
+    sae.checkpoint(tmp_path / "run", trained(0), CFG)
+    for content in (b"", b"PK\x03\x04 a torch file", b"[]", b"{}", b"null", b"\xff" * 64):
+        for name in ("cfg.json", "sae_weights.safetensors"):
+            sae.checkpoint(tmp_path / "run", trained(0), CFG)
+            (tmp_path / "run" / name).write_bytes(content)
+            with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+                sae.load(tmp_path / "run")
+            (tmp_path / "run" / name).unlink()
+
+
 def test_broken_states_are_named(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'state.safetensors'} is missing")):
         sae.load_state(tmp_path)
@@ -406,7 +451,9 @@ def test_broken_states_are_named(tmp_path):
     with pytest.raises(ValueError, match="no usable config in its header"):
         sae.load_state(tmp_path / "run")
     save_file(
-        arrays | {"idle": arrays["idle"].astype(np.float32)}, path, {"config": json.dumps(dataclasses.asdict(CFG))}
+        arrays | {"idle": arrays["idle"].astype(np.float32)},
+        path,
+        {"fae": json.dumps({"config": dataclasses.asdict(CFG)})},
     )
     with pytest.raises(ValueError, match="idle is float32; need int32"):
         sae.load_state(tmp_path / "run")

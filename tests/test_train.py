@@ -1,7 +1,9 @@
 """Training runs: prompts, harvested chunks, checkpoints that resume bit for bit, and errors of one line."""
+import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -206,7 +208,7 @@ original, written = os.replace, []
 def replace(a, b):
     original(a, b)
     written.append(b.name)
-    if written.count(sae.STATE) == 3:
+    if written.count(sae.STATE) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 os.replace = replace
@@ -232,6 +234,76 @@ def test_kill_in_the_middle_of_a_save_leaves_a_checkpoint_that_resumes(start, na
     assert_same_run(tmp_path / "ckpt", trained)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
     assert files(tmp_path / "ckpt").keys() == files(trained).keys()
+
+
+@pytest.mark.parametrize("call", [1, 3, 6])
+def test_sigterm_saves_and_ends_well(start, trained, tmp_path, monkeypatch, capsys, call):
+    """As a TPU is taken away: in the first chunk, within the first forward passes, or in the second chunk."""
+    original, count = flux.capture, itertools.count(1)
+
+    def capture(*args, **kwargs):
+        if next(count) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(flux, "capture", capture)
+    start()
+    assert "stopped by SIGTERM" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if call < 5:                                                 # nothing has been trained yet
+        assert not list(tmp_path.iterdir())
+        return
+    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 4
+    train.main(resume=True, **LOGGED)
+    assert_same_run(tmp_path / "ckpt", trained)
+
+
+def test_sigterm_between_steps(start, trained, tmp_path, monkeypatch):
+    """Before step 3, of which metrics.jsonl has no line yet."""
+    monkeypatch.setattr(train, "preemption", lambda: contextlib.nullcontext(lambda step: step == 3))
+    start(save_every=100)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert int(sae.load_state("ckpt")[0].step) == 3
+    train.main(resume=True, **LOGGED)
+    assert_same_run(tmp_path / "ckpt", trained)
+
+
+def test_two_runs_into_one_folder(start, tmp_path, monkeypatch, capsys):
+    with train.claim(Path("ckpt")):
+        assert "another run is writing ckpt" in fails(monkeypatch, capsys, "--out=ckpt")
+        with train.claim(Path("other")):
+            pass
+    with train.claim(Path("ckpt")):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import flux, sae, train
+original, saves = sae.checkpoint, []
+
+def checkpoint(*args, **kwargs):
+    saves.append(1)
+    if len(saves) == 2:                                          # no file may grow beyond a tenth of the state
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    original(*args, **kwargs)
+
+sae.checkpoint = checkpoint
+flux.command(train.main)
+"""
+
+
+def test_full_disk(nano, tmp_path, environment):
+    command = [sys.executable, "-c", FULL.format(root=str(ROOT)), f"--model={nano}", *FLAGS]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: cannot save" in result.stderr and "what was there before is as it was" in result.stderr
+    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 0 and sae.load(tmp_path / "ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+    assert files(tmp_path / "ckpt").keys() <= {sae.CONFIG, sae.WEIGHTS, sae.STATE, "metrics.jsonl"}
 
 
 # ---------------------------------------------------------------- what is there already
@@ -428,7 +500,9 @@ def test_activations_that_are_not_finite_are_never_trained_on(start, monkeypatch
         return acts.at[0, 0, 0, 0].set(jnp.nan) if next(count) == call else acts
 
     monkeypatch.setattr(flux, "capture", capture)
-    with pytest.raises(ValueError, match=f"step {step} .*NaN"):
+    # A forward pass has two prompts; capture spoils the first image, of the first prompt's first seed.
+    prompt = next(itertools.islice(train.sources.stream("scenes", None), 2 * (call - 1), None))
+    with pytest.raises(ValueError, match=f"step {step} .*NaN.*{re.escape(repr(prompt))}"):
         start()
     assert (tmp_path / "ckpt").exists() == (step > 0)
     if step:
