@@ -378,9 +378,11 @@ class Chip:
 
 # Bundles of one step with 3,072 rows, ours / plain bfloat16's with the same tile (tests/bench_tpu.py, libtpu 0.0.42):
 # NF4 v4 9,814 / 8,815, v5e 23,345 / 23,166, v5p 11,975 / 11,796 (1,536 rows), v6e 12,023 / 11,568; with 256 rows v4
-# 4,794 / 2,458, v5e 2,991 / 2,192, v6e 2,582 / 1,310. Int8 v5e 8,128 / 13,831, v6e 9,598 / 18,710. What was worse on
-# v5e: two products of half a span each (12,606 / 11,183 with 256 columns), the whole tile decoded first (12,557);
-# on v6e 512 columns (8,210 / 7,817); on v4 columns in chunks (11,265 / 8,815).
+# 4,794 / 2,458, v5e 2,991 / 2,192, v6e 2,582 / 1,310. Transposed v4 10,859 / 9,345, v5e 45,228 / 44,292, v5p 23,257 /
+# 22,369 (1,536 rows), v6e 12,623 / 12,217; with 256 rows v4 5,118 / 2,652, v5e 5,015 / 4,144, v6e 2,591 / 1,339. Int8
+# v5e 8,128 / 13,831, v6e 9,598 / 18,710. What was worse on v5e: two products of half a span each (12,606 / 11,183 with
+# 256 columns), the whole tile decoded first (12,557), transposed 512 columns (26,781 / 24,003); on v6e 512 columns
+# (8,210 / 7,817); on v4 columns in chunks (11,265 / 8,815; transposed 13,094 / 9,345).
 CHIPS = {
     "v4": Chip(Tiles(1024, 512, SPAN), Tiles(1024, 512, SPAN), None, 16, 1),
     "v5e": Chip(Tiles(3072, 512, SPAN, 128), Tiles(3072, 1024, SPAN, 128), Tiles(1536, 256, 3072, 128), 100, 0),
