@@ -40,7 +40,15 @@ def by_bitsandbytes(w, nested=False):
                                       compress_statistics=nested, quant_type="nf4")
     flat = packed.numpy().reshape(-1)
     codes = np.stack([flat >> 4, flat & 15], 1).reshape(w.shape[::-1]).T
-    return codes, bnb.dequantize_4bit(packed, state).numpy().T
+    return codes, decoded_by_bitsandbytes(packed, state).T
+
+
+def decoded_by_bitsandbytes(packed, state):
+    """As one row: of several that are not whole blocks, bitsandbytes 0.50's AVX-512 code takes some scales wrongly."""
+    shape, state.shape = state.shape, torch.Size([state.shape.numel()])
+    flat = bnb.dequantize_4bit(packed, state).numpy()
+    state.shape = shape
+    return flat.reshape(shape)
 
 
 def codes_of(q):
@@ -346,7 +354,7 @@ def bitsandbytes_files(folder, nested):
         if w.ndim == 2 and not name.endswith(("shared.weight", "relative_attention_bias.weight")):
             packed, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=nested, quant_type="nf4")
             stored |= {name: packed} | {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
-            decoded[name] = bnb.dequantize_4bit(packed, state).numpy()
+            decoded[name] = decoded_by_bitsandbytes(packed, state)
         else:
             stored[name] = w
     save_file(stored, file)
