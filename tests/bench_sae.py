@@ -1,0 +1,120 @@
+"""One training step of a TopK SAE, ours beside other trainers on the same data, as Markdown: python tests/bench_sae.py
+
+    pip install eai-sparsify                                     # optional; SAELens is a test requirement
+
+float32, Adam, no dead features. Ours is the whole `sae.step` of train.py, with its statistics, normalization and test
+for dead features; SAELens' is its SAETrainer's step; sparsify's Trainer needs a language model, so its SparseCoder is
+stepped here as the Trainer does it, with torch's Adam. All take turns; medians of seconds a step, and ratios to ours.
+"""
+import os
+import platform
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+import torch
+
+import kernels
+import sae
+
+SIZES = [(3072, 16384, 32, 1024), (768, 16384, 32, 2048)]        # D, F, k, tokens
+
+
+def main(rounds=5):
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, jax {jax.__version__}, "
+          f"torch {torch.__version__}\n")
+    rows = {}
+    for size in SIZES:
+        x = activations(*size)
+        steps = {name: make(x, *size) for name, make in TRAINERS.items()}
+        times = {name: [] for name, step in steps.items() if step}
+        for i in range(int(rounds) + 1):
+            for name in times:
+                start = time.perf_counter()
+                steps[name](i)
+                times[name].append(time.perf_counter() - start)
+        for name in TRAINERS:
+            rows.setdefault(name, []).append(statistics.median(times[name][1:]) if name in times else None)
+    heads = [", ".join(map(str, size)) for size in SIZES]
+    print(f"| D, F, k, tokens: | {' | | '.join(heads)} | |\n|---|{'--:|--:|' * len(heads)}")
+    for name, seconds in rows.items():
+        cells = [f"{t:.2f} s | {t / ours:.2f}" if t else "not installed |" for t, ours in zip(seconds, rows["fae"])]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def activations(D, F, k, tokens):
+    """Two batches of sparse combinations of random directions, with noise: most features stay in use."""
+    r = np.random.default_rng(0)
+    directions = r.standard_normal((F // 4, D), dtype=np.float32) / D ** 0.5
+    batches = []
+    for _ in range(2):
+        chosen = r.integers(0, F // 4, (tokens, k))
+        weights = r.random((tokens, k, 1), dtype=np.float32)
+        sums = np.stack([(directions[c] * w).sum(0) for c, w in zip(chosen, weights)])
+        batches.append(sums + 0.02 * r.standard_normal((tokens, D), dtype=np.float32))
+    return batches
+
+
+def ours(x, D, F, k, tokens):
+    cfg = sae.Config(d_in=D, features=F, k=k)
+    step = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
+    states = [sae.init(jax.random.key(0), cfg, x[0])]
+
+    def run(i):
+        state, metrics = step(states.pop(), cfg, x[i % 2])
+        states.append(jax.block_until_ready((state, metrics))[0])
+
+    return run
+
+
+def encoder_alone(x, D, F, k, tokens):
+    r = np.random.default_rng(0)
+    W, b = jax.numpy.asarray(r.standard_normal((F, D), dtype=np.float32)), jax.numpy.zeros(F)
+    product = jax.jit(kernels.preactivations)
+    return lambda i: product(x[i % 2], W, b).block_until_ready()
+
+
+def saelens(x, D, F, k, tokens, rescale=True):
+    from sae_lens import LoggingConfig, SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    cfg = SAETrainerConfig(total_training_samples=10 ** 9, train_batch_size_samples=tokens, lr_end=3e-5,
+                           logger=LoggingConfig(log_to_wandb=False))
+    model = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=F, k=k, rescale_acts_by_decoder_norm=rescale))
+    trainer, batches = SAETrainer(cfg=cfg, sae=model, data_provider=iter(())), [torch.from_numpy(a) for a in x]
+    return lambda i: trainer.step(batches[i % 2])
+
+
+def sparsify(x, D, F, k, tokens):
+    try:
+        from sparsify import SparseCoder, SparseCoderConfig
+    except ImportError:
+        return None
+    model, batches = SparseCoder(D, SparseCoderConfig(num_latents=F, k=k)), [torch.from_numpy(a) for a in x]
+    optimizer, idle = torch.optim.Adam(model.parameters(), lr=1e-4), torch.zeros(F, dtype=torch.long)
+
+    def run(i):
+        model.set_decoder_norm_to_unit_norm()
+        out = model(batches[i % 2], dead_mask=idle > 10 ** 7)
+        (out.fvu + out.auxk_loss / 32).backward()
+        model.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        fired = torch.zeros(F, dtype=torch.bool)
+        fired[out.latent_indices.flatten()] = True
+        idle.add_(tokens)[fired] = 0
+
+    return run
+
+
+TRAINERS = {"fae": ours, "the encoder's product alone": encoder_alone, "sparsify": sparsify, "SAELens": saelens,
+            "SAELens, without rescaling": partial(saelens, rescale=False)}
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
