@@ -81,6 +81,33 @@ def _sparse_decode_backward(residuals, g):
 sparse_decode.defvjp(_sparse_decode_forward, _sparse_decode_backward)
 
 
+def by_rows(function, tree, inputs, size: int = 128):
+    """function(tree, inputs) → the new tree, for pytrees of [F, ...] arrays and of scalars, where the result of a row
+    needs that row alone (and scalars). On a CPU piece by piece: all that is done to a row then happens in the cache;
+    memory is read and written once, not once for every operation."""
+    return lax.platform_dependent(tree, inputs, cpu=lambda t, x: _by_rows(function, t, x, size), default=function)
+
+
+def _by_rows(function, tree, inputs, size):
+    rows = max(leaf.shape[0] for leaf in jax.tree.leaves(inputs) if leaf.ndim)
+    if rows <= size:
+        return function(tree, inputs)
+
+    def piece(start, size, tree):
+        cut = lambda a: lax.dynamic_slice_in_dim(a, start, size) if a.ndim else a
+        paste = lambda a, new: lax.dynamic_update_slice_in_dim(a, new, start, 0) if a.ndim else a
+        # A branch that is always taken, so that XLA does not fuse reading and writing, for which it would copy arrays.
+        old = jax.tree.map(cut, (tree, inputs))
+        return jax.tree.map(paste, tree, lax.cond(start >= 0, function, lambda tree, inputs: tree, *old))
+
+    left = rows % size
+    done = lax.fori_loop(0, rows // size, lambda i, tree: piece(i * size, size, tree), tree)
+    scalars = function(jax.tree.map(lambda a: a[:1] if a.ndim else a, tree),
+                       jax.tree.map(lambda a: a[:1] if a.ndim else a, inputs))
+    done = piece(rows - left, left, done) if left else done
+    return jax.tree.map(lambda a, b: a if a.ndim else b, done, scalars)
+
+
 def preactivations(x: Array, W_enc: Array, b_enc: Array) -> Array:
     """x [B, D], W_enc [F, D], b_enc [F] -> [B, F], the one array of that size. Not differentiable: see `select`.
 

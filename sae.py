@@ -169,7 +169,40 @@ def _optimizer(cfg: Config) -> optax.GradientTransformation:
             scale = scale * jnp.clip((end - count) / max(end - start, 1), 0.0, 1.0)
         return cfg.lr * scale
 
-    return optax.chain(optax.clip_by_global_norm(cfg.clip), optax.adam(lr, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps))
+    return optax.adam(lr, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
+
+
+def _updated(state: State, cfg: Config, grads: Params) -> tuple[Params, Any]:
+    """Parameters and optimizer after a step along grads: clipped by their global norm once the decoder's have lost what
+    only changes its rows' lengths (appendix A); then its rows are made unit again."""
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()) - jnp.sum(_parallel(grads, state.params) ** 2))
+    scale = cfg.clip / jnp.maximum(norm, cfg.clip)
+
+    def move(part, grads):
+        params, opt = part
+        grads = {name: scale * g for name, g in grads.items()}
+        if "dec" in grads:
+            grads["dec"] = remove_parallel(grads["dec"], params["dec"])
+        updates, opt = _optimizer(cfg).update(grads, opt, params)
+        params = optax.apply_updates(params, updates)
+        return (params | {"dec": _unit(params["dec"])} if "dec" in params else params), opt
+
+    def only(tree, names):  # of every dict of parameters in it
+        return jax.tree.map(lambda d: {n: d[n] for n in names} if isinstance(d, dict) else d, tree, is_leaf=_is_dict)
+
+    rows, rest = ("enc", "b_enc", "dec"), ("b_dec",)
+    whole = state.params, state.opt
+    moved = kernels.by_rows(move, only(whole, rows), only(grads, rows))
+    other = move(only(whole, rest), only(grads, rest))
+    return jax.tree.map(lambda a, b: a | b if isinstance(a, dict) else b, moved, other, is_leaf=_is_dict)
+
+
+def _is_dict(node: Any) -> bool:
+    return isinstance(node, dict)
+
+
+def _parallel(grads: Params, params: Params) -> Array:
+    return jnp.sum(grads["dec"] * params["dec"], axis=1)
 
 
 def _variation(u: Array) -> Array:
@@ -224,10 +257,7 @@ def step(state: State, cfg: Config, x: Array) -> tuple[State, dict[str, Array]]:
     idle = jnp.where(fired, 0, jnp.minimum(state.idle, 2**30) + len(x))
     dead = idle >= cfg.dead_after
     aux, grads = _with_aux(grads, params, cfg, u, pre, dead, u - u_hat)
-    grads["dec"] = remove_parallel(grads["dec"], params["dec"])
-    updates, opt = _optimizer(cfg).update(grads, state.opt, params)
-    params = optax.apply_updates(params, updates)
-    params["dec"] = _unit(params["dec"])
+    params, opt = _updated(state, cfg, grads)
     metrics = {
         "loss": fvu + cfg.aux_coefficient * aux,
         "fvu": fvu,
@@ -408,6 +438,7 @@ def _description(cfg: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _sealed(described: dict[str, Any]) -> dict[str, Any]:
     """With a digest of what decides how the weights are used and where they come from. Other tools may add to it."""
     described = json.loads(json.dumps(described))
+    described["metadata"].pop("digest", None)  # of another SAE, whose metadata this one continues
     shape = [name for name in described if name not in ("metadata", "dtype", "device")]
     origin = [name for name in described["metadata"] if name != "sae_lens_version"]
     described["metadata"]["digest"] = {"of": shape, "of_metadata": origin, "sha256": _digest(described, shape, origin)}

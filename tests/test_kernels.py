@@ -154,3 +154,20 @@ def test_compiled_gradient_needs_room_for_one_b_by_f_array():
     args = normal(0, b, d), normal(1, f, d), np.zeros(f, np.float32), normal(2, f, d)
     compiled = jax.jit(jax.grad(sparse, (1, 2, 3))).lower(*args).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 4 * b * f
+
+
+@pytest.mark.parametrize("features", [1, 7, 128, 130, 300])
+def test_by_rows_is_the_function_itself(features):
+    """Also where pieces do not divide the rows; scalars are updated once, inputs are only read."""
+    r = np.random.default_rng(features)
+    w, g = jnp.asarray(r.standard_normal((2, features, 5)), jnp.float32)
+    tree, inputs = {"w": w, "b": jnp.arange(features), "n": jnp.int32(3)}, {"g": g, "s": jnp.float32(2)}
+
+    def function(tree, inputs):
+        w = tree["w"] - inputs["s"] * inputs["g"]
+        return {"w": w / jnp.linalg.norm(w, axis=1, keepdims=True), "b": tree["b"] * 2, "n": tree["n"] + 1}
+
+    expected = jax.jit(function)(tree, inputs)
+    ours = jax.jit(lambda t, x: kernels.by_rows(function, t, x))(tree, inputs)
+    assert int(ours["n"]) == 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, expected)
