@@ -175,7 +175,7 @@ def _optimizer(cfg: Config) -> optax.GradientTransformation:
 def _updated(state: State, cfg: Config, grads: Params) -> tuple[Params, Any]:
     """Parameters and optimizer after a step along grads: clipped by their global norm once the decoder's have lost what
     only changes its rows' lengths (appendix A); then its rows are made unit again."""
-    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()) - jnp.sum(_parallel(grads, state.params) ** 2))
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()) - jnp.sum(_parallel(grads["dec"], state.params["dec"]) ** 2))
     scale = cfg.clip / jnp.maximum(norm, cfg.clip)
 
     def move(part, grads):
@@ -201,8 +201,9 @@ def _is_dict(node: Any) -> bool:
     return isinstance(node, dict)
 
 
-def _parallel(grads: Params, params: Params) -> Array:
-    return jnp.sum(grads["dec"] * params["dec"], axis=1)
+def _parallel(gradient: Array, rows: Array) -> Array:
+    """[F, D], [F, D] with unit rows -> [F, 1], the length of each gradient along its row."""
+    return jnp.sum(gradient * rows, axis=1, keepdims=True)
 
 
 def _variation(u: Array) -> Array:
@@ -272,7 +273,7 @@ def step(state: State, cfg: Config, x: Array) -> tuple[State, dict[str, Array]]:
 
 def remove_parallel(gradient: Array, rows: Array) -> Array:
     """[F, D], [F, D] with unit rows -> the gradient without what only changes the rows' length (appendix A)."""
-    return gradient - jnp.sum(gradient * rows, axis=1, keepdims=True) * rows
+    return gradient - _parallel(gradient, rows) * rows
 
 
 def _cosine(a: Array, b: Array) -> Array:
