@@ -1,0 +1,121 @@
+"""What a sparse autoencoder must beat: other ways to write a vector with k numbers, as plain functions on arrays.
+
+Each takes tokens [N, D], usually standardized, and returns their reconstructions [N, D]:
+
+    pca(fit, x, k)                            the k largest principal components of other tokens
+    pursue(x, atoms, k)                       a dictionary's k atoms, found by gradient pursuit
+    random_dictionary(key, atoms, D)          atoms for it: random directions
+    itda(stream, atoms, k)                    atoms for it: tokens that earlier ones could not compose
+    largest(fit_codes, fit, codes, k)         the k largest of other numbers of each token (MLP neurons), read linearly
+
+D width, A atoms.
+"""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def pca(fit, x, k):
+    """x [N, D] from its k coordinates along the principal components of `fit` [M, D]."""
+    mean = fit.mean(0, dtype=np.float64)
+    _, axes = np.linalg.eigh(np.cov(np.asarray(fit, np.float64), rowvar=False))
+    top = axes[:, ::-1][:, :k]
+    return ((x - mean) @ top @ top.T + mean).astype(np.float32)
+
+
+def random_dictionary(key, atoms, width):
+    return unit(jax.random.normal(key, (atoms, width)))
+
+
+def unit(rows):
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-30)
+
+
+# ---------------------------------------------------------------- decomposition at inference time
+
+
+def pursue(x, atoms, k, size=4096):
+    """Gradient pursuit, a piece of the tokens at a time: x [N, D], unit atoms [A, D] → (reconstructions [N, D],
+    weights [N, k], which atoms [N, k]). Weights may be negative."""
+    pieces = [_pursue(jnp.asarray(x[i:i + size]), atoms, k) for i in range(0, len(x), size)]
+    return tuple(np.concatenate(parts) for parts in zip(*pieces))
+
+
+@partial(jax.jit, static_argnums=2)
+def _pursue(x, atoms, k):
+    """Gradient pursuit (Blumensath & Davies 2008, IEEE Trans. Signal Process. 56(6)): k times, the atom that fits what
+    is left best joins those in use, and all weights move along the gradient by the step that leaves least."""
+    def gathered(total, column):
+        weight, index = column
+        return total + weight[:, None] * atoms[index], None
+
+    def move(i, carry):
+        left, weights, chosen, used = carry
+        fits = left @ atoms.T                                    # [B, A]
+        best = jnp.argmax(jnp.abs(fits), 1)
+        fresh = ~((chosen == best[:, None]) & used).any(1)       # an atom may be the best one again
+        chosen, used = chosen.at[:, i].set(best), used.at[:, i].set(fresh)
+        gradient = jnp.where(used, jnp.take_along_axis(fits, chosen, 1), 0)
+        change, _ = lax.scan(gathered, jnp.zeros_like(x), (gradient.T, chosen.T))
+        length = jnp.sum(left * change, 1) / jnp.maximum(jnp.sum(change * change, 1), 1e-30)
+        return left - length[:, None] * change, weights + length[:, None] * gradient, chosen, used
+
+    shape = (len(x), k)
+    start = x, jnp.zeros(shape), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+    left, weights, chosen, _ = lax.fori_loop(0, k, move, start)
+    return x - left, weights, chosen
+
+
+def itda(stream, size, k, threshold=0.5, fall=0.8):
+    """A dictionary of tokens [size, D], as unit rows, after Leask et al. 2025 (arXiv 2505.17769): the first D tokens,
+    and then every one of which the dictionary so far leaves more than `threshold` of the squared length.
+
+    stream: a function that returns an iterator over batches [B, D]. Where it ends before the dictionary is full, it is
+    read again with the threshold times `fall`: the paper tunes the threshold for a wanted size by hand. The dictionary
+    is held at its final size from the start, unfilled rows being zero, so that only one program is compiled.
+    """
+    first = next(stream())
+    width = first.shape[1]
+    atoms, n = np.zeros((size, width), np.float32), min(size, width)
+    atoms[:n] = unit(first[:n])
+    while n < size:
+        for x in stream():
+            found, _, _ = pursue(x, jnp.asarray(atoms), k)
+            lost = np.sum((x - found) ** 2, 1) / np.maximum(np.sum(x * x, 1), 1e-30)
+            new = x[lost > threshold][:size - n]
+            atoms[n:n + len(new)] = unit(new)
+            n += len(new)
+            if n == size:
+                break
+        threshold *= fall
+    return jnp.asarray(atoms)
+
+
+# ---------------------------------------------------------------- other numbers of the same token
+
+
+def largest(fit_codes, fit, codes, k, ridge=1e-3):
+    """Tokens from the k largest |codes|: [M, N] codes of `fit` [M, D], and codes [B, N] → reconstructions [B, D].
+
+    Codes are scaled to unit rms, all but each token's k largest are set to zero, and an affine map from what remains to
+    the tokens is fitted by ridge regression: the best that any linear decoder can do with them, up to the ridge, which
+    is a fraction of the codes' mean square.
+    """
+    rms = np.sqrt(np.mean(np.square(fit_codes, dtype=np.float32), 0)) + 1e-12
+    masked = _masked(fit_codes / rms, k)
+    a, b = masked.mean(0), fit.mean(0)
+    gram = (masked - a).T @ (masked - a)
+    penalty = ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
+    weights = np.linalg.solve(gram + penalty, (masked - a).T @ (fit - b))
+    return (_masked(codes / rms, k) - a) @ weights + b
+
+
+def _masked(codes, k):
+    """All but the k largest magnitudes of each row set to zero."""
+    kept = np.zeros_like(codes, np.float32)
+    which = np.argpartition(-np.abs(codes), k - 1, axis=1)[:, :k]
+    np.put_along_axis(kept, which, np.take_along_axis(codes, which, 1), 1)
+    return kept
