@@ -135,7 +135,7 @@ def test_aux_makes_dead_features_point_at_the_error():
     """The sign: descending AuxK's gradient lowers |e - e_hat|, for e = u - u_hat, and moves dead features only."""
     state, x = trained(), residuals(256, seed=8)
     u = (x - state.mean) / state.std
-    _, (_, _, _, u_hat) = sae._reconstruct(state.params, CFG, u)
+    _, (_, _, _, _, u_hat) = sae._reconstruct(state.params, CFG, u)
     dead, error = jnp.arange(CFG.features) < 20, u - u_hat
 
     @jax.jit
@@ -224,7 +224,7 @@ def test_folded_equals_training_space():
     state, x = trained(), residuals(128, seed=4)
     params = sae.fold(state, CFG)
     u = (x - state.mean) / state.std
-    _, (_, values, indices, u_hat) = sae._reconstruct(state.params, CFG, u)
+    _, (_, _, values, indices, u_hat) = sae._reconstruct(state.params, CFG, u)
     raw_values, raw_indices = sae.encode(params, CFG, x)
     np.testing.assert_array_equal(raw_indices, indices)
     np.testing.assert_allclose(raw_values, values, rtol=1e-4, atol=1e-4)
@@ -376,7 +376,7 @@ BROKEN = {
     "sae_weights.safetensors is missing": lambda f: (f / "sae_weights.safetensors").unlink(),
     "cfg.json is not JSON": lambda f: truncate(f, "cfg.json"),
     "sae_weights.safetensors is damaged": lambda f: truncate(f, "sae_weights.safetensors"),
-    "architecture is 'standard'; only 'topk'": lambda f: edit_config(f, architecture="standard"),
+    "architecture is 'gated'; need one of topk, jumprelu": lambda f: edit_config(f, architecture="gated"),
     "d_sae is '50'": lambda f: edit_config(f, d_sae="50"),
     "k is None": lambda f: edit_config(f, k=None),
     "normalize_activations is 'layer_norm'": lambda f: edit_config(f, normalize_activations="layer_norm"),
