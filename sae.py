@@ -358,7 +358,7 @@ def _activate(params: Params, cfg: Config, x: Array, pre: Array):
     # What lies below a threshold, but within the reach of its pseudo-derivative, is selected too
     reach = lax.stop_gradient(threshold * (1 - cfg.bandwidth / 2))
     above, indices = kernels.select(pre - reach, cfg.width, x, params["enc"], params["b_enc"] - reach)
-    p, log_threshold = above + reach[indices], params["log_threshold"][indices]
+    p, log_threshold = jnp.where(above > 0, above + reach[indices], 0), params["log_threshold"][indices]
     l0 = jnp.sum(_jump(p, log_threshold, cfg.bandwidth, False)) / len(x)
     penalty = cfg.l0_coefficient * (l0 / cfg.k - 1) ** 2
     return _jump(p, log_threshold, cfg.bandwidth, True), indices, penalty
