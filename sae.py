@@ -744,6 +744,12 @@ def _config(described: Mapping[str, Any]) -> Config:
     return Config(**found | shape | k | {"activation": activation})
 
 
+def load_groups(folder: str | Path) -> tuple[list[Params], Config]:
+    """As `load`, the SAE of each group of tokens, in the order of cfg.groups; one where there are none."""
+    params, cfg = load(folder)
+    return [params, *(load(Path(folder) / name)[0] for name in cfg.groups[1:])], cfg
+
+
 def load_metadata(folder: str | Path) -> dict[str, Any]:
     """What the SAE in this folder belongs to: the `metadata` it was saved with, and `training`, its Config."""
     return _read_config(Path(folder) / CONFIG)["metadata"]
