@@ -5,7 +5,7 @@ Each takes tokens [N, D], usually standardized, and returns their reconstruction
     pca(fit, x, k)                            the k largest principal components of other tokens
     pursue(x, atoms, k)                       a dictionary's k atoms, found by gradient pursuit
     random_dictionary(key, atoms, D)          atoms for it: random directions
-    itda(stream, atoms, k)                    atoms for it: tokens that earlier ones could not compose
+    itda(batches, atoms, k)                   atoms for it: tokens that earlier ones could not compose
     largest(fit_codes, fit, codes, k)         the k largest of other numbers of each token (MLP neurons), read linearly
 
 D width, A atoms.
@@ -69,28 +69,25 @@ def _pursue(x, atoms, k):
     return x - left, weights, chosen
 
 
-def itda(stream, size, k, threshold=0.5, fall=0.8):
+def itda(batches, size, k):
     """A dictionary of tokens [size, D], as unit rows, after Leask et al. 2025 (arXiv 2505.17769): the first D tokens,
-    and then every one of which the dictionary so far leaves more than `threshold` of the squared length.
+    and of each batch [B, D] those of which the dictionary so far leaves the largest share of their squared length.
 
-    stream: a function that returns an iterator over batches [B, D]. Where it ends before the dictionary is full, it is
-    read again with the threshold times `fall`: the paper tunes the threshold for a wanted size by hand. The dictionary
-    is held at its final size from the start, unfilled rows being zero, so that only one program is compiled.
+    The paper adds what lies above a threshold that is tuned for the wanted size; here each batch's threshold is the one
+    that fills the dictionary evenly. Raises ValueError where a batch has fewer tokens than it should give.
     """
-    first = next(stream())
-    width = first.shape[1]
-    atoms, n = np.zeros((size, width), np.float32), min(size, width)
-    atoms[:n] = unit(first[:n])
-    while n < size:
-        for x in stream():
-            found, _, _ = pursue(x, jnp.asarray(atoms), k)
-            lost = np.sum((x - found) ** 2, 1) / np.maximum(np.sum(x * x, 1), 1e-30)
-            new = x[lost > threshold][:size - n]
-            atoms[n:n + len(new)] = unit(new)
-            n += len(new)
-            if n == size:
-                break
-        threshold *= fall
+    batches = list(batches)
+    width = batches[0].shape[1]
+    ends = np.linspace(min(width, size), size, len(batches) + 1).astype(int)
+    # At its final size from the start, with rows of zeros, so that one program serves all batches
+    atoms = np.zeros((size, width), np.float32)
+    atoms[:ends[0]] = unit(batches[0][:ends[0]])
+    for x, start, end in zip(batches, ends, ends[1:]):
+        if end - start > len(x):
+            raise ValueError(f"{len(batches)} batches of {len(x)} tokens are too few for a dictionary of {size}")
+        found, _, _ = pursue(x, jnp.asarray(atoms), k)
+        lost = np.sum((x - found) ** 2, 1) / np.maximum(np.sum(x * x, 1), 1e-30)
+        atoms[start:end] = unit(x[np.argsort(-lost)[:end - start]])
     return jnp.asarray(atoms)
 
 

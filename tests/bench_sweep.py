@@ -12,6 +12,7 @@ and decay of train.py. Results are appended to the file, a line each, and what h
 command can be stopped and repeated. FVU (standardized), dead features and L0 are of 65,536 tokens of held-out prompts;
 "silent" is the trainer's own counter of dead features, where it has one, after the last step.
 """
+import itertools
 import json
 import os
 import sys
@@ -35,7 +36,8 @@ import sae
 import train
 from harvest import reap
 
-BATCH, TOKENS = 2048, 2 ** 16                                    # of a step; held out, and as many to fit baselines on
+BATCH, CHUNK = 2048, 2 ** 17                                     # tokens of a step; shuffled together
+TOKENS = 2 ** 16                                                 # held out; and as many to fit baselines on
 STEP = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
 
 
@@ -44,7 +46,7 @@ STEP = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
 
 def saved(folder, site, steps):
     """A list over layers of {"train": [at least steps * BATCH, D], "fit", "test": [TOKENS, D + 4D]}, mapped from files
-    that are made where they are missing: residuals, with the neurons of the block's MLP beside them in the latter two."""
+    that are made where they are missing: residuals; in the latter two with the neurons of the block's MLP."""
     folder = Path(folder, site)
     marker, layers = folder / "steps", range(flux.read_config("nano")[1].layers)
     if not marker.exists() or int(marker.read_text()) < steps:
@@ -56,55 +58,61 @@ def saved(folder, site, steps):
 
 
 def harvest(folder, site, steps):
-    """Run nano as train.py would for `steps` steps, then for TOKENS more tokens, then for TOKENS held-out ones."""
-    name = flux.resolve("nano")
-    run = train.defaults(str(name), name, flux.read_config(name)[1], {"site": site, "batch": BATCH})
-    model = flux.load(name, dtype=jnp.float32)
-    run = train.replace(run, size=min(256, model.size), text_tokens=model.text_tokens)
-    source = train.Harvest(run, model, prompts.stream(run.prompts))
+    """Run nano as train.py does: 4 noises of each of 32 prompts at a time, tokens shuffled in chunks of 2^17. First for
+    `steps` steps, then for TOKENS more tokens, then for TOKENS of noise that training never sees."""
+    model = flux.load("nano", dtype=jnp.float32)
+    stream, position = prompts.stream("scenes"), itertools.count()
 
-    def caught(forwards, neurons, first=None):
-        flux.capture = partial(all_layers, neurons=neurons)      # train.Harvest's own, but of one layer
-        parts = [source.forward(source.position if first is None else first + i * run.prompt_batch)
-                 for i in range(forwards)]
-        return np.concatenate([p.reshape(model.cfg.layers, -1, p.shape[-1]) for p in parts], 1)
+    def caught(tokens, neurons=False, first=0):
+        """[L, at least `tokens`, D or 5D] of the next prompts."""
+        rows, n = [], 0
+        while n < tokens:
+            rows.append(forward(model, list(itertools.islice(stream, 32)), first + 32 * next(position), site, neurons))
+            n += rows[-1].shape[1]
+        return np.concatenate(rows, 1)
 
-    chunks = -(-steps // source.batches)
-    shape = steps * BATCH, model.cfg.width
-    files = [np.lib.format.open_memmap(folder / f"train.{layer}.npy", "w+", np.float32, shape)
-             for layer in range(model.cfg.layers)]
-    for c in range(chunks):
-        order = np.random.default_rng((run.seed, c)).permutation(source.tokens)
-        for file, rows in zip(files, caught(source.forwards, False)):
-            part = file[c * source.tokens:(c + 1) * source.tokens]
-            part[:] = rows[order][:len(part)]
-    for name, first in (("fit", None), ("test", train.HELD_OUT)):
-        for layer, rows in enumerate(caught(-(-TOKENS // source.forward_tokens), True, first)):
+    shape, layers = (steps * BATCH, model.cfg.width), range(model.cfg.layers)
+    files = [np.lib.format.open_memmap(folder / f"train.{layer}.npy", "w+", np.float32, shape) for layer in layers]
+    for start in range(0, steps * BATCH, CHUNK):
+        rows = caught(CHUNK)
+        order = np.random.default_rng((0, start)).permutation(rows.shape[1])
+        for file, of_layer in zip(files, rows):
+            part = file[start:start + CHUNK]
+            part[:] = of_layer[order[:len(part)]]
+    for name, first in (("fit", 0), ("test", train.HELD_OUT)):
+        for layer, rows in enumerate(caught(TOKENS, True, first)):
             np.save(folder / f"{name}.{layer}.npy", rows[:TOKENS])
 
 
-def all_layers(model, start, *, layer, site, neurons):
-    """What `flux.capture` does, of all layers instead of one: [L, B, N, D], or with the MLPs' neurons [L, B, N, 5D]."""
-    sites = ("txt", "img") if site == "both" else (site,)
+def forward(model, captions, first, site, neurons, seeds=4):
+    """[L, tokens, D or 5D] of every caption with `seeds` noises, numbered from seeds * first."""
+    text, pooled = (jnp.repeat(x, seeds, 0) for x in flux.encode_text(model, captions))
+    grid = flux.token_grid(model, min(256, model.size))
+    shape = grid[0] * grid[1], model.cfg.in_channels
+    noise = flux.draw_noise(0, first * seeds + np.arange(len(text)), shape)
+    sigma = flux.sigmas(model.scheduler, 1, shape[0])[0]
+    acts = _all_layers(model.params, model.cfg, noise, text, pooled, sigma, grid, site, neurons)
+    return np.asarray(acts).reshape(model.cfg.layers, -1, acts.shape[-1])
+
+
+@partial(jax.jit, static_argnums=(1, 6, 7, 8))
+def _all_layers(params, cfg, latents, text, pooled, sigma, grid, site, neurons):
+    """The residual streams of all layers [L, B, N, D] or, with the MLPs' neurons beside them, [L, B, N, 5D]."""
+    T = text.shape[1]
+    sites, tokens = {"img": (("img",), slice(T, None)), "txt": (("txt",), slice(T)),
+                     "both": (("txt", "img"), slice(None))}[site]
     names = [f"{kind}.{s}" for kind in ("double", "single") for s in sites]
     names += [*(f"double.{s}.neurons" for s in sites), "single.neurons"] if neurons else []
-    found = _pass(model.params, model.cfg, start.latents, *start.condition, start.sigmas[0], start.grid, tuple(names))
-    stacks = [jnp.concatenate([found[f"{kind}.{s}"] for s in sites], 2) for kind in ("double", "single")]
+    run = reap(partial(flux.velocity, grid=grid), tuple(names))
+    found = run(params, cfg, latents, text, pooled, jnp.full(len(latents), sigma), None)[1]
+    streams = [jnp.concatenate([found[f"{kind}.{s}"] for s in sites], 2) for kind in ("double", "single")]
     if neurons:
-        T = start.condition[0].shape[1]
-        tokens = {"img": slice(T, None), "txt": slice(T), "both": slice(None)}[site]
         of = [jnp.concatenate([found[f"double.{s}.neurons"] for s in sites], 2), found["single.neurons"][:, :, tokens]]
-        stacks = [jnp.concatenate(pair, -1) for pair in zip(stacks, of)]
-    return jnp.concatenate(stacks)
+        streams = [jnp.concatenate(pair, -1) for pair in zip(streams, of)]
+    return jnp.concatenate(streams)
 
 
-@partial(jax.jit, static_argnums=(1, 7, 8))
-def _pass(params, cfg, latents, text, pooled, guidance, sigma, grid, names):
-    run = reap(partial(flux.velocity, grid=grid), names)
-    return run(params, cfg, latents, text, pooled, jnp.full(len(latents), sigma), guidance)[1]
-
-
-# ---------------------------------------------------------------- trainers: tokens → (State, Config, share of silent ones)
+# ---------------------------------------------------------------- trainers: tokens → (State, Config, silent features)
 
 
 def config(width, steps, features, **options):
@@ -115,25 +123,25 @@ def config(width, steps, features, **options):
 
 
 def ours(x, steps, **options):
-    cfg = config(x.shape[1], steps, **options)
-    state = sae.init(jax.random.key(0), cfg, np.asarray(x[:65536]))
+    state, cfg = begun(x, steps, **options)
     for i in range(steps):
         state, metrics = STEP(state, cfg, x[i * BATCH:(i + 1) * BATCH])
     return state, cfg, float(metrics["dead"]) if steps else None
 
 
-def saelens(x, steps, lr=None, standardize=True, **options):
+def saelens(x, steps, lr=None, **options):
     """SAELens' TopKTrainingSAE in its SAETrainer, everything at its defaults; or, with lr, with our schedule."""
     import torch
     from sae_lens import LoggingConfig, SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     torch.manual_seed(0)
-    start, cfg = normalized(x, steps, standardize, **options)
+    start, cfg = begun(x, steps, **options)
     schedule = {"lr_warm_up_steps": cfg.warmup, "lr_decay_steps": steps - cfg.warmup}
     model = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=cfg.d_in, d_sae=cfg.features, k=cfg.k))
     trainer = SAETrainer(data_provider=iter(()), sae=model, cfg=SAETrainerConfig(
         total_training_samples=steps * BATCH, train_batch_size_samples=BATCH, logger=LoggingConfig(log_to_wandb=False),
-        lr_end=3e-5, **({"lr": lr} | schedule if lr else {})))   # lr_end: without it there is no trainer; constant rates ignore it
+        lr_end=3e-5,                                             # must be there; constant rates ignore it
+        **({"lr": lr} | schedule if lr else {})))
     for i in range(steps):
         trainer.step(torch.from_numpy(units(start, x, i)))
         trainer.n_training_steps += 1
@@ -145,15 +153,15 @@ def saelens(x, steps, lr=None, standardize=True, **options):
     return start._replace(params=params), cfg, float(trainer.dead_neurons.float().mean())
 
 
-def sparsify(x, steps, optimizer="signum", lr=None, standardize=True, **options):
-    """sparsify's SparseCoder, stepped as its Trainer does, which needs a language model. "signum": its default optimizer
-    and rate, which have no schedule; "adam": with our schedule, and its own rate unless lr is given."""
+def sparsify(x, steps, optimizer="signum", lr=None, **options):
+    """sparsify's SparseCoder, stepped as its Trainer does, which needs a language model. "signum": its default
+    optimizer and rate, without a schedule; "adam": with our schedule, and its own rate unless lr is given."""
     import torch
     from schedulefree import ScheduleFreeWrapper
     from sparsify import SparseCoder, SparseCoderConfig
     from sparsify.sign_sgd import SignSGD
     torch.manual_seed(0)
-    start, cfg = normalized(x, steps, standardize, **options)
+    start, cfg = begun(x, steps, **options)
     model = SparseCoder(cfg.d_in, SparseCoderConfig(num_latents=cfg.features, k=cfg.k))
     model.b_dec.data = torch.from_numpy(units(start, x, 0)).mean(0)
     scale = (cfg.features / 2 ** 14) ** -0.5
@@ -179,16 +187,10 @@ def sparsify(x, steps, optimizer="signum", lr=None, standardize=True, **options)
     return start._replace(params={name: p.detach().numpy() for name, p in params.items()}), cfg, None
 
 
-def normalized(x, steps, standardize, **options):
-    """(State, Config) whose mean and std are those that `ours` uses, or 0 and one scale for all dimensions, such that
-    tokens have the mean norm sqrt(D) ("expected_average_only_in" in SAELens)."""
+def begun(x, steps, **options):
+    """(State, Config) of fae before its first step: the others get its normalization, and give their weights to it."""
     cfg = config(x.shape[1], steps, **options)
-    sample = np.asarray(x[:65536])
-    state = sae.init(jax.random.key(0), cfg, sample)
-    if not standardize:
-        scale = np.linalg.norm(sample, axis=1).mean() / cfg.d_in ** 0.5
-        state = state._replace(mean=jnp.zeros(cfg.d_in), std=jnp.full(cfg.d_in, scale))
-    return state, cfg
+    return sae.init(jax.random.key(0), cfg, np.asarray(x[:65536])), cfg
 
 
 def units(state, x, i):
@@ -206,26 +208,26 @@ def units_of(layer):
     return moments, *((layer[name][:, :width] - moments[0]) / moments[1] for name in ("fit", "test"))
 
 
-def pca(layer, steps, features, k):
+def pca(layer, features, k):
     _, fit, test = units_of(layer)
     return baselines.pca(fit, test, k)
 
 
-def neurons(layer, steps, features, k):
+def neurons(layer, features, k):
     _, fit, _ = units_of(layer)
     width = fit.shape[1]
     return baselines.largest(layer["fit"][:, width:], fit, layer["test"][:, width:], k)
 
 
-def random_dictionary(layer, steps, features, k):
+def random_dictionary(layer, features, k):
     _, _, test = units_of(layer)
     return baselines.pursue(test, baselines.random_dictionary(jax.random.key(0), features, test.shape[1]), k)[0]
 
 
-def itda(layer, steps, features, k):
+def itda(layer, features, k):
     (mean, std), _, test = units_of(layer)
-    stream = lambda: ((layer["train"][i * BATCH:(i + 1) * BATCH] - mean) / std for i in range(steps))
-    return baselines.pursue(test, baselines.itda(stream, features, k), k)[0]
+    batches = [(layer["train"][i * BATCH:(i + 1) * BATCH] - mean) / std for i in range(64)]
+    return baselines.pursue(test, baselines.itda(batches, features, k), k)[0]
 
 
 # ---------------------------------------------------------------- what is measured
@@ -241,7 +243,7 @@ def plan(what, layers, steps):
         return [job | {"layer": layer} for layer in layers]
 
     if what == "sites":
-        kinds = [{"trainer": "fae", "site": site, "steps": 1000} for site in flux.SITES]
+        kinds = [{"trainer": "fae", "site": site, "steps": 1000} for site in ("txt", "both", "img")]
     elif what == "sweep":
         sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 32) for features in (1024, 4096, 8192, 16384)]
         kinds = [{"trainer": "fae", "features": features, "k": k} for features, k in sizes]
@@ -249,7 +251,7 @@ def plan(what, layers, steps):
         lr = 9 * sae.default_lr(2048)
         theirs = [{"trainer": "SAELens"}, {"trainer": "SAELens", "lr": lr}, {"trainer": "sparsify"},
                   {"trainer": "sparsify", "optimizer": "adam"}, {"trainer": "sparsify", "optimizer": "adam", "lr": lr}]
-        kinds = [{"trainer": "fae"}, *theirs, *(kind | {"standardize": False} for kind in theirs)]
+        kinds = [{"trainer": "fae"}, *theirs, *(kind | {"normalization": "scale"} for kind in theirs)]
     elif what == "baselines":
         kinds = [{"trainer": trainer} for trainer in ("fae", *BASELINES)] + [{"trainer": "fae", "steps": 0}]
     else:
@@ -261,7 +263,7 @@ def measure(layer, trainer, site, steps, **options):
     """Of held-out tokens: standardized FVU, and what else a kind of trainer has; seconds that its making took."""
     since = time.monotonic()
     if trainer in BASELINES:
-        found = BASELINES[trainer](layer, **options, steps=steps)
+        found = BASELINES[trainer](layer, **options)
         _, _, test = units_of(layer)
         fvu = np.mean(np.sum((test - found) ** 2, 0) / np.sum((test - test.mean(0)) ** 2, 0))
         return {"fvu_standardized": float(fvu), "seconds": time.monotonic() - since}
