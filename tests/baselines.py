@@ -79,12 +79,13 @@ def itda(batches, size, k):
     batches = list(batches)
     width = batches[0].shape[1]
     ends = np.linspace(min(width, size), size, len(batches) + 1).astype(int)
+    least = min(len(x) for x in batches)
+    if max(ends[0], *np.diff(ends)) > least:
+        raise ValueError(f"{len(batches)} batches of {least} tokens are too few for a dictionary of {size}")
     # At its final size from the start, with rows of zeros, so that one program serves all batches
     atoms = np.zeros((size, width), np.float32)
     atoms[:ends[0]] = unit(batches[0][:ends[0]])
     for x, start, end in zip(batches, ends, ends[1:]):
-        if end - start > len(x):
-            raise ValueError(f"{len(batches)} batches of {len(x)} tokens are too few for a dictionary of {size}")
         found, _, _ = pursue(x, jnp.asarray(atoms), k)
         lost = np.sum((x - found) ** 2, 1) / np.maximum(np.sum(x * x, 1), 1e-30)
         atoms[start:end] = unit(x[np.argsort(-lost)[:end - start]])
