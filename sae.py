@@ -282,31 +282,15 @@ def _optimizer(cfg: Config) -> optax.GradientTransformation:
 def _updated(state: State, cfg: Config, grads: Params) -> tuple[Params, Any]:
     """Parameters and optimizer after a step along grads: clipped by their global norm once the decoder's have lost what
     only changes its rows' lengths (appendix A); then its rows are made unit again."""
-    along = _parallel(grads["dec"], state.params["dec"])
+    params = state.params
+    along = _parallel(grads["dec"], params["dec"])
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()) - jnp.sum(along**2))
     scale = cfg.clip / jnp.maximum(norm, cfg.clip)
-
-    def move(part, grads):
-        params, opt = part
-        grads = {name: scale * g for name, g in grads.items()}
-        if "dec" in grads:
-            grads["dec"] = remove_parallel(grads["dec"], params["dec"])
-        updates, opt = _optimizer(cfg).update(grads, opt, params)
-        params = optax.apply_updates(params, updates)
-        return (params | {"dec": _unit(params["dec"])} if "dec" in params else params), opt
-
-    def only(tree, names):  # of every dict of parameters in it
-        return jax.tree.map(lambda d: {n: d[n] for n in names} if isinstance(d, dict) else d, tree, is_leaf=_is_dict)
-
-    rows, rest = [name for name in grads if name != "b_dec"], ["b_dec"]
-    whole = state.params, state.opt
-    moved = kernels.by_rows(move, only(whole, rows), only(grads, rows))
-    other = move(only(whole, rest), only(grads, rest))
-    return jax.tree.map(lambda a, b: a | b if isinstance(a, dict) else b, moved, other, is_leaf=_is_dict)
-
-
-def _is_dict(node: Any) -> bool:
-    return isinstance(node, dict)
+    grads = {name: scale * g for name, g in grads.items()}
+    grads["dec"] = grads["dec"] - scale * along * params["dec"]
+    updates, opt = _optimizer(cfg).update(grads, state.opt, params)
+    params = optax.apply_updates(params, updates)
+    return params | {"dec": kernels.by_rows(_unit, params["dec"])}, opt
 
 
 def _parallel(gradient: Array, rows: Array) -> Array:
