@@ -101,6 +101,14 @@ def residual_names(cfg, layer, site):
     return tuple(f"{kind}.{s}" for s in (("txt", "img") if site == "both" else (site,)))
 
 
+def token_groups(site, timesteps, text_tokens):
+    """[(name, timestep, slice of the site's tokens)]: the groups of tokens whose residuals differ in mean and spread, by
+    stream and by timestep; a single one has no name. Their order is that of `capture`'s axes."""
+    streams = {"both": [("txt", slice(0, text_tokens)), ("img", slice(text_tokens, None))]}.get(site, [("", slice(None))])
+    times = [f"t{t}" for t in range(timesteps)] if timesteps > 1 else [""]
+    return [("-".join(filter(None, (stream, time))), t, part) for t, time in enumerate(times) for stream, part in streams]
+
+
 def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=()):
     """(velocity, values `names` of block `layer`) of all blocks, or (None, values) of the first `stop`."""
     _check_inputs(cfg, *inputs, grid)

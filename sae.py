@@ -342,7 +342,7 @@ def _activate(params: Params, cfg: Config, x: Array, pre: Array):
     # What lies below a threshold, but within the reach of its pseudo-derivative, is selected too
     reach = lax.stop_gradient(threshold * (1 - cfg.bandwidth / 2))
     above, indices = kernels.select(pre - reach, cfg.width, x, params["enc"], params["b_enc"] - reach)
-    p, log_threshold = above + reach[indices], params["log_threshold"][indices]
+    p, log_threshold = jnp.where(above > 0, above + reach[indices], 0), params["log_threshold"][indices]
     l0 = jnp.sum(_jump(p, log_threshold, cfg.bandwidth, False)) / len(x)
     penalty = cfg.l0_coefficient * (l0 / cfg.k - 1) ** 2
     return _jump(p, log_threshold, cfg.bandwidth, True), indices, penalty
@@ -726,6 +726,12 @@ def _config(described: Mapping[str, Any]) -> Config:
     activation = said if topk == (said == "topk") else ("topk" if topk else "jumprelu")
     found = {name: value for name, value in training.items() if name in known}
     return Config(**found | shape | k | {"activation": activation})
+
+
+def load_groups(folder: str | Path) -> tuple[list[Params], Config]:
+    """As `load`, the SAE of each group of tokens, in the order of cfg.groups; one where there are none."""
+    params, cfg = load(folder)
+    return [params, *(load(Path(folder) / name)[0] for name in cfg.groups[1:])], cfg
 
 
 def load_metadata(folder: str | Path) -> dict[str, Any]:

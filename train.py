@@ -5,10 +5,11 @@
     python train.py --model FOLDER --prompts captions.jsonl.gz --prompt_field text --resume
 
 Copy it with `flux.py`, `sae.py`, `prompts.py`, what they import, and `nano/` for the bundled model. A run is a pure
-function of its flags. It works through the prompts in chunks: a chunk of prompts is harvested whole, its activations
-are shuffled, then the SAE trains on them batch by batch. The step number alone says where a run stands, so a resumed
-run harvests its chunk again and goes on bit for bit, and no activations are ever stored.
+function of its flags. It works through the prompts in chunks: a chunk's activations are shuffled whole, then the SAE
+trains on them batch by batch, while the next chunk is harvested between the steps. The step number alone says where a
+run stands, so a resumed run harvests its chunk again and goes on bit for bit, and no activations are ever stored.
 """
+import collections
 import contextlib
 import fcntl
 import itertools
@@ -62,10 +63,16 @@ class Run:
 
 
 class Harvest:
-    """Chunks of shuffled activations [N, D], in order; chunk c is the same whenever it is asked for."""
+    """Batches of shuffled activations [batch, D], a step after the other; a step's are the same whenever asked for.
 
-    def __init__(self, run, model, prompts):
-        self.run, self.model, self.prompts, self.position = run, model, prompts, 0
+    One chunk is in memory. Forward passes of the next one run between the steps on this one, and put their rows in the
+    place of rows that were trained on. A pass is sent a step before its rows are fetched: an accelerator then works
+    while the host tokenizes, copies and shuffles. Which passes go before a step follows from its number alone, so that
+    several hosts send the same programs in the same order. mesh: of several devices, as for `train`.
+    """
+
+    def __init__(self, run, model, prompts, mesh=None):
+        self.run, self.model, self.prompts, self.mesh, self.position = run, model, prompts, mesh, 0
         self.grid = flux.token_grid(model, run.size)
         img, txt = self.grid[0] * self.grid[1], run.text_tokens
         tokens = {"img": img, "txt": txt, "both": img + txt}[run.site]
@@ -73,29 +80,58 @@ class Harvest:
         self.forwards = -(-max(run.buffer, run.batch) // self.forward_tokens)
         self.tokens = self.forwards * self.forward_tokens        # of a chunk
         self.batches = self.tokens // run.batch
+        self.chunks = -(-run.steps // self.batches)
+        self.rows = np.empty((self.tokens, model.cfg.width), jnp.dtype(run.dtype))
+        self.order, self.free = None, np.arange(self.tokens)     # places in rows: of this chunk's, as trained; to fill
+        self.stored, self.under_way = 0, collections.deque()     # passes that are in rows; (about it, arrays) of others
+        self.flatten = jax.jit(partial(flat_and_finite, dtype=self.rows.dtype),
+                               out_shardings=shard.everywhere(mesh) if mesh else None)
 
-    def chunk(self, c, bar=None, stop=lambda: False):
-        """Chunk `c` in its shuffled order, or None where stop() came first. The prompts are a stream: chunks must be
-        asked for in rising order."""
-        self.seek(c)
-        acts = np.empty((self.tokens, self.model.cfg.width), jnp.dtype(self.run.dtype))
-        for i in range(self.forwards):
+    def ready(self, step, stop=lambda: False, bar=None):
+        """Fetch what `step` trains on, and send the passes that shall run beside it. False where stop() came first.
+        The prompts are a stream: steps must be asked for in rising order."""
+        chunk = step // self.batches
+        if self.order is None:
+            self.seek(chunk)
+            self.stored = chunk * self.forwards
+        wanted, ahead = (min(self.forwards + n * self.forwards // self.batches, self.chunks * self.forwards)
+                         for n in (step, step + 1))
+        while (sent := self.stored + len(self.under_way)) < ahead:
             if stop():
-                return None
-            acts[i * self.forward_tokens:(i + 1) * self.forward_tokens] = self.forward(
-                self.position, f"for step {c * self.batches} on")
-            if bar:
-                bar.set_description(f"harvest {i + 1}/{self.forwards}")
-        return acts[np.random.default_rng((self.run.seed, c)).permutation(self.tokens)]
+                return False
+            of = sent // self.forwards
+            if bar and of == chunk:
+                bar.set_description(f"harvest {sent % self.forwards + 1}/{self.forwards}")
+            self.under_way.append(self.send(self.position, f"for step {of * self.batches} on"))
+            while self.stored < min(sent, wanted):               # not the one just sent
+                self.store()
+        while self.stored < wanted:
+            self.store()
+        return True
 
-    def seek(self, c):
-        """Skip prompts up to the first one of chunk `c`."""
-        skip = c * self.forwards * self.run.prompt_batch - self.position
+    def batch(self, step):
+        """Activations [batch, D] of a step for which all is `ready`."""
+        first = step % self.batches * self.run.batch
+        return self.rows[self.order[first:first + self.run.batch]]
+
+    def store(self):
+        """Fetch the oldest pass under way into rows that are free; the last of a chunk gives its order of training."""
+        chunk, i = divmod(self.stored, self.forwards)
+        places = self.free[i * self.forward_tokens:(i + 1) * self.forward_tokens]
+        self.rows[places] = self.fetch(self.under_way.popleft())
+        self.stored += 1
+        if i + 1 == self.forwards:
+            self.order = self.free[np.random.default_rng((self.run.seed, chunk)).permutation(self.tokens)]
+            self.free = np.roll(self.order, self.tokens - self.batches * self.run.batch)     # first what no batch takes
+
+    def seek(self, chunk):
+        """Skip prompts up to the first one of a chunk."""
+        skip = chunk * self.forwards * self.run.prompt_batch - self.position
         self.position += sum(1 for _ in itertools.islice(self.prompts, skip))
 
-    def forward(self, first, purpose="that were asked for"):
-        """Activations [forward_tokens, D] of the next `prompt_batch` prompts; `first` numbers their noise. Raises
-        ValueError, with the prompt, for what is not finite."""
+    def send(self, first, purpose="that were asked for"):
+        """A forward pass over the next `prompt_batch` prompts, for `fetch`, which alone waits for it; `first` numbers
+        their noise."""
         run, model = self.run, self.model
         prompts = list(itertools.islice(self.prompts, run.prompt_batch))
         self.position += len(prompts)
@@ -107,12 +143,23 @@ class Harvest:
         start = flux.Start(flux.draw_noise(run.seed, numbers, shape), (text, pooled, guidance),
                            flux.sigmas(model.scheduler, run.timesteps, shape[0]), self.grid)
         acts = flux.capture(model, start, layer=run.layer, site=run.site)
-        acts = shard.whole(acts)                                 # [timesteps, prompts x seeds, N, D]
-        finite = np.isfinite(acts.astype(np.float32)).all((0, 2, 3))
-        if not finite.all():
-            prompt = prompts[int(np.argmin(finite)) // run.seeds_per_prompt]
+        acts, finite = shard.wait(self.mesh, self.flatten(acts))
+        acts.copy_to_host_async()
+        return prompts, purpose, acts, finite
+
+    def fetch(self, sent):
+        """Activations [forward_tokens, D] of a pass. Raises ValueError, with the prompt, for what is not finite."""
+        prompts, purpose, acts, finite = sent
+        if not (finite := np.asarray(finite)).all():
+            prompt = prompts[int(np.argmin(finite)) // self.run.seeds_per_prompt]
             raise ValueError(f"activations {purpose} hold NaN or Inf, at the prompt {prompt!r}; none were trained on")
-        return acts.reshape(-1, acts.shape[-1])
+        return np.asarray(acts)
+
+
+def flat_and_finite(acts, dtype):
+    """[timesteps, prompts x seeds, N, D] → rows [..., D], and whether all is finite, [prompts x seeds]."""
+    acts = acts.astype(dtype)
+    return acts.reshape(-1, acts.shape[-1]), jnp.isfinite(acts).all((0, 2, 3))
 
 
 # ---------------------------------------------------------------- the run
@@ -122,14 +169,14 @@ def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, 
     """Train to `run.steps`; checkpoints into the folder `out`. Returns rows of the closing table. mesh: of several
     devices, over which the SAE's features are split. Of several hosts the first one writes. stop(step): whether to
     end before that step; then a checkpoint is written, and None returned."""
-    harvest = Harvest(run, model, prompts)
+    harvest = Harvest(run, model, prompts, mesh)
     print(f"data: chunks of {harvest.tokens:,} tokens, from {harvest.forwards * run.prompt_batch:,} prompts each, "
           f"shuffled whole ({harvest.batches} batches of {run.batch:,})")
     # Then the rate falls to zero. Of nano's layer 5, 200 steps of warmup leave 9 % dead, 300 leave 3 %.
     warmup = min(300, run.steps * 3 // 10)
     cfg = sae.Config(d_in=model.cfg.width, features=run.features, k=run.k, lr=run.lr, warmup=warmup,
                      decay=(warmup, run.steps + 1))
-    metadata, chunk, window = describe(run, model), None, []
+    metadata, window = describe(run, model), []
     with tqdm(total=run.steps, unit="step", dynamic_ncols=True, disable=not shard.first()) as bar:
         if resume:
             state, unlogged = load_state(out)
@@ -137,14 +184,13 @@ def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, 
             if shard.first():
                 trim_metrics(out, int(state.step))
         else:
-            chunk = harvest.chunk(0, bar, partial(stop, 0))
-            if chunk is None:
+            if not harvest.ready(0, partial(stop, 0), bar):
                 return None
-            state = sae.init(jax.random.key(run.seed), cfg, np.asarray(chunk[:65536], np.float32))
+            state = sae.init(jax.random.key(run.seed), cfg, harvest.rows[harvest.order[:65536]].astype(np.float32))
             if shard.first():
                 begin(out, state, cfg, metadata, overwrite)
         bar.initial = bar.n = bar.last_print_n = int(state.step)         # or the time left would count old steps
-        state = loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_every, save_every, stop)
+        state = loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop)
         if int(state.step) < run.steps:
             return None
         bar.set_description("evaluating")
@@ -154,7 +200,7 @@ def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, 
     return rows
 
 
-def loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_every, save_every, stop):
+def loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop):
     """Steps from where `state` stands to the end, or until stop(step), and then a checkpoint. `window`: metrics of the
     steps that are not in metrics.jsonl yet."""
     def keep():
@@ -166,14 +212,10 @@ def loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_
     step_fn = jax.jit(sae.step, static_argnums=1, donate_argnums=0, out_shardings=where)
     since, old = time.monotonic(), len(window)
     for step in range(int(state.step), run.steps):
-        c, b = divmod(step, harvest.batches)
-        if chunk is None or (b == 0 and step):
-            chunk = harvest.chunk(c, bar, partial(stop, step))
-        if chunk is None or stop(step):
+        if stop(step) or not harvest.ready(step, partial(stop, step), bar):
             keep()
             break
-        x = chunk[b * run.batch:(b + 1) * run.batch].astype(np.float32)
-        state, metrics = shard.wait(mesh, step_fn(state, cfg, x))
+        state, metrics = shard.wait(mesh, step_fn(state, cfg, harvest.batch(step)))
         window.append(metrics)
         bar.update()
         if (step + 1) % log_every == 0 or step + 1 == run.steps:
@@ -200,8 +242,8 @@ def summary(step, batch, window, speed):
 def evaluate(run, harvest, state, cfg):
     """Rows of the closing table, on activations of prompts that come after the last one trained on: the SAE, PCA with k
     components fitted on these very activations (which flatters it), and random features (an SAE before any step)."""
-    harvest.seek(-(-run.steps // harvest.batches))
-    x = np.concatenate([harvest.forward(HELD_OUT + i * run.prompt_batch, "of the evaluation")
+    harvest.seek(harvest.chunks)
+    x = np.concatenate([harvest.fetch(harvest.send(HELD_OUT + i * run.prompt_batch, "of the evaluation"))
                         for i in range(-(-min(harvest.tokens, 65536) // harvest.forward_tokens))]).astype(np.float32)
 
     def score(state):

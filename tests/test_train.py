@@ -238,7 +238,7 @@ def test_kill_in_the_middle_of_a_save_leaves_a_checkpoint_that_resumes(start, na
 
 @pytest.mark.parametrize("call", [1, 3, 6])
 def test_sigterm_saves_and_ends_well(start, trained, tmp_path, monkeypatch, capsys, call):
-    """As a TPU is taken away: in the first chunk, within the first forward passes, or in the second chunk."""
+    """As a TPU is taken away: within the first forward passes, or within one that runs beside the first step."""
     original, count = flux.capture, itertools.count(1)
 
     def capture(*args, **kwargs):
@@ -253,7 +253,7 @@ def test_sigterm_saves_and_ends_well(start, trained, tmp_path, monkeypatch, caps
     if call < 5:                                                 # nothing has been trained yet
         assert not list(tmp_path.iterdir())
         return
-    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 4
+    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 2
     train.main(resume=True, **LOGGED)
     assert_same_run(tmp_path / "ckpt", trained)
 
@@ -360,6 +360,15 @@ def harvest(nano, model, **flags):
     return train.Harvest(run, model, iter(itertools.cycle(PROMPTS)))
 
 
+def chunk(h, c):
+    """The activations of a chunk [N, D], in the order of its steps."""
+    batches = []
+    for step in range(c * h.batches, (c + 1) * h.batches):
+        assert h.ready(step)
+        batches.append(h.batch(step))
+    return np.concatenate(batches)
+
+
 def sort(rows):
     return rows[np.lexsort(rows.T[::-1])]
 
@@ -367,17 +376,17 @@ def sort(rows):
 def test_chunks_repeat_differ_and_are_shuffled_across_prompts(nano, model):
     h = harvest(nano, model)
     assert (h.tokens, h.forwards, h.batches) == (256, 4, 4)
-    first, second = h.chunk(0), h.chunk(1)
+    first, second = chunk(h, 0), chunk(h, 1)
     assert first.shape == (256, model.cfg.width) and first.dtype == np.float32
-    np.testing.assert_array_equal(harvest(nano, model).chunk(1), second)     # skips chunk 0's prompts
-    np.testing.assert_array_equal(harvest(nano, model).chunk(0), first)
+    np.testing.assert_array_equal(chunk(harvest(nano, model), 1), second)     # skips chunk 0's prompts
+    np.testing.assert_array_equal(chunk(harvest(nano, model), 0), first)
     assert not np.isin(first[:, 0], second[:, 0]).any()          # other prompts, other noise
     parts = harvest(nano, model)
-    plain = np.concatenate([parts.forward(2 * i) for i in range(4)])
+    plain = np.concatenate([parts.fetch(parts.send(2 * i)) for i in range(4)])
     np.testing.assert_array_equal(sort(plain), sort(first))
     places = [np.flatnonzero((plain == row).all(1))[0] for row in first[:64]]
     assert len(set(np.array(places) // 32)) == 8                 # one batch holds tokens of every prompt
-    other = harvest(nano, model, seed=1).chunk(0)
+    other = chunk(harvest(nano, model, seed=1), 0)
     assert not np.isin(first[:, 0], other[:, 0]).any()
 
 
@@ -389,20 +398,57 @@ def test_chunks_do_not_depend_on_the_prompts_of_a_forward_pass(nano, model, monk
     monkeypatch.setattr(flux, "capture", capture)
     two, four = harvest(nano, model), harvest(nano, model, prompt_batch=4)
     for c in (0, 1):
-        np.testing.assert_allclose(two.chunk(c), four.chunk(c), atol=1e-4)
+        np.testing.assert_allclose(chunk(two, c), chunk(four, c), atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [24, 56, 64, 72, 100, 250])
+def test_harvesting_between_steps_gives_the_batches_of_whole_chunks(nano, model, monkeypatch, batch):
+    """Also where a chunk has tokens left over, and from whatever step a run is resumed."""
+    def capture(model, start, **_):                              # needs no compiling
+        return np.tile(np.asarray(start.latents), (1, 1, 2))[None, :, :, :model.cfg.width]
+
+    monkeypatch.setattr(flux, "capture", capture)
+    make = lambda: harvest(nano, model, batch=batch, steps=11)
+    plain, expected = make(), []
+    for c in range(plain.chunks):
+        acts = np.concatenate([plain.fetch(plain.send(plain.position)) for _ in range(plain.forwards)])
+        acts = acts[np.random.default_rng((0, c)).permutation(256)]
+        expected += [acts[b * batch:(b + 1) * batch] for b in range(plain.batches)]
+    for start in (0, 1, 3, 4, 5, 10):
+        h = make()
+        for step in range(start, 11):
+            assert h.ready(step) and h.rows.shape[0] == 256
+            np.testing.assert_array_equal(h.batch(step), expected[step])
+        assert h.position == plain.position  and not h.under_way
+
+
+def test_passes_of_the_next_chunk_are_sent_between_steps(nano, model):
+    """Two a step at most, fetched a step later; none beyond the last chunk; stop() is asked before each."""
+    h, asked, seen = harvest(nano, model, steps=7, batch=32), [], []
+    for step in range(7):
+        assert h.ready(step, lambda: asked.append(step))
+        seen.append((h.stored, len(h.under_way)))
+    assert (h.forwards, h.batches, h.chunks) == (4, 8, 1) and seen == [(4, 0)] * 7 and asked == [0] * 4
+    h, asked, seen = harvest(nano, model, steps=10), [], []
+    for step in range(10):
+        assert h.ready(step, lambda: asked.append(step))
+        seen.append((h.stored, len(h.under_way)))
+    assert seen == [(4 + n, 1) for n in range(8)] + [(12, 0)] * 2 and asked == [0] * 5 + [*range(1, 8)]
+    h = harvest(nano, model, steps=10)
+    assert h.ready(0) and not h.ready(1, lambda: True) and len(h.under_way) == 1
 
 
 @pytest.mark.parametrize("layer, site, timesteps, N", [(2, "img", 1, 16), (5, "both", 2, 32)])
 def test_activations_are_those_of_flux_residuals(nano, model, layer, site, timesteps, N):
     h = harvest(nano, model, layer=layer, site=site, timesteps=timesteps, buffer=1)
-    chunk = h.chunk(0)
+    found = chunk(h, 0)
     repeated = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
     # image n of prompt p has the noise number 2 p + n, which is flux.residuals' own numbering of these four
     expected = np.asarray(flux.residuals(model, repeated, layer=layer, site=site, seed=0, steps=timesteps, size=64,
                                          text_tokens=16)).reshape(-1, model.cfg.width)
-    assert expected.shape == chunk.shape == (4 * N * timesteps, model.cfg.width)
-    order = np.random.default_rng((0, 0)).permutation(len(chunk))
-    np.testing.assert_allclose(chunk, expected[order], atol=1e-5 * np.abs(expected).max())
+    assert expected.shape == found.shape == (4 * N * timesteps, model.cfg.width)
+    order = np.random.default_rng((0, 0)).permutation(len(found))
+    np.testing.assert_allclose(found, expected[order], atol=1e-5 * np.abs(expected).max())
     images = expected.reshape(timesteps, 4, N, -1)[0]
     assert np.abs(images[0] - images[1]).max() > 1e-2            # seeds of one prompt differ in their noise
 
@@ -412,7 +458,7 @@ def test_held_out_activations_come_from_prompts_after_the_last_one(nano, model):
     h.prompts = (seen.append(n) or PROMPTS[n % 12] for n in itertools.count())
     h.seek(2)
     assert seen == list(range(16)) and h.position == 16
-    h.forward(train.HELD_OUT)
+    h.fetch(h.send(train.HELD_OUT))
     assert seen == list(range(18)) and h.position == 18
 
 
@@ -487,8 +533,8 @@ def test_a_gated_model_without_a_token(monkeypatch, capsys, tmp_path):
 def test_prompts_that_end_in_the_middle_of_a_bad_file_leave_the_checkpoint(start, tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS) + "{\n")
     with pytest.raises(ValueError, match="line 13 is not JSON"):
-        start(prompts=str(tmp_path / "p.jsonl"))                 # in the second chunk
-    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 4
+        start(prompts=str(tmp_path / "p.jsonl"))                 # of the second chunk, while the first is trained on
+    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 2
 
 
 @pytest.mark.parametrize("call, step", [(1, 0), (6, 4)])
@@ -505,15 +551,15 @@ def test_activations_that_are_not_finite_are_never_trained_on(start, monkeypatch
     with pytest.raises(ValueError, match=f"step {step} .*NaN.*{re.escape(repr(prompt))}"):
         start()
     assert (tmp_path / "ckpt").exists() == (step > 0)
-    if step:
-        assert int(sae.load_state(tmp_path / "ckpt")[0].step) == step
+    if step:                                                     # found while the chunk before it is trained on
+        assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 2
 
 
 def test_bfloat16_activations(nano, model):
     half = replace(model, params=flux.jax.tree.map(lambda w: w.astype(jnp.bfloat16), model.params))
-    chunk, exact = harvest(nano, half, dtype="bfloat16").chunk(0), harvest(nano, model).chunk(0)
-    assert chunk.dtype == jnp.bfloat16
-    np.testing.assert_allclose(chunk.astype(np.float32), exact, atol=0.05 * np.abs(exact).max())
+    found, exact = chunk(harvest(nano, half, dtype="bfloat16"), 0), chunk(harvest(nano, model), 0)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(np.float32), exact, atol=0.05 * np.abs(exact).max())
 
 
 def test_the_flags_of_the_command_are_those_of_a_run():
