@@ -31,8 +31,8 @@ def topk(x: Array, k: int) -> tuple[Array, Array]:
 
 
 def _topk_of_blocks(x: Array, k: int, size: int = 16) -> list[Array]:
-    """`topk` in two stages, where that is faster: the k largest of all lie in the k blocks with the largest maxima. Blocks
-    stay in order, so that of equal values the one with the lower index still comes first."""
+    """`topk` in two stages, where that is faster: the k largest of all lie in the k blocks with the largest maxima.
+    Blocks stay in order, so that of equal values the one with the lower index still comes first."""
     if x.shape[-1] % size or x.shape[-1] < 8 * size * k:
         return list(lax.top_k(x, k))
     blocks = x.reshape(*x.shape[:-1], -1, size)
@@ -63,14 +63,20 @@ def _sddmm(x: Array, rows: Array, indices: Array) -> Array:
 def _outer(values: Array, indices: Array, x: Array, features: int) -> Array:
     """values, indices [B, k], x [B, D] -> [F, D], summed in float32; repeated indices add up."""
 
-    def add(total, column):
-        value, index = column
-        return total.at[index].add(value[:, None] * x), None
+    def add(total, part):
+        value, index, row = part
+        return total.at[index].add(value[:, None] * row), None
+
+    def by_row(total, values, indices, x):  # what is added stays in a CPU's cache
+        return lax.scan(add, total, (values, indices, x))[0]
+
+    def by_column(total, values, indices, x):
+        return lax.scan(lambda total, part: add(total, (*part, x)), total, (values.T, indices.T))[0]
 
     dtype = jnp.promote_types(jnp.promote_types(values.dtype, x.dtype), jnp.float32)
     # Not a constant, which XLA would build once for several of these sums and then copy for each
     start = jnp.full((features, x.shape[1]), 0 * values[0, 0], dtype)
-    return lax.scan(add, start, (values.T, indices.T))[0]
+    return lax.platform_dependent(start, values, indices, x, cpu=by_row, default=by_column)
 
 
 @jax.custom_vjp
@@ -96,8 +102,9 @@ sparse_decode.defvjp(_sparse_decode_forward, _sparse_decode_backward)
 
 
 def by_rows(function, rows: Array, size: int = 128) -> Array:
-    """function(rows) of an array [F, ...], where the result of a row needs that row alone. On a CPU piece by piece and in
-    place, where XLA would write what has reductions in it to fresh memory, which costs more than the work itself."""
+    """function(rows) of an array [F, ...], where the result of a row needs that row alone. On a CPU piece by piece and
+    in place: otherwise XLA may write to fresh memory, which the system has to clear first; that costs more than the
+    work itself."""
     return lax.platform_dependent(rows, cpu=lambda rows: _by_rows(function, rows, size), default=function)
 
 
@@ -106,6 +113,7 @@ def _by_rows(function, rows, size):
         new = function(lax.dynamic_slice_in_dim(rows, start, size))
         return lax.dynamic_update_slice_in_dim(rows, new, start, 0)
 
+    size = min(size, len(rows))
     whole, left = divmod(len(rows), size)
     rows = lax.fori_loop(0, whole, lambda i, rows: piece(i * size, size, rows), rows)
     return piece(whole * size, left, rows) if left else rows
@@ -120,6 +128,7 @@ def preactivations(x: Array, W_enc: Array, b_enc: Array) -> Array:
     """
     x, W_enc, b_enc = lax.stop_gradient((x, W_enc, b_enc))
     product = lax.dot_general(x, W_enc, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGH)
+    # In place, or every reader of the sum would get a [B, F] of its own
     return by_rows(lambda rows: rows + b_enc, product)
 
 
