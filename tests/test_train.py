@@ -134,7 +134,8 @@ def test_metadata_says_how_to_make_it_again(trained, nano):
     assert metadata["versions"].keys() >= {"jax", "numpy"} and "normalization" in metadata and "revision" in metadata
     assert metadata["run"] == TINY | {"model": str(nano), "site": "img", "prompts": "scenes", "prompt_field": None,
                                       "timesteps": 1, "lr": 9 * sae.default_lr(256), "seed": 0, "dtype": "float32",
-                                      "quant": "none"}
+                                      "quant": "none", "activation": "topk", "matryoshka": None,
+                                      "transcoder": None, "normalization": "std", "init": None}
     rows = metadata["evaluation"]
     assert list(rows) == ["SAE", "PCA, 8 components", "random features"]
     assert 0 < rows["PCA, 8 components"]["fvu_standardized"] < rows["random features"]["fvu_standardized"]
@@ -350,6 +351,95 @@ def test_out_that_is_not_a_checkpoint(monkeypatch, capsys, tmp_path, trained):
     state, cfg, _ = sae.load_state(trained)
     sae.checkpoint(tmp_path / "foreign", state, cfg)
     assert "not written by" in fails(monkeypatch, capsys, f"--out={tmp_path / 'foreign'}", "--resume")
+
+
+# ---------------------------------------------------------------- other SAEs
+
+
+LONGER = {"steps": 40, "save_every": 10}                         # what takes more than six steps to show
+
+
+@pytest.mark.parametrize("flags, architecture", [
+    ({"activation": "batchtopk", "normalization": "pca"} | LONGER, "jumprelu"), ({"activation": "jumprelu"}, "jumprelu"),
+    ({"matryoshka": (16, 100)}, "topk"), ({"matryoshka": 64, "activation": "batchtopk"}, "jumprelu"),
+    ({"transcoder": 4} | LONGER, "jumprelu_transcoder"), ({"site": "both", "timesteps": 2}, "topk")])
+def test_other_saes_train_load_in_sae_lens_and_resume(start, monkeypatch, tmp_path, model, flags, architecture):
+    from sae_lens import SAE
+    start(**flags, out="straight")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 2)
+        start(**flags, out="ckpt")
+    start(**flags, out="ckpt", resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "ckpt")
+    _, cfg = sae.load_groups("ckpt")
+    assert SAE.load_from_disk("ckpt").cfg.architecture() == architecture
+    assert cfg.matryoshka == {(16, 100): (16, 100, 256), 64: (64, 256)}.get(flags.get("matryoshka"))
+    rows = sae.load_metadata("ckpt")["evaluation"]
+    assert 0 < rows["SAE"]["fvu_standardized"] < rows["random features"]["fvu_standardized"]
+    assert 2 < rows["SAE"]["l0"] < 32
+    if "transcoder" in flags:
+        here, there = (flux.residuals(model, PROMPTS[:4], layer=layer, site="img", size=64, text_tokens=16)
+                       .reshape(-1, 128) for layer in (2, 4))
+        out = sae.decode(sae.load("ckpt")[0], cfg, *sae.encode(sae.load("ckpt")[0], cfg, here))
+        assert jnp.sum((out - there) ** 2) < jnp.sum((there - there.mean(0)) ** 2)
+
+
+def test_each_group_of_tokens_has_its_normalization(start, model):
+    """Text and image tokens of two timesteps: each group's SAE holds the mean of its own residuals, and only that."""
+    start(site="both", timesteps=2, buffer=2048)
+    state, cfg, _ = sae.load_state("ckpt")
+    assert cfg.groups == ("txt-t0", "img-t0", "txt-t1", "img-t1") and state.mean.shape == (4, 128)
+    x = flux.residuals(model, PROMPTS * 4, layer=2, site="both", steps=2, size=64, text_tokens=16, seed=3)
+    for g, (name, t, part) in enumerate(flux.token_groups("both", 2, 16)):
+        assert name == cfg.groups[g]
+        tokens = x[t, :, part].reshape(-1, 128)
+        distances = [np.linalg.norm((tokens.mean(0) - mean) / std) for mean, std in zip(state.mean, state.std)]
+        assert int(np.argmin(distances)) == g
+        assert sae.load(Path("ckpt") / (name if g else ""))[1] == cfg
+    start(site="both", timesteps=2, buffer=2048, overwrite=True)
+    (Path("ckpt") / "mine").mkdir()
+    with pytest.raises(ValueError, match="not ours: mine"):
+        start(site="both", timesteps=2, overwrite=True)
+
+
+def test_init_starts_from_an_sae(start, trained, tmp_path, monkeypatch):
+    """Of a folder, of SAELens, of the hub: the first step is as good as the SAE was, and the shape is its own."""
+    import torch
+    from sae_lens import SAE
+    theirs = SAE.load_from_disk(trained)
+    with torch.no_grad():
+        theirs.W_dec *= 2                                        # as nothing of ours would be
+        theirs.W_enc /= 2
+        theirs.b_enc /= 2
+    theirs.save_model(tmp_path / "theirs" / "sub")
+    asked = []
+
+    def snapshot(repo, allow_patterns):
+        asked.append((repo, allow_patterns))
+        return tmp_path / "theirs"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    flags = {"features": None, "k": None, "steps": 2, "log_every": 1}
+    start(**flags | {"features": 256, "k": 8}, out="anew")
+    for out, init in (("a", str(trained)), ("b", str(tmp_path / "theirs" / "sub")), ("c", "someone/saes/sub")):
+        start(**flags, out=out, init=init)
+        assert sae.load(out)[1].features == 256 and sae.load(out)[1].k == 8
+        assert metrics(Path(out))[0]["fvu"] < 0.9 * metrics(Path("anew"))[0]["fvu"]
+    assert asked[0] == ("someone/saes", ["sub/cfg.json", "sub/sae_weights.safetensors"])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--init", "nowhere"], "no such folder"), (["--init", "TRAINED", "--features", 99], "the SAE of --init has 256"),
+    (["--init", "TRAINED", "--transcoder", 3], "not a transcoder"), (["--matryoshka", "9,4"], "prefixes rise"),
+    (["--matryoshka", "a,b"], "prefixes"), (["--activation", "relu"], "topk, batchtopk, jumprelu"),
+    (["--transcoder", 99], "layers 0 to 11"), (["--transcoder", 3, "--activation", "topk"], "no TopK transcoder"),
+    (["--normalization", "zca"], "std, pca, scale"), (["--matryoshka", "512"], "to all 256")])
+def test_mistakes_about_other_saes(monkeypatch, capsys, tmp_path, nano, trained, flags, message):
+    monkeypatch.chdir(tmp_path)
+    flags = [str(flag).replace("TRAINED", str(trained)) for flag in flags]
+    given = ["--features", 256] if "--features" not in flags else []
+    assert message in fails(monkeypatch, capsys, "--model", nano, *given, *flags)
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- chunks
