@@ -197,7 +197,7 @@ def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, 
     metadata, window = describe(run, model), []
     with tqdm(total=run.steps, unit="step", dynamic_ncols=True, disable=not shard.first()) as bar:
         if resume:
-            state, unlogged = load_state(out)
+            state, unlogged = load_state(out, run)
             window = [dict(zip(unlogged, values)) for values in zip(*unlogged.values())]
             if shard.first():
                 trim_metrics(out, int(state.step))
@@ -316,13 +316,21 @@ def describe(run, model):
 
 
 def save(out, state, cfg, metadata, extra=None):
+    """A checkpoint; state.safetensors too says of which run it is."""
     if shard.first():
-        sae.checkpoint(out, state, cfg, metadata=metadata, extra=extra)
+        name = np.frombuffer(json.dumps(metadata["run"]).encode(), np.uint8)
+        sae.checkpoint(out, state, cfg, metadata=metadata, extra={"run": name} | (extra or {}))
 
 
-def load_state(out):
-    """(state, extra) to go on from. Of several hosts each has to see the checkpoint, and the same one."""
+def load_state(out, run):
+    """(state, extra) to go on from. Of several hosts each has to see the checkpoint, and the same one. Raises
+    ValueError for the state of another run, whose shapes may well be the same."""
     state, _, extra = shard.together(sae.load_state, out)
+    ours = json.loads(json.dumps(asdict(run)))
+    for name, value in json.loads(bytes(extra.pop("run", b"{}"))).items():
+        if name != "steps" and value != ours.get(name, value):
+            raise ValueError(f"--resume: {out / sae.STATE} is of another run than {out / sae.CONFIG}: its {name} is "
+                             f"{value}, not {ours[name]}")
     steps = shard.of_all(np.asarray(state.step)).tolist()
     if len(set(steps)) > 1:
         raise ValueError(f"--resume: the hosts see different checkpoints in {out}, of steps {steps}")
@@ -332,8 +340,10 @@ def load_state(out):
 def begin(out, state, cfg, metadata, overwrite):
     """The first checkpoint. An old one that is to be overwritten stays in place until the new one is complete."""
     out = out.resolve()                                          # a link stays, what it points to is replaced
-    fresh, old = (out.with_name(f"{out.name}.{age}{os.getpid()}") for age in ("new", "old"))
-    sae.checkpoint(fresh, state, cfg, metadata=metadata)
+    fresh, old = (out.with_name(f".{out.name}.{age}{sae.TMP}") for age in ("new", "old"))
+    for left in (fresh, old):                                    # by a run that was killed right here
+        shutil.rmtree(left, ignore_errors=True)
+    save(fresh, state, cfg, metadata)
     if overwrite and out.exists():
         out.rename(old)
     fresh.rename(out)
@@ -394,12 +404,21 @@ def check_out(out, resume, overwrite):
 
 
 def trim_metrics(out, step):
-    """Drop lines that a killed run wrote after its last checkpoint, and a torn last line; they will come again."""
+    """Keep the lines up to `step`: not those that a killed run wrote after its last checkpoint, which will come again,
+    nor what is torn or damaged."""
     file, new = out / "metrics.jsonl", out / ".metrics.jsonl.new"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    new.write_text("".join(kept), encoding="utf-8")
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    new.write_bytes(b"".join(line + b"\n" for line in lines if 0 <= logged_step(line) <= step))
     os.replace(new, file)
+
+
+def logged_step(line):
+    """The step of a line of metrics.jsonl, or -1 where it cannot be read."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return -1
+    return step if type(step) is int else -1
 
 
 # ---------------------------------------------------------------- the command line

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,6 +238,65 @@ def test_kill_in_the_middle_of_a_save_leaves_a_checkpoint_that_resumes(start, na
     assert files(tmp_path / "ckpt").keys() == files(trained).keys()
 
 
+# Runs `flux.command(train.main)` in children that need not import anything again: a fork before JAX has made threads.
+FORKED = """
+import json, os, pathlib, random, signal, sys, time
+sys.path.insert(0, {root!r})
+import fire, flux, optax, sae, safetensors.numpy, shard, text, train, vae
+
+def run(*flags):
+    if child := os.fork():
+        return child
+    sys.argv = ["train.py", *flags]
+    os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(2, 1)
+    try:
+        flux.command(train.main)
+    except BaseException as error:
+        os._exit(getattr(error, "code", None) or 1)
+    os._exit(0)
+
+kills, *flags = sys.argv[1:]
+code = os.waitpid(run("--out=straight", *flags), 0)[1]
+moments, state = random.Random(int(kills)), pathlib.Path("ckpt", sae.STATE)
+saved = lambda: state.stat().st_mtime_ns if state.exists() else 0
+found = []
+while not code:
+    start, before, saves = time.monotonic(), saved(), moments.choice([0, 1, 2])
+    wait = moments.expovariate(1 / 0.02) if saves else moments.uniform(0, 2)
+    child = run("--out=ckpt", *flags, *["--resume"] * state.exists())
+    if len(found) == int(kills):
+        code = os.waitpid(child, 0)[1]
+        break
+    while saves and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if saved() != before:
+            before, saves = saved(), saves - 1
+        time.sleep(0.0002)
+    time.sleep(wait)
+    os.kill(child, signal.SIGKILL)
+    ended = os.waitpid(child, 0)[1]
+    step = int(sae._load_arrays(state)[0]["step"]) if state.exists() else None
+    found.append([round(time.monotonic() - start, 2), ended, step])
+print(json.dumps([code, found]))
+"""
+
+
+def test_kills_at_random_moments_end_in_the_same_bytes(nano, tmp_path, environment):
+    """kill -9 while loading, in the first harvest, in a step or a save; then --resume. KILLS=20 for as many."""
+    kills = int(os.environ.get("KILLS", 5))
+    flags = TINY | {"batch": 60, "steps": 6 * kills, "log_every": 3, "save_every": 1, "model": str(nano)}
+    command = [sys.executable, "-c", FORKED.format(root=str(ROOT)), str(kills)]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True)
+    code, found = json.loads(done.stdout)
+    print(found)
+    assert code == 0, (tmp_path / "log").read_text()
+    assert [ended for _, ended, _ in found] == [signal.SIGKILL] * kills
+    assert_same_run(tmp_path / "ckpt", tmp_path / "straight")
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt", "straight", "log"}
+    assert files(tmp_path / "ckpt").keys() == files(tmp_path / "straight").keys()
+
+
 @pytest.mark.parametrize("call", [1, 3, 6])
 def test_sigterm_saves_and_ends_well(start, trained, tmp_path, monkeypatch, capsys, call):
     """As a TPU is taken away: within the first forward passes, or within one that runs beside the first step."""
@@ -278,6 +338,75 @@ def test_two_runs_into_one_folder(start, tmp_path, monkeypatch, capsys):
     with train.claim(Path("ckpt")):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def damaged(data, r):
+    """One of six kinds: cut short, a bit flipped, a piece overwritten, something appended, another file, none."""
+    kind, at, piece = r.integers(6), int(r.integers(len(data))), r.bytes(int(r.integers(1, 64)))
+    flipped = bytes([data[at] ^ 1 << int(r.integers(8))])
+    return [data[:at], data[:at] + flipped + data[at + 1:], data[:at] + piece + data[at + len(piece):], data + piece,
+            [b"PK\x03\x04 a torch file", b"{}", b"[]\n", b"null"][int(r.integers(4))], b""][kind]
+
+
+@pytest.fixture(scope="module")
+def stopped(nano, model, tmp_path_factory):
+    """The checkpoint of step 3 of `trained`'s run."""
+    out = tmp_path_factory.mktemp("stopped") / "ckpt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flux, "load", lambda *args, **kwargs: model)
+        patch.setattr(train, "preemption", lambda: contextlib.nullcontext(lambda step: step == 3))
+        train.main(model=str(nano), out=str(out), **TINY, **LOGGED)
+    return out
+
+
+@pytest.mark.parametrize("name", [sae.CONFIG, sae.STATE, sae.WEIGHTS, "metrics.jsonl"])
+def test_resume_from_damaged_files(start, stopped, trained, tmp_path, monkeypatch, name):
+    """50 times: an error that names the file, and nothing changed, or a run that ends as it should have."""
+    folder, r, ended = tmp_path / "ckpt", np.random.default_rng(len(name)), 0
+    whole = files(stopped)
+    forward, answers = flux.capture, {}
+
+    def capture(model, start, **where):                          # the same few passes, 200 times
+        key = np.asarray(start.latents).tobytes()
+        answers[key] = answers[key] if key in answers else forward(model, start, **where)
+        return answers[key]
+
+    monkeypatch.setattr(flux, "capture", capture)
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(stopped, folder)
+        (folder / name).write_bytes(damaged(whole[name], r))
+        before = files(folder)
+        try:
+            train.main(resume=True, **LOGGED)
+        except ValueError as error:
+            assert name in str(error) or "not written by this train.py" in str(error), error
+            assert files(folder) == before
+            continue
+        ended += 1
+        assert all((folder / file).read_bytes() == (trained / file).read_bytes() for file in (sae.STATE, sae.WEIGHTS))
+        assert sae.load_metadata(folder)["evaluation"] == sae.load_metadata(trained)["evaluation"]
+        if name != "metrics.jsonl":
+            assert metrics(folder) == metrics(trained)
+    assert ended == 50 if name in (sae.WEIGHTS, "metrics.jsonl") else ended < 10     # these are not needed
+
+
+def test_files_of_another_run_in_between(start, stopped, tmp_path, monkeypatch, capsys):
+    """Whole, of the same shapes, and yet not to be gone on with."""
+    start(seed=1, out="other")
+    for name in (sae.STATE, sae.CONFIG):
+        shutil.copytree(stopped, tmp_path / name)
+        shutil.copy(tmp_path / "other" / name, tmp_path / name)
+        line = fails(monkeypatch, capsys, "--resume", f"--out={tmp_path / name}")
+        assert "is of another run" in line and "its seed is" in line
+
+
+def test_metrics_that_cannot_be_read_are_dropped(tmp_path):
+    good = b'{"step": 2, "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(
+        good + b'\xff\xfe{\n[]\n5\n{"step": null}\n{}\n{"step": 9}\n' + b"[" * 99_999 + b'\n{"step": 4}\n{"step": 3')
+    train.trim_metrics(tmp_path, 4)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good + b'{"step": 4}\n'
 
 
 FULL = """
