@@ -313,7 +313,8 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     """Draw `prompts`, encode the activations of one layer, and keep statistics: a `Collected`, also saved in
     `folder`/collect, with the images in `folder`/images.
 
-    model: of `flux.load`. params, cfg: of `sae.load`, or of `sae.load_groups`. timesteps: at which activations are taken, as `train.py` does.
+    model: of `flux.load`. params, cfg: of `sae.load` or `sae.load_groups`. timesteps: at which activations are taken,
+    as `train.py` does.
     steps: in which the images are drawn. labels [N, A] bool: what is true of each prompt's scene, named by
     `attributes`. info: more for the JSON. progress: called with the number of prompts done. A stopped run goes on where
     its last state was saved, if all arguments are the same. Raises ValueError where activations are not finite.
@@ -362,7 +363,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
 
 
 def encode(params, cfg, acts, site, text_tokens):
-    """acts [timesteps, B, N, D] → values, indices [timesteps, B, N, most features of a token], by the SAE of each group."""
+    """acts [timesteps, B, N, D] → values, indices [timesteps, B, N, most features of a token], by each group's SAE."""
     groups = flux.token_groups(site, len(acts), text_tokens) if len(params) > 1 else [("", slice(None), slice(None))]
     if len(groups) != len(params):
         raise ValueError(f"the checkpoint has SAEs for {len(params)} groups of tokens; site {site} with {len(acts)} "
