@@ -12,7 +12,8 @@ operations that are each other's derivatives (names as in sparse linear algebra)
 
 Each walks the k columns in a scan whose temporaries are [B, D]. Measured against gathering all of [B, k, D] at once
 this is 2 to 9 times as fast on two CPU cores (k = 32; B, D, F = 4096, 128, 2048 and 1024, 3072, 16384), and against a
-scatter sorted by feature 3 to 7 times. The whole gradient takes half the time of the dense one.
+scatter sorted by feature 3 to 7 times. (On a CPU `outer` walks the rows of the batch instead: 1.2 to 2.4 times as fast
+again.) The whole gradient takes half the time of the dense one.
 """
 
 import jax
