@@ -62,7 +62,8 @@ def measure(step, i):
 
 def processor():
     """As Linux names it."""
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", file.read_text()) if file.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
 
 
