@@ -122,6 +122,8 @@ def server(monkeypatch, tmp_path):
     hub = Hub()
     threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    files = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
@@ -159,6 +161,28 @@ def test_what_is_uploaded(server, tmp_path):
     hub.upload(second, "me/saes")
     assert len(server.commits) == 2 and held.keys() > expected.keys() and "layer37-both/cfg.json" in held
     assert "also holds `layer10-img`." in held["README.md"].decode()
+
+
+def test_groups_of_tokens_go_along_and_init_takes_them_from_there(server, tmp_path, nano, monkeypatch):
+    cfg = sae.Config(d_in=128, features=256, k=5, groups=("txt", "img"), activation="batchtopk")
+    x = np.random.default_rng(0).standard_normal((200, 128), np.float32)
+    state = sae.init(jax.random.key(0), cfg, x, np.arange(200) % 2)._replace(step=np.int32(7))
+    about = {"model": "nano", "layer": 3, "site": "both", "normalization": "std", "evaluation": {"SAE": SCORES},
+             "run": RUN | {"site": "both"}}
+    train.save(tmp_path / "a", state, cfg, about)
+    hub.upload(tmp_path / "a", "me/saes")
+    held = server.repos["me/saes"]
+    assert held["layer3-both/img/cfg.json"] == (tmp_path / "a" / "img" / "cfg.json").read_bytes()
+    assert "| for tokens | txt; of img: `layer3-both/img` |" in held["README.md"].decode()
+    hub.upload(tmp_path / "a", "me/saes")
+    assert "also holds" not in held["README.md"].decode()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = train.begun_from("me/saes/layer3-both/img")
+    assert sae.load_metadata(folder)["group"] == "img" and sae.load(folder)[1] == cfg
+    run = train.defaults("nano", nano, flux.read_config(nano)[1], {"init": "me/saes/layer3-both/img"})
+    assert (run.features, run.k, run.activation) == (256, 5, "batchtopk")
+    with pytest.raises(ValueError, match="no repo me/nothing"):
+        train.begun_from("me/nothing")
 
 
 def test_the_card(server, tmp_path):
