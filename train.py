@@ -4,10 +4,10 @@
     python train.py --layer 10 --features 16384            # on a TPU: FLUX.1-schnell
     python train.py --model FOLDER --prompts captions.jsonl.gz --prompt_field text --resume
 
-Copy it with `flux.py`, `sae.py`, `prompts.py`, what they import, and `nano/` for the bundled model. A run is a pure
-function of its flags. It works through the prompts in chunks: a chunk's activations are shuffled whole, then the SAE
-trains on them batch by batch, while the next chunk is harvested between the steps. The step number alone says where a
-run stands, so a resumed run harvests its chunk again and goes on bit for bit, and no activations are ever stored.
+Copy it with `flux.py`, `sae.py`, `prompts.py`, `hub.py`, what they import, and `nano/` for the bundled model. A run is
+a pure function of its flags. It works through the prompts in chunks: a chunk's activations are shuffled whole, then the
+SAE trains on them batch by batch, while the next chunk is harvested between the steps. The step number alone says where
+a run stands, so a resumed run harvests its chunk again and goes on bit for bit, and no activations are ever stored.
 """
 import collections
 import contextlib
@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 import flux
+import hub
 import prompts as sources
 import sae
 import shard
@@ -428,14 +429,15 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
          prompt_field="", prompt_batch=None, seeds_per_prompt=None, timesteps=None, buffer=None, size=None,
          text_tokens=None, lr=None, out="ckpt", resume=False, overwrite=False, seed=None, dtype="", quant="",
          activation="", matryoshka=None, transcoder=None, normalization="", init="",
-         log_every=20, save_every=200, distributed=False, **unknown):
+         log_every=20, save_every=200, push="", distributed=False, **unknown):
     """Train a sparse autoencoder on the residual stream of one layer, and write it to the folder --out. A flag left out
     takes what suits the model (see `defaults`) or, with --resume, what the checkpoint says.
 
     --activation topk, batchtopk or jumprelu. --matryoshka 512,2048: nested prefixes of the features. --transcoder 7:
     what is written is layer 7's residual. --normalization std (per dimension), pca (along principal axes) or scale (one
-    factor). --init: begin from an SAE, a folder of ours or SAELens', or owner/repo/folder on the hub. --distributed:
-    this process is one of several (of a TPU pod; elsewhere say which: --distributed host:port,processes,number).
+    factor). --init: begin from an SAE, a folder of ours or SAELens', or owner/repo/folder on the hub. --push
+    owner/repo: put it on the Hugging Face hub at the end; with --resume, a finished one at once. --distributed: this
+    process is one of several (of a TPU pod; elsewhere say which: --distributed host:port,processes,number).
     """
     names = {field.name for field in fields(Run)} - {"model"}
     given = {name: value for name, value in locals().items() if name in names and value not in (None, "")}
@@ -449,8 +451,12 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
     with shard.as_one(f"if a host was lost, go on from the checkpoint in {out}: --resume on all of them"), \
             contextlib.ExitStack() as held:
         shard.together(lambda: shard.first() and held.enter_context(claim(out)))
+        shard.together(lambda: push and shard.first() and hub.check(push))
         stop = held.enter_context(preemption())
         run, stream = shard.together(prepare, str(model), given, out, resume, overwrite)
+        if push and resume and finished(out, run):
+            shard.together(publish, out, run, push)
+            return
         print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of "
               f"{run.batch:,} tokens, prompts from {run.prompts}")
         if mesh := shard.several():
@@ -463,6 +469,26 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
                      save_every=save_every, stop=stop)
         print(table(rows) if rows else "stopped by SIGTERM; --resume goes on")
         print(f"checkpoint: {out if out.exists() else 'none yet'}")
+        if rows and push:
+            shard.together(publish, out, run, push)
+
+
+def finished(out, run):
+    """Whether the folder holds the end of this run, and not a step on the way."""
+    about, state = sae.load_metadata(out), sae.load_state(out)[0]
+    return "evaluation" in about and Run(**about["run"]) == run and int(state.step) == run.steps
+
+
+def publish(out, run, repo):
+    """The first host puts the finished checkpoint on the hub."""
+    if not shard.first():
+        return
+    base = flux.REPOS.get(run.model, run.model)
+    try:
+        print(f"pushed: {hub.upload(out, repo, base if base.count('/') == 1 and not Path(base).exists() else None)}")
+    except ValueError as error:
+        raise ValueError(f"{error}; the checkpoint is whole, to try again: python train.py --resume --out {out} "
+                         f"--push {repo}") from None
 
 
 def address(given):

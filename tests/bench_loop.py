@@ -5,12 +5,11 @@
 nano is measured, chunks in turns: the loop as train.py runs it, and with every pass and step waited for, whose times
 are given apart. FLUX.1 is counted: operations of the products (from the jaxprs of its real shapes) at the chip's peak,
 or bytes at its bandwidth where these take longer; so they are floors. Assumptions: layer 18 at 256 x 256 pixels, 256
-text tokens, 4 prompts a pass, each encoded anew; NF4 weights read once a pass. An SAE step has 2,048 tokens and k =
-32; its encoder's product takes three bfloat16 passes on a TPU; parameters and moments are read and written once,
-gradients written and read once, a decoder row gathered or added to four times for each token and active feature. On
-this CPU: the same operations at the rate of one large float32 product. "host" is measured here: what the overlap hides
-on a TPU, that is tokenizing and moving rows to their places and out of them; the link to the chip is taken as 10 GB/s
-each way.
+text tokens, 4 prompts a pass, each encoded anew; NF4 weights read once a pass. An SAE step has 2,048 tokens and k = 32;
+its encoder's product takes three bfloat16 passes on a TPU; parameters and moments are read and written once, gradients
+written and read once, a decoder row gathered or added to four times for each token and active feature. On this CPU: the
+same operations at the rate of one large float32 product. "host" is measured here: what the overlap hides on a TPU, that
+is tokenizing and moving rows to their places and out of them; the link to the chip is taken as 10 GB/s each way.
 """
 import itertools
 import os
@@ -109,8 +108,8 @@ def full_size():
     passes, sizes = harvest_floor()
     here, rate, host = f"{os.cpu_count()} CPUs here", product_rate(), host_work()
     print(f"FLUX.1: {TOKENS:,} tokens are {PASSES} passes of {B} prompts, each {passes[0] / 1e12:.1f} TFLOP of T5-XXL "
-          f"and {passes[1] / 1e12:.1f} of blocks\n\n| on | harvest | of it T5-XXL | step, 16,384 | 65,536 | link | host |\n"
-          "|---|--:|--:|--:|--:|--:|--:|")
+          f"and {passes[1] / 1e12:.1f} of blocks\n\n"
+          "| on | harvest | of it T5-XXL | step, 16,384 | 65,536 | link | host |\n|---|--:|--:|--:|--:|--:|--:|")
     for name, (peak, bandwidth) in (CHIPS | {here: (rate, np.inf)}).items():
         t5, blocks = (PASSES * max(count / peak, size / bandwidth) for count, size in zip(passes, sizes))
         rounds = 1 if name == here else 3                        # of the encoder's product

@@ -62,8 +62,8 @@ def measure(step, i):
 
 def processor():
     """As Linux names it."""
-    said = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", said.read_text()) if said.exists() else []
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", file.read_text()) if file.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
 
 

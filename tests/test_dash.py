@@ -235,7 +235,7 @@ def test_pages_hold_what_raw_activations_say(built, model):
 
 
 def test_thresholds_and_groups_of_tokens(model, tmp_path):
-    """A JumpReLU SAE for text and image tokens at two timesteps: each group's own weights, and every feature that fires."""
+    """A JumpReLU SAE for text and image tokens at two timesteps: the weights of each group, all that fires."""
     import jax
     where = {"layer": 2, "site": "both", "size": 64, "text_tokens": 12}
     groups = flux.token_groups("both", 2, 12)
@@ -243,7 +243,8 @@ def test_thresholds_and_groups_of_tokens(model, tmp_path):
     number = np.zeros(acts.shape[:-1], int)
     for g, (_, t, part) in enumerate(groups):
         number[t, :, part] = g
-    cfg = sae.Config(d_in=model.cfg.width, features=96, k=6, activation="jumprelu", groups=[name for name, *_ in groups])
+    names = [name for name, *_ in groups]
+    cfg = sae.Config(d_in=model.cfg.width, features=96, k=6, activation="jumprelu", groups=names)
     state = sae.init(jax.random.key(0), cfg, acts.reshape(-1, acts.shape[-1]), number.reshape(-1))
     sae.checkpoint(tmp_path / "ckpt", state, cfg)
     params, cfg = sae.load_groups(tmp_path / "ckpt")

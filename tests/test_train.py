@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from huggingface_hub import errors
 
+import dash
 import flux
 import sae
 import train
@@ -405,6 +406,7 @@ def test_metrics_that_cannot_be_read_are_dropped(tmp_path):
     good = b'{"step": 2, "loss": 1.0}\n'
     (tmp_path / "metrics.jsonl").write_bytes(
         good + b'\xff\xfe{\n[]\n5\n{"step": null}\n{}\n{"step": 9}\n' + b"[" * 99_999 + b'\n{"step": 4}\n{"step": 3')
+    assert [line["step"] for line in dash.read_metrics(tmp_path / "metrics.jsonl")] == [2, 9, 4]
     train.trim_metrics(tmp_path, 4)
     assert (tmp_path / "metrics.jsonl").read_bytes() == good + b'{"step": 4}\n'
 
@@ -489,7 +491,8 @@ LONGER = {"steps": 40, "save_every": 10}                         # what takes mo
 
 
 @pytest.mark.parametrize("flags, architecture", [
-    ({"activation": "batchtopk", "normalization": "pca"} | LONGER, "jumprelu"), ({"activation": "jumprelu"}, "jumprelu"),
+    ({"activation": "batchtopk", "normalization": "pca"} | LONGER, "jumprelu"),
+    ({"activation": "jumprelu"}, "jumprelu"),
     ({"matryoshka": (16, 100)}, "topk"), ({"matryoshka": 64, "activation": "batchtopk"}, "jumprelu"),
     ({"transcoder": 4} | LONGER, "jumprelu_transcoder"), ({"site": "both", "timesteps": 2}, "topk")])
 def test_other_saes_train_load_in_sae_lens_and_resume(start, monkeypatch, tmp_path, model, flags, architecture):
