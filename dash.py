@@ -313,7 +313,8 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     """Draw `prompts`, encode the activations of one layer, and keep statistics: a `Collected`, also saved in
     `folder`/collect, with the images in `folder`/images.
 
-    model: of `flux.load`. params, cfg: of `sae.load`, or of `sae.load_groups`. timesteps: at which activations are taken, as `train.py` does.
+    model: of `flux.load`. params, cfg: of `sae.load` or `sae.load_groups`. timesteps: at which activations are taken,
+    as `train.py` does.
     steps: in which the images are drawn. labels [N, A] bool: what is true of each prompt's scene, named by
     `attributes`. info: more for the JSON. progress: called with the number of prompts done. A stopped run goes on where
     its last state was saved, if all arguments are the same. Raises ValueError where activations are not finite.
@@ -362,7 +363,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
 
 
 def encode(params, cfg, acts, site, text_tokens):
-    """acts [timesteps, B, N, D] → values, indices [timesteps, B, N, most features of a token], by the SAE of each group."""
+    """acts [timesteps, B, N, D] → values, indices [timesteps, B, N, most features of a token], by each group's SAE."""
     groups = flux.token_groups(site, len(acts), text_tokens) if len(params) > 1 else [("", slice(None), slice(None))]
     if len(groups) != len(params):
         raise ValueError(f"the checkpoint has SAEs for {len(params)} groups of tokens; site {site} with {len(acts)} "
@@ -549,9 +550,16 @@ def swap(new, out):
 
 
 def read_metrics(path):
-    """The lines of metrics.jsonl; [] without the file, and without a torn last line."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The lines of metrics.jsonl; [] without the file, and without what is torn or damaged."""
+    def read(line):
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+
+    lines = map(read, path.read_bytes().splitlines() if path.is_file() else ())
+    return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int
+            and all(isinstance(value, (int, float)) for value in line.values())]
 
 
 if __name__ == "__main__":

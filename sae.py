@@ -114,7 +114,8 @@ def _check_choices(cfg: Config) -> None:
         if getattr(cfg, name) not in known:
             raise ValueError(f"{name} is {getattr(cfg, name)!r}; it is one of {', '.join(known)}")
     ends = cfg.matryoshka
-    if ends is not None and (list(ends) != sorted(set(ends)) or not ends or ends[0] < 1 or ends[-1] != cfg.features):
+    whole = ends is None or all(type(end) is int for end in ends)
+    if ends is not None and (not whole or list(ends) != sorted({*ends, cfg.features}) or ends[0] < 1):
         raise ValueError(f"matryoshka = {ends}: prefixes rise to all {cfg.features} features")
     if cfg.d_out is not None and (cfg.d_out < 1 or cfg.activation == "topk" or cfg.normalization == "pca"):
         raise ValueError("a transcoder has d_out >= 1, a threshold (activation batchtopk or jumprelu: SAELens knows no "
@@ -168,17 +169,17 @@ def init(key: Array, cfg: Config, sample: np.ndarray, groups: np.ndarray | None 
     with jax.ensure_compile_time_eval():  # so that `jax.eval_shape` can ask for the state's shapes
         of = None if groups is None else groups[some]
         u = np.asarray(_standardize(sample[some].astype(np.float32), mean, std, basis, of))
-    params = _tied(key, cfg, u[:1024], _geometric_median(u))
-    threshold = jnp.zeros(()) if cfg.activation == "batchtopk" else None
+    params, threshold = _tied(key, cfg, u[:1024], _geometric_median(u))
     idle, count = jnp.zeros(cfg.features, jnp.int32), jnp.zeros((), jnp.int32)
     return State(params, *(None if a is None else jnp.asarray(a) for a in (mean, std, basis)),
                  _optimizer(cfg).init(params), idle, threshold, count)
 
 
 @jax.jit(static_argnums=1)
-def _tied(key: Array, cfg: Config, u: Array, center: Array) -> Params:
+def _tied(key: Array, cfg: Config, u: Array, center: Array) -> tuple[Params, Array | None]:
     """Random unit decoder rows; encoder rows parallel to them, of the one length that fits reconstructions to u. A
-    transcoder's, which live in another space, are random."""
+    transcoder's, which live in another space, are random. Thresholds begin where they leave k features of these tokens.
+    """
     keys = (key, key) if cfg.d_out is None else jax.random.split(key)
     x, center, b_dec = _parts(cfg, u - center)[0], *_parts(cfg, center)
     sizes = cfg.d_in, cfg.d_out or cfg.d_in
@@ -191,10 +192,12 @@ def _tied(key: Array, cfg: Config, u: Array, center: Array) -> Params:
     scale = jnp.where(scale > 0, scale, 1)
     b_enc = bias if cfg.d_out is None else -scale * enc @ center
     params = {"enc": scale * enc, "b_enc": b_enc, "dec": dec, "b_dec": b_dec}
-    if cfg.activation == "jumprelu":
-        wide, _ = kernels.sparse_encode(x, scale * enc, bias, cfg.width)
-        params["log_threshold"] = jnp.full(cfg.features, jnp.log(jnp.maximum(_lowest(wide, cfg.k), 1e-6)))
-    return params
+    if cfg.activation == "topk":
+        return params, None
+    level = jnp.maximum(_lowest(kernels.sparse_encode(x, scale * enc, bias, cfg.width)[0], cfg.k), 1e-6)
+    if cfg.activation == "batchtopk":
+        return params, level
+    return params | {"log_threshold": jnp.full(cfg.features, jnp.log(level))}, None
 
 
 def _parts(cfg: Config, u: Array) -> tuple[Array, Array]:
@@ -282,31 +285,15 @@ def _optimizer(cfg: Config) -> optax.GradientTransformation:
 def _updated(state: State, cfg: Config, grads: Params) -> tuple[Params, Any]:
     """Parameters and optimizer after a step along grads: clipped by their global norm once the decoder's have lost what
     only changes its rows' lengths (appendix A); then its rows are made unit again."""
-    along = _parallel(grads["dec"], state.params["dec"])
+    params = state.params
+    along = _parallel(grads["dec"], params["dec"])
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()) - jnp.sum(along**2))
     scale = cfg.clip / jnp.maximum(norm, cfg.clip)
-
-    def move(part, grads):
-        params, opt = part
-        grads = {name: scale * g for name, g in grads.items()}
-        if "dec" in grads:
-            grads["dec"] = remove_parallel(grads["dec"], params["dec"])
-        updates, opt = _optimizer(cfg).update(grads, opt, params)
-        params = optax.apply_updates(params, updates)
-        return (params | {"dec": _unit(params["dec"])} if "dec" in params else params), opt
-
-    def only(tree, names):  # of every dict of parameters in it
-        return jax.tree.map(lambda d: {n: d[n] for n in names} if isinstance(d, dict) else d, tree, is_leaf=_is_dict)
-
-    rows, rest = [name for name in grads if name != "b_dec"], ["b_dec"]
-    whole = state.params, state.opt
-    moved = kernels.by_rows(move, only(whole, rows), only(grads, rows))
-    other = move(only(whole, rest), only(grads, rest))
-    return jax.tree.map(lambda a, b: a | b if isinstance(a, dict) else b, moved, other, is_leaf=_is_dict)
-
-
-def _is_dict(node: Any) -> bool:
-    return isinstance(node, dict)
+    grads = {name: scale * g for name, g in grads.items()}
+    grads["dec"] = grads["dec"] - scale * along * params["dec"]
+    updates, opt = _optimizer(cfg).update(grads, state.opt, params)
+    params = optax.apply_updates(params, updates)
+    return params | {"dec": kernels.by_rows(_unit, params["dec"])}, opt
 
 
 def _parallel(gradient: Array, rows: Array) -> Array:
@@ -452,8 +439,8 @@ def _followed(state: State, values: Array) -> Array | None:
     if state.threshold is None:
         return None
     lowest = jnp.min(jnp.where(values > 0, values, jnp.inf))
-    lowest = jnp.where(jnp.isfinite(lowest), lowest, state.threshold)
-    return jnp.where(state.step == 0, lowest, state.threshold + 0.01 * (lowest - state.threshold))
+    rate = jnp.maximum(0.01, 1 / (state.step + 2))
+    return jnp.where(jnp.isfinite(lowest), state.threshold + rate * (lowest - state.threshold), state.threshold)
 
 
 def remove_parallel(gradient: Array, rows: Array) -> Array:

@@ -4,10 +4,10 @@
     python train.py --layer 10 --features 16384            # on a TPU: FLUX.1-schnell
     python train.py --model FOLDER --prompts captions.jsonl.gz --prompt_field text --resume
 
-Copy it with `flux.py`, `sae.py`, `prompts.py`, what they import, and `nano/` for the bundled model. A run is a pure
-function of its flags. It works through the prompts in chunks: a chunk's activations are shuffled whole, then the SAE
-trains on them batch by batch, while the next chunk is harvested between the steps. The step number alone says where a
-run stands, so a resumed run harvests its chunk again and goes on bit for bit, and no activations are ever stored.
+Copy it with `flux.py`, `sae.py`, `prompts.py`, `hub.py`, what they import, and `nano/` for the bundled model. A run is
+a pure function of its flags. It works through the prompts in chunks: a chunk's activations are shuffled whole, then the
+SAE trains on them batch by batch, while the next chunk is harvested between the steps. The step number alone says where
+a run stands, so a resumed run harvests its chunk again and goes on bit for bit, and no activations are ever stored.
 """
 import collections
 import contextlib
@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 import flux
+import hub
 import prompts as sources
 import sae
 import shard
@@ -57,6 +58,15 @@ class Run:
     seed: int
     dtype: str
     quant: str = "none"                                          # of the model's weights
+    activation: str = "topk"
+    matryoshka: tuple | None = None                              # ends of nested prefixes of the features
+    transcoder: int | None = None                                # the layer whose residuals are to be written
+    normalization: str = "std"
+    init: str | None = None                                      # an SAE to begin from: a folder, or owner/repo/folder
+
+    def __post_init__(self):
+        if self.matryoshka is not None:                          # a list in JSON
+            object.__setattr__(self, "matryoshka", tuple(self.matryoshka))
 
 
 # ---------------------------------------------------------------- activations
@@ -81,7 +91,15 @@ class Harvest:
         self.tokens = self.forwards * self.forward_tokens        # of a chunk
         self.batches = self.tokens // run.batch
         self.chunks = -(-run.steps // self.batches)
-        self.rows = np.empty((self.tokens, model.cfg.width), jnp.dtype(run.dtype))
+        self.layers = [run.layer] + ([run.transcoder] if run.transcoder is not None else [])
+        self.rows = np.empty((self.tokens, len(self.layers) * model.cfg.width), jnp.dtype(run.dtype))
+        parts = flux.token_groups(run.site, run.timesteps, txt)
+        self.groups = tuple(name for name, *_ in parts) if len(parts) > 1 else ()
+        self.pattern = np.zeros((run.timesteps, run.prompt_batch * run.seeds_per_prompt, tokens), np.int32)
+        for g, (_, t, part) in enumerate(parts):
+            self.pattern[t, :, part] = g                         # of the tokens of a pass
+        self.pattern = self.pattern.reshape(-1)
+        self.group = np.zeros(self.tokens, np.int32)             # of the tokens in rows
         self.order, self.free = None, np.arange(self.tokens)     # places in rows: of this chunk's, as trained; to fill
         self.stored, self.under_way = 0, collections.deque()     # passes that are in rows; (about it, arrays) of others
         self.flatten = jax.jit(partial(flat_and_finite, dtype=self.rows.dtype),
@@ -110,15 +128,18 @@ class Harvest:
         return True
 
     def batch(self, step):
-        """Activations [batch, D] of a step for which all is `ready`."""
-        first = step % self.batches * self.run.batch
-        return self.rows[self.order[first:first + self.run.batch]]
+        """Activations [batch, columns] of a step for which all is `ready`, and each token's group or None."""
+        return self.take(slice(step % self.batches * self.run.batch, (step % self.batches + 1) * self.run.batch))
+
+    def take(self, some):
+        places = self.order[some]
+        return self.rows[places], self.group[places] if self.groups else None
 
     def store(self):
         """Fetch the oldest pass under way into rows that are free; the last of a chunk gives its order of training."""
         chunk, i = divmod(self.stored, self.forwards)
         places = self.free[i * self.forward_tokens:(i + 1) * self.forward_tokens]
-        self.rows[places] = self.fetch(self.under_way.popleft())
+        self.rows[places], self.group[places] = self.fetch(self.under_way.popleft()), self.pattern
         self.stored += 1
         if i + 1 == self.forwards:
             self.order = self.free[np.random.default_rng((self.run.seed, chunk)).permutation(self.tokens)]
@@ -142,13 +163,13 @@ class Harvest:
         guidance = jnp.full(len(text), 3.5) if model.cfg.guidance_embeds else None
         start = flux.Start(flux.draw_noise(run.seed, numbers, shape), (text, pooled, guidance),
                            flux.sigmas(model.scheduler, run.timesteps, shape[0]), self.grid)
-        acts = flux.capture(model, start, layer=run.layer, site=run.site)
+        acts = [flux.capture(model, start, layer=layer, site=run.site) for layer in self.layers]
         acts, finite = shard.wait(self.mesh, self.flatten(acts))
         acts.copy_to_host_async()
         return prompts, purpose, acts, finite
 
     def fetch(self, sent):
-        """Activations [forward_tokens, D] of a pass. Raises ValueError, with the prompt, for what is not finite."""
+        """Activations [forward_tokens, columns] of a pass. Raises ValueError, with the prompt, for NaN or Inf."""
         prompts, purpose, acts, finite = sent
         if not (finite := np.asarray(finite)).all():
             prompt = prompts[int(np.argmin(finite)) // self.run.seeds_per_prompt]
@@ -157,8 +178,9 @@ class Harvest:
 
 
 def flat_and_finite(acts, dtype):
-    """[timesteps, prompts x seeds, N, D] → rows [..., D], and whether all is finite, [prompts x seeds]."""
-    acts = acts.astype(dtype)
+    """[timesteps, prompts x seeds, N, D] of each layer → rows [..., layers x D], and whether all is finite, [prompts x
+    seeds]."""
+    acts = jnp.concatenate(acts, -1).astype(dtype)
     return acts.reshape(-1, acts.shape[-1]), jnp.isfinite(acts).all((0, 2, 3))
 
 
@@ -172,21 +194,21 @@ def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, 
     harvest = Harvest(run, model, prompts, mesh)
     print(f"data: chunks of {harvest.tokens:,} tokens, from {harvest.forwards * run.prompt_batch:,} prompts each, "
           f"shuffled whole ({harvest.batches} batches of {run.batch:,})")
-    # Then the rate falls to zero. Of nano's layer 5, 200 steps of warmup leave 9 % dead, 300 leave 3 %.
-    warmup = min(300, run.steps * 3 // 10)
-    cfg = sae.Config(d_in=model.cfg.width, features=run.features, k=run.k, lr=run.lr, warmup=warmup,
-                     decay=(warmup, run.steps + 1))
+    cfg = config(run, model.cfg.width, harvest.groups)
     metadata, window = describe(run, model), []
     with tqdm(total=run.steps, unit="step", dynamic_ncols=True, disable=not shard.first()) as bar:
         if resume:
-            state, unlogged = load_state(out)
+            state, unlogged = load_state(out, run)
             window = [dict(zip(unlogged, values)) for values in zip(*unlogged.values())]
             if shard.first():
                 trim_metrics(out, int(state.step))
         else:
             if not harvest.ready(0, partial(stop, 0), bar):
                 return None
-            state = sae.init(jax.random.key(run.seed), cfg, harvest.rows[harvest.order[:65536]].astype(np.float32))
+            sample, groups = harvest.take(slice(0, 65536))
+            state = sae.init(jax.random.key(run.seed), cfg, sample.astype(np.float32), groups)
+            if run.init:
+                state = sae.unfold(sae.load(begun_from(run.init))[0], cfg, state)
             if shard.first():
                 begin(out, state, cfg, metadata, overwrite)
         bar.initial = bar.n = bar.last_print_n = int(state.step)         # or the time left would count old steps
@@ -198,6 +220,15 @@ def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, 
         rows = evaluate(run, harvest, state, cfg)
     save(out, state, cfg, metadata | {"evaluation": rows})
     return rows
+
+
+def config(run, width, groups):
+    """The SAE's Config. After the warmup the rate falls to zero. Of nano's layer 5, 200 steps of warmup leave 9 % dead,
+    300 leave 3 %."""
+    warmup = min(300, run.steps * 3 // 10)
+    return sae.Config(d_in=width, features=run.features, k=run.k, activation=run.activation, matryoshka=run.matryoshka,
+                      d_out=None if run.transcoder is None else width, normalization=run.normalization, groups=groups,
+                      lr=run.lr, warmup=warmup, decay=(warmup, run.steps + 1))
 
 
 def loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop):
@@ -215,7 +246,7 @@ def loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, 
         if stop(step) or not harvest.ready(step, partial(stop, step), bar):
             keep()
             break
-        state, metrics = shard.wait(mesh, step_fn(state, cfg, harvest.batch(step)))
+        state, metrics = shard.wait(mesh, step_fn(state, cfg, *harvest.batch(step)))
         window.append(metrics)
         bar.update()
         if (step + 1) % log_every == 0 or step + 1 == run.steps:
@@ -243,21 +274,35 @@ def evaluate(run, harvest, state, cfg):
     """Rows of the closing table, on activations of prompts that come after the last one trained on: the SAE, PCA with k
     components fitted on these very activations (which flatters it), and random features (an SAE before any step)."""
     harvest.seek(harvest.chunks)
+    passes = -(-min(harvest.tokens, 65536) // harvest.forward_tokens)
     x = np.concatenate([harvest.fetch(harvest.send(HELD_OUT + i * run.prompt_batch, "of the evaluation"))
-                        for i in range(-(-min(harvest.tokens, 65536) // harvest.forward_tokens))]).astype(np.float32)
+                        for i in range(passes)]).astype(np.float32)
+    group = np.tile(harvest.pattern, passes)
+    parts = [x[group == g] for g in range(max(len(cfg.groups), 1))]
+    rows, each = {}, scores(state, cfg, parts)
+    rows["SAE"] = mean_score(each)
+    rows |= {f"SAE, {name}": mean_score([score]) for name, score in zip(cfg.groups, each)}
+    if cfg.d_out is None:
+        u = np.concatenate([(part - part.mean(0)) / np.maximum(part.std(0), 1e-30) for part in parts])
+        variances = np.linalg.eigvalsh(np.cov(u.astype(np.float64), rowvar=False))
+        unexplained = float(max(0, variances[:-run.k].sum() / variances.sum()))
+        rows[f"PCA, {run.k} components"] = {"fvu_standardized": unexplained, "l0": float(min(run.k, cfg.d_in))}
+    fresh = sae.init(jax.random.key(run.seed), cfg, x, group if cfg.groups else None)
+    fresh = fresh._replace(mean=state.mean, std=state.std, basis=state.basis)
+    return rows | {"random features": mean_score(scores(fresh, cfg, parts))}
 
-    def score(state):
-        statistics = sae.evaluate(sae.fold(state, cfg), cfg, x)._asdict()
-        return {name: value for name, value in statistics.items() if name != "density"}
 
-    rows = {"SAE": score(state)}
-    u = (x - state.mean) / state.std
-    variances = np.linalg.eigvalsh(np.cov(np.asarray(u, np.float64), rowvar=False))
-    rows[f"PCA, {run.k} components"] = {"fvu_standardized": float(max(0, variances[:-run.k].sum() / variances.sum())),
-                                        "l0": float(min(run.k, cfg.d_in))}
-    fresh = sae.init(jax.random.key(run.seed), cfg, x)
-    rows["random features"] = score(fresh._replace(mean=state.mean, std=state.std))
-    return rows
+def scores(state, cfg, parts):
+    """`sae.evaluate` of each group's SAE on the group's activations."""
+    return [sae.evaluate(sae.fold(state, cfg, g), cfg, part) for g, part in enumerate(parts)]
+
+
+def mean_score(each):
+    """Over groups by their tokens; a feature is dead where it fires in none of them."""
+    tokens = np.array([score.tokens for score in each])
+    mean = {name: float(np.average([getattr(score, name) for score in each], weights=tokens))
+            for name in each[0]._fields if name not in ("tokens", "density")}
+    return mean | {"tokens": int(tokens.sum()), "dead": float(np.mean(sum(score.density for score in each) == 0))}
 
 
 # ---------------------------------------------------------------- files
@@ -267,18 +312,26 @@ def describe(run, model):
     """Metadata of the checkpoint: what is needed to reproduce it."""
     revision = model.source.name if model.source.parent.name == "snapshots" else None
     return {"model": run.model, "revision": revision, "layer": run.layer, "site": run.site, "seed": run.seed,
-            "normalization": "per dimension (mean, std), folded into the weights",
+            "normalization": f"{run.normalization}, folded into the weights",
             "versions": {"jax": jax.__version__, "numpy": np.__version__}, "run": asdict(run)}
 
 
 def save(out, state, cfg, metadata, extra=None):
+    """A checkpoint; state.safetensors too says of which run it is."""
     if shard.first():
-        sae.checkpoint(out, state, cfg, metadata=metadata, extra=extra)
+        name = np.frombuffer(json.dumps(metadata["run"]).encode(), np.uint8)
+        sae.checkpoint(out, state, cfg, metadata=metadata, extra={"run": name} | (extra or {}))
 
 
-def load_state(out):
-    """(state, extra) to go on from. Of several hosts each has to see the checkpoint, and the same one."""
+def load_state(out, run):
+    """(state, extra) to go on from. Of several hosts each has to see the checkpoint, and the same one. Raises
+    ValueError for the state of another run, whose shapes may well be the same."""
     state, _, extra = shard.together(sae.load_state, out)
+    ours = json.loads(json.dumps(asdict(run)))
+    for name, value in json.loads(bytes(extra.pop("run", b"{}"))).items():
+        if name != "steps" and value != ours.get(name, value):
+            raise ValueError(f"--resume: {out / sae.STATE} is of another run than {out / sae.CONFIG}: its {name} is "
+                             f"{value}, not {ours[name]}")
     steps = shard.of_all(np.asarray(state.step)).tolist()
     if len(set(steps)) > 1:
         raise ValueError(f"--resume: the hosts see different checkpoints in {out}, of steps {steps}")
@@ -288,8 +341,10 @@ def load_state(out):
 def begin(out, state, cfg, metadata, overwrite):
     """The first checkpoint. An old one that is to be overwritten stays in place until the new one is complete."""
     out = out.resolve()                                          # a link stays, what it points to is replaced
-    fresh, old = (out.with_name(f"{out.name}.{age}{os.getpid()}") for age in ("new", "old"))
-    sae.checkpoint(fresh, state, cfg, metadata=metadata)
+    fresh, old = (out.with_name(f".{out.name}.{age}{sae.TMP}") for age in ("new", "old"))
+    for left in (fresh, old):                                    # by a run that was killed right here
+        shutil.rmtree(left, ignore_errors=True)
+    save(fresh, state, cfg, metadata)
     if overwrite and out.exists():
         out.rename(old)
     fresh.rename(out)
@@ -343,18 +398,28 @@ def check_out(out, resume, overwrite):
             raise ValueError(f"{out} exists and is not a checkpoint; choose another --out")
         if not overwrite:
             raise ValueError(f"{out} already holds a checkpoint: --resume goes on with it, --overwrite starts anew")
+        known |= set((sae.load_metadata(out).get("training") or {}).get("groups") or ())
         foreign = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith("."))
         if foreign:
             raise ValueError(f"--overwrite: {out} holds something that is not ours: {', '.join(foreign[:5])}")
 
 
 def trim_metrics(out, step):
-    """Drop lines that a killed run wrote after its last checkpoint, and a torn last line; they will come again."""
+    """Keep the lines up to `step`: not those that a killed run wrote after its last checkpoint, which will come again,
+    nor what is torn or damaged."""
     file, new = out / "metrics.jsonl", out / ".metrics.jsonl.new"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    new.write_text("".join(kept), encoding="utf-8")
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    new.write_bytes(b"".join(line + b"\n" for line in lines if 0 <= logged_step(line) <= step))
     os.replace(new, file)
+
+
+def logged_step(line):
+    """The step of a line of metrics.jsonl, or -1 where it cannot be read."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return -1
+    return step if type(step) is int else -1
 
 
 # ---------------------------------------------------------------- the command line
@@ -363,12 +428,21 @@ def trim_metrics(out, step):
 def main(model="auto", layer=None, site="", features=None, k=None, steps=None, batch=None, prompts="",
          prompt_field="", prompt_batch=None, seeds_per_prompt=None, timesteps=None, buffer=None, size=None,
          text_tokens=None, lr=None, out="ckpt", resume=False, overwrite=False, seed=None, dtype="", quant="",
-         log_every=20, save_every=200, distributed=False, **unknown):
-    """Train a TopK SAE on the residual stream of one layer, and write it to the folder --out. A flag left out takes
-    what suits the model (see `defaults`) or, with --resume, what the checkpoint says. --distributed: this process is
-    one of several (of a TPU pod; elsewhere say which: --distributed host:port,processes,number)."""
+         activation="", matryoshka=None, transcoder=None, normalization="", init="",
+         log_every=20, save_every=200, push="", distributed=False, **unknown):
+    """Train a sparse autoencoder on the residual stream of one layer, and write it to the folder --out. A flag left out
+    takes what suits the model (see `defaults`) or, with --resume, what the checkpoint says.
+
+    --activation topk, batchtopk or jumprelu. --matryoshka 512,2048: nested prefixes of the features. --transcoder 7:
+    what is written is layer 7's residual. --normalization std (per dimension), pca (along principal axes) or scale (one
+    factor). --init: begin from an SAE, a folder of ours or SAELens', or owner/repo/folder on the hub. --push
+    owner/repo: put it on the Hugging Face hub at the end; with --resume, a finished one at once. --distributed: this
+    process is one of several (of a TPU pod; elsewhere say which: --distributed host:port,processes,number).
+    """
     names = {field.name for field in fields(Run)} - {"model"}
     given = {name: value for name, value in locals().items() if name in names and value not in (None, "")}
+    if matryoshka is not None:
+        given["matryoshka"] = matryoshka if isinstance(matryoshka, tuple) else (matryoshka,)
     flux.no_unknown_flags(unknown)
     flux.check_whole({"log_every": log_every, "save_every": save_every})
     out = Path(out)
@@ -377,13 +451,17 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
     with shard.as_one(f"if a host was lost, go on from the checkpoint in {out}: --resume on all of them"), \
             contextlib.ExitStack() as held:
         shard.together(lambda: shard.first() and held.enter_context(claim(out)))
+        shard.together(lambda: push and shard.first() and hub.check(push))
         stop = held.enter_context(preemption())
         run, stream = shard.together(prepare, str(model), given, out, resume, overwrite)
+        if push and resume and finished(out, run):
+            shard.together(publish, out, run, push)
+            return
         print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of "
               f"{run.batch:,} tokens, prompts from {run.prompts}")
         if mesh := shard.several():
             print(f"devices: {mesh.size}, each with 1/{mesh.size} of the blocks' weights and of the features")
-        last = run.layer if run.timesteps == 1 else None         # more timesteps need all layers
+        last = max(run.layer, run.transcoder or 0) if run.timesteps == 1 else None     # more timesteps need all layers
         options = shard.arguments(mesh, flux.quantized(run.quant)) | {"dtype": jnp.dtype(run.dtype), "last": last}
         loaded = flux.load(run.model, **options)
         run = replace(run, size=run.size or min(256, loaded.size), text_tokens=run.text_tokens or loaded.text_tokens)
@@ -391,6 +469,26 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
                      save_every=save_every, stop=stop)
         print(table(rows) if rows else "stopped by SIGTERM; --resume goes on")
         print(f"checkpoint: {out if out.exists() else 'none yet'}")
+        if rows and push:
+            shard.together(publish, out, run, push)
+
+
+def finished(out, run):
+    """Whether the folder holds the end of this run, and not a step on the way."""
+    about, state = sae.load_metadata(out), sae.load_state(out)[0]
+    return "evaluation" in about and Run(**about["run"]) == run and int(state.step) == run.steps
+
+
+def publish(out, run, repo):
+    """The first host puts the finished checkpoint on the hub."""
+    if not shard.first():
+        return
+    base = flux.REPOS.get(run.model, run.model)
+    try:
+        print(f"pushed: {hub.upload(out, repo, base if base.count('/') == 1 and not Path(base).exists() else None)}")
+    except ValueError as error:
+        raise ValueError(f"{error}; the checkpoint is whole, to try again: python train.py --resume --out {out} "
+                         f"--push {repo}") from None
 
 
 def address(given):
@@ -424,6 +522,8 @@ def prepare(model, given, out, resume, overwrite):
 def defaults(name, folder, cfg, given):
     """A Run from the flags that were given and, for the others, from the model. Raises ValueError for unfit values."""
     small, cpu = cfg.width <= 512, jax.devices()[0].platform == "cpu"
+    activation = "topk" if given.get("transcoder") is None else "batchtopk"      # SAELens has no TopK transcoder
+    given = inherited(given, cfg.width) if "init" in given else given
     source, field = ("scenes", None) if (folder / "scenes.py").is_file() else (sources.DATASET, sources.DATASET_FIELD)
     run = Run(**{
         "model": name, "layer": max(cfg.num_layers - 1, 0), "site": "img", "features": min(16 * cfg.width, 16384),
@@ -431,10 +531,44 @@ def defaults(name, folder, cfg, given):
         "prompt_field": None if "prompts" in given else field, "prompt_batch": 32 if small else 4,
         "seeds_per_prompt": 4 if small else 1, "timesteps": 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0,
         "text_tokens": 0, "lr": None, "seed": 0, "dtype": "float32" if cpu else "bfloat16",
-        "quant": flux.default_quant(folder)} | given)
+        "quant": flux.default_quant(folder), "activation": activation} | given)
+    run = replace(run, matryoshka=prefixes(run.matryoshka, run.features))
     flux.residual_names(cfg, run.layer, run.site)
+    if run.transcoder is not None:
+        flux.residual_names(cfg, run.transcoder, run.site)
     check_numbers(run)
+    config(run, cfg.width, ())                                   # raises for what does not go together
     return replace(run, lr=(9 if small else 1) * sae.default_lr(run.features)) if run.lr is None else run
+
+
+def prefixes(matryoshka, features):
+    """The last prefix is all features, said or not."""
+    if not matryoshka or not isinstance(matryoshka[-1], int) or matryoshka[-1] >= features:
+        return matryoshka
+    return (*matryoshka, features)
+
+
+def inherited(given, width):
+    """The flags, with those that --init decides. Raises ValueError where they contradict it."""
+    _, cfg = sae.load(begun_from(given["init"]))
+    if cfg.d_in != width or cfg.d_out is not None or given.get("transcoder") is not None:
+        raise ValueError(f"--init {given['init']}: need an SAE of width {width} and not a transcoder; it has d_in "
+                         f"{cfg.d_in}, d_out {cfg.d_out}")
+    if given.get("features", cfg.features) != cfg.features:
+        raise ValueError(f"--features {given['features']}: the SAE of --init has {cfg.features}")
+    return {"k": cfg.k, "activation": cfg.activation, "matryoshka": cfg.matryoshka} | given | {"features": cfg.features}
+
+
+def begun_from(init):
+    """The folder of the SAE of --init; from the hub it is fetched."""
+    if Path(init).is_dir():
+        return Path(init)
+    owner, _, rest = str(init).partition("/")
+    name, _, folder = rest.partition("/")
+    if not owner or not name or owner[0] in ".~":
+        raise ValueError(f"--init {init}: there is no such folder, and no repo: give owner/repo or owner/repo/folder")
+    files = [f"{folder}/{file}".lstrip("/") for file in (sae.CONFIG, sae.WEIGHTS)]
+    return flux.download(f"{owner}/{name}", files) / folder
 
 
 def check_numbers(run):
@@ -455,6 +589,7 @@ def resumed(out, model, given):
     except (KeyError, TypeError):
         raise ValueError(f"--resume: {out} was not written by this train.py") from None
     given = given if model == "auto" else {"model": str(model)} | given
+    given |= {"matryoshka": prefixes(given["matryoshka"], run.features)} if "matryoshka" in given else {}
     for name, value in given.items():
         if name != "steps" and value != getattr(run, name):
             raise ValueError(f"--resume: {out} was trained with --{name} {getattr(run, name)}, not {value}")

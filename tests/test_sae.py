@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -129,6 +130,27 @@ def test_decoder_rows_stay_unit_and_gradients_orthogonal():
     assert np.abs((left * rows).sum(1)).max() < 1e-5
     along = (gradient * rows).sum(1, keepdims=True) * rows
     np.testing.assert_allclose(left + along, gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [1e3, 1e-2])
+def test_update_is_clipped_adam(clip):
+    """Of the gradient without what changes the lengths of decoder rows, clipped by its global norm: optax's own."""
+    cfg, r = dataclasses.replace(CFG, features=300, warmup=3, clip=clip), np.random.default_rng(0)
+    state = sae.init(jax.random.key(0), cfg, residuals())
+    optimizer = optax.chain(optax.clip_by_global_norm(clip), sae._optimizer(cfg))
+    params, opt = state.params, optimizer.init(state.params)
+    for _ in range(4):
+        grads = {name: r.standard_normal(p.shape).astype(np.float32) for name, p in state.params.items()}
+        ours, moments = jax.jit(sae._updated, static_argnums=1)(state, cfg, grads)
+        state = state._replace(params=ours, opt=moments)
+        along = np.sum(grads["dec"] * params["dec"], axis=1, keepdims=True)
+        updates, opt = optimizer.update(grads | {"dec": grads["dec"] - along * params["dec"]}, opt, params)
+        params = optax.apply_updates(params, updates)
+        params["dec"] /= np.linalg.norm(params["dec"], axis=1, keepdims=True)
+        for name in params:
+            np.testing.assert_allclose(state.params[name], params[name], atol=1e-6, err_msg=name)
+    for ours, theirs in zip(jax.tree.leaves(state.opt), jax.tree.leaves(opt)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
 def test_aux_makes_dead_features_point_at_the_error():
