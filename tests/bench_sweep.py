@@ -1,16 +1,20 @@
 """SAEs over layers, k and features on nano, beside other trainers and baselines on the same saved tokens, as Markdown.
 
+    python tests/bench_sweep.py results.jsonl --what sites           # train.py's defaults on txt, both and img
     python tests/bench_sweep.py results.jsonl --what sweep           # k = 8 … 64, F = 1,024 … 16,384
-    python tests/bench_sweep.py results.jsonl --what sites           # train.py's defaults on img, txt and both
     python tests/bench_sweep.py results.jsonl --what beside          # SAELens and sparsify (pip install eai-sparsify)
-    python tests/bench_sweep.py results.jsonl --what baselines       # PCA, random features, MLP neurons, ITDA
+    python tests/bench_sweep.py results.jsonl --what baselines       # PCA, MLP neurons, dictionaries by pursuit
+    python tests/bench_sweep.py results.jsonl --what kinds           # BatchTopK, JumpReLU, nested prefixes
     python tests/bench_sweep.py results.jsonl --what tables          # only print what is there
 
-One pass of the model catches every layer; its tokens, shuffled as train.py does it, are kept in --acts (default: a
-temporary folder that is removed) and read by all runs. A run is then `sae.step` alone, with the learning rate, warmup
-and decay of train.py. Results are appended to the file, a line each, and what has its line there is not done again: the
-command can be stopped and repeated. FVU (standardized), dead features and L0 are of 65,536 tokens of held-out prompts;
-"silent" is the trainer's own counter of dead features, where it has one, after the last step.
+200 passes of the model give every layer's and site's tokens (--passes; 1.6 million of images, 0.8 million of texts),
+which are kept in --acts (default: a temporary folder that is removed) and read by all runs; a run of more steps than
+there are tokens goes over them again. A run is then `sae.step` alone, with the learning rate, warmup and decay of
+train.py. Results are appended to the file, a line each, and what has its line there is not done again: the command can
+be stopped and repeated, and several can share the folder and the file once the tokens are there (--layers 0,1,2).
+
+FVU (standardized), dead features and L0 are of held-out prompts: 131,072 tokens of images, 65,536 of texts. "silent"
+is the trainer's own counter of dead features, where it has one, after the last step.
 """
 import itertools
 import json
@@ -36,80 +40,84 @@ import sae
 import train
 from harvest import reap
 
-BATCH, CHUNK = 2048, 2 ** 17                                     # tokens of a step; shuffled together
-TOKENS = 2 ** 16                                                 # held out; and as many to fit baselines on
+BATCH, FIT, TEST = 2048, 8, 16                                  # tokens of a step; passes to fit baselines on, held out
 STEP = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
 
 
 # ---------------------------------------------------------------- activations
 
 
-def saved(folder, site, steps):
-    """A list over layers of {"train": [at least steps * BATCH, D], "fit", "test": [TOKENS, D + 4D]}, mapped from files
-    that are made where they are missing: residuals; in the latter two with the neurons of the block's MLP."""
-    folder = Path(folder, site)
-    marker, layers = folder / "steps", range(flux.read_config("nano")[1].layers)
-    if not marker.exists() or int(marker.read_text()) < steps:
-        folder.mkdir(parents=True, exist_ok=True)
-        harvest(folder, site, steps)
-        marker.write_text(str(steps))
-    return [{name: np.load(folder / f"{name}.{layer}.npy", mmap_mode="r") for name in ("train", "fit", "test")}
-            for layer in layers]
+def saved(folder, layer, site):
+    """{"train", "fit", "test": [N, D], "fit_neurons", "test_neurons": [N, 4D]} of a layer, from `harvest`'s files. The
+    neurons are of image tokens only."""
+    sites, load = ("txt", "img") if site == "both" else (site,), partial(np.load, mmap_mode="r")
+    found = {}
+    for name in ("train", "fit", "test"):
+        of = [load(folder / f"{name}.{s}.{layer}.npy") for s in sites]
+        found[name] = of[0] if site != "both" else np.concatenate(of)
+    if site == "both":                                           # trained on in an order of its own
+        found["train"] = found["train"][np.random.default_rng(0).permutation(len(found["train"]))]
+    return found | {f"{name}_neurons": load(folder / f"{name}.neurons.{layer}.npy") for name in ("fit", "test")}
 
 
-def harvest(folder, site, steps):
-    """Run nano as train.py does: 4 noises of each of 32 prompts at a time, tokens shuffled in chunks of 2^17. First for
-    `steps` steps, then for TOKENS more tokens, then for TOKENS of noise that training never sees."""
+def harvest(folder, passes):
+    """Run nano as train.py does, 4 noises of each of 32 prompts a pass, and keep the streams of all layers and sites in
+    float16: `passes` to train on, shuffled 16 at a time, then FIT and TEST, with noise that training never sees."""
     model = flux.load("nano", dtype=jnp.float32)
     stream, position = prompts.stream("scenes"), itertools.count()
 
-    def caught(tokens, neurons=False, first=0):
-        """[L, at least `tokens`, D or 5D] of the next prompts."""
-        rows, n = [], 0
-        while n < tokens:
-            rows.append(forward(model, list(itertools.islice(stream, 32)), first + 32 * next(position), site, neurons))
-            n += rows[-1].shape[1]
-        return np.concatenate(rows, 1)
+    def caught(passes, neurons=False, first=0):
+        """{site: [L, N, D]} of the next prompts, and of "neurons" [L, N, 4D]."""
+        found = [forward(model, list(itertools.islice(stream, 32)), first + 32 * next(position), neurons)
+                 for _ in range(passes)]
+        return {name: np.concatenate([f[name] for f in found], 1) for name in found[0]}
 
-    shape, layers = (steps * BATCH, model.cfg.width), range(model.cfg.layers)
-    files = [np.lib.format.open_memmap(folder / f"train.{layer}.npy", "w+", np.float32, shape) for layer in layers]
-    for start in range(0, steps * BATCH, CHUNK):
-        rows = caught(CHUNK)
-        order = np.random.default_rng((0, start)).permutation(rows.shape[1])
-        for file, of_layer in zip(files, rows):
-            part = file[start:start + CHUNK]
-            part[:] = of_layer[order[:len(part)]]
-    for name, first in (("fit", 0), ("test", train.HELD_OUT)):
-        for layer, rows in enumerate(caught(TOKENS, True, first)):
-            np.save(folder / f"{name}.{layer}.npy", rows[:TOKENS])
+    files = {}
+    for start in range(0, passes, 16):
+        n = min(16, passes - start)
+        for site, rows in caught(n).items():
+            order, size = np.random.default_rng((0, start)).permutation(rows.shape[1]), rows.shape[1] // n
+            for layer, of_layer in enumerate(rows):
+                path = folder / f"train.{site}.{layer}.npy"
+                if start == 0:
+                    files[path] = np.lib.format.open_memmap(path, "w+", rows.dtype, (passes * size, rows.shape[2]))
+                files[path][start * size:(start + n) * size] = of_layer[order]
+    for name, passes, first in (("fit", FIT, 0), ("test", TEST, train.HELD_OUT)):
+        for site, rows in caught(passes, True, first).items():
+            for layer, of_layer in enumerate(rows):
+                np.save(folder / f"{name}.{site}.{layer}.npy", of_layer)
 
 
-def forward(model, captions, first, site, neurons, seeds=4):
-    """[L, tokens, D or 5D] of every caption with `seeds` noises, numbered from seeds * first."""
+def forward(model, captions, first, neurons, seeds=4):
+    """{"txt", "img": [L, tokens, D]}, and "neurons" of the image tokens, of every caption with `seeds` noises."""
     text, pooled = (jnp.repeat(x, seeds, 0) for x in flux.encode_text(model, captions))
     grid = flux.token_grid(model, min(256, model.size))
     shape = grid[0] * grid[1], model.cfg.in_channels
     noise = flux.draw_noise(0, first * seeds + np.arange(len(text)), shape)
     sigma = flux.sigmas(model.scheduler, 1, shape[0])[0]
-    acts = _all_layers(model.params, model.cfg, noise, text, pooled, sigma, grid, site, neurons)
-    return np.asarray(acts).reshape(model.cfg.layers, -1, acts.shape[-1])
+    found = {name: np.asarray(x) for name, x in _all_layers(model.params, model.cfg, noise, text, pooled, sigma, grid,
+                                                            neurons).items()}
+    if not all(np.isfinite(x).all() for x in found.values()):
+        raise ValueError("activations do not fit float16")
+    return {name: x.reshape(len(x), -1, x.shape[-1]) for name, x in found.items()}
 
 
-@partial(jax.jit, static_argnums=(1, 6, 7, 8))
-def _all_layers(params, cfg, latents, text, pooled, sigma, grid, site, neurons):
-    """The residual streams of all layers [L, B, N, D] or, with the MLPs' neurons beside them, [L, B, N, 5D]."""
-    T = text.shape[1]
-    sites, tokens = {"img": (("img",), slice(T, None)), "txt": (("txt",), slice(T)),
-                     "both": (("txt", "img"), slice(None))}[site]
-    names = [f"{kind}.{s}" for kind in ("double", "single") for s in sites]
-    names += [*(f"double.{s}.neurons" for s in sites), "single.neurons"] if neurons else []
-    run = reap(partial(flux.velocity, grid=grid), tuple(names))
+@partial(jax.jit, static_argnums=(1, 6, 7))
+def _all_layers(params, cfg, latents, text, pooled, sigma, grid, neurons):
+    names = "double.txt", "double.img", "single.txt", "single.img"
+    names += ("double.img.neurons", "single.neurons") if neurons else ()
+    run = reap(partial(flux.velocity, grid=grid), names)
     found = run(params, cfg, latents, text, pooled, jnp.full(len(latents), sigma), None)[1]
-    streams = [jnp.concatenate([found[f"{kind}.{s}"] for s in sites], 2) for kind in ("double", "single")]
+    pairs = {site: [found[f"double.{site}"], found[f"single.{site}"]] for site in ("txt", "img")}
     if neurons:
-        of = [jnp.concatenate([found[f"double.{s}.neurons"] for s in sites], 2), found["single.neurons"][:, :, tokens]]
-        streams = [jnp.concatenate(pair, -1) for pair in zip(streams, of)]
-    return jnp.concatenate(streams)
+        pairs["neurons"] = [found["double.img.neurons"], found["single.neurons"][:, :, text.shape[1]:]]
+    return {name: jnp.concatenate(pair).astype(jnp.float16) for name, pair in pairs.items()}
+
+
+def batch(x, i):
+    """The tokens of step i, in float32; after the last ones, the first again."""
+    i %= len(x) // BATCH
+    return np.asarray(x[i * BATCH:(i + 1) * BATCH], np.float32)
 
 
 # ---------------------------------------------------------------- trainers: tokens → (State, Config, silent features)
@@ -125,7 +133,7 @@ def config(width, steps, features, **options):
 def ours(x, steps, **options):
     state, cfg = begun(x, steps, **options)
     for i in range(steps):
-        state, metrics = STEP(state, cfg, x[i * BATCH:(i + 1) * BATCH])
+        state, metrics = STEP(state, cfg, batch(x, i))
     return state, cfg, float(metrics["dead"]) if steps else None
 
 
@@ -190,12 +198,12 @@ def sparsify(x, steps, optimizer="signum", lr=None, **options):
 def begun(x, steps, **options):
     """(State, Config) of fae before its first step: the others get its normalization, and give their weights to it."""
     cfg = config(x.shape[1], steps, **options)
-    return sae.init(jax.random.key(0), cfg, np.asarray(x[:65536])), cfg
+    return sae.init(jax.random.key(0), cfg, np.asarray(x[:65536], np.float32)), cfg
 
 
 def units(state, x, i):
     """Batch i in the space that is trained in."""
-    return (x[i * BATCH:(i + 1) * BATCH] - np.asarray(state.mean)) / np.asarray(state.std)
+    return (batch(x, i) - np.asarray(state.mean)) / np.asarray(state.std)
 
 
 # ---------------------------------------------------------------- baselines: a layer → its test tokens reconstructed
@@ -203,37 +211,45 @@ def units(state, x, i):
 
 def units_of(layer):
     """(moments, fit tokens, test tokens): standardized, and the mean and std that did it, of the training tokens."""
-    width, sample = layer["train"].shape[1], layer["train"][:65536]
+    sample = np.asarray(layer["train"][:65536], np.float32)
     moments = tuple(f(sample, 0, dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
-    return moments, *((layer[name][:, :width] - moments[0]) / moments[1] for name in ("fit", "test"))
+    return moments, *((layer[name] - moments[0]) / moments[1] for name in ("fit", "test"))
 
 
-def pca(layer, features, k):
+def pca(layer, steps, features, k):
     _, fit, test = units_of(layer)
     return baselines.pca(fit, test, k)
 
 
-def neurons(layer, features, k):
+def neurons(layer, steps, features, k):
     _, fit, _ = units_of(layer)
-    width = fit.shape[1]
-    return baselines.largest(layer["fit"][:, width:], fit, layer["test"][:, width:], k)
+    codes, others = (layer[f"{name}_neurons"].astype(np.float32) for name in ("fit", "test"))
+    return baselines.largest(codes, fit, others, k)
 
 
-def random_dictionary(layer, features, k):
+def random_dictionary(layer, steps, features, k):
     _, _, test = units_of(layer)
     return baselines.pursue(test, baselines.random_dictionary(jax.random.key(0), features, test.shape[1]), k)[0]
 
 
-def itda(layer, features, k):
+def itda(layer, steps, features, k):
     (mean, std), _, test = units_of(layer)
-    batches = [(layer["train"][i * BATCH:(i + 1) * BATCH] - mean) / std for i in range(64)]
-    return baselines.pursue(test, baselines.itda(batches, features, k), k)[0]
+    tokens = [(batch(layer["train"], i) - mean) / std for i in range(64)]
+    return baselines.pursue(test, baselines.itda(tokens, features, k), k)[0]
+
+
+def pursued(layer, steps, features, k):
+    """The decoder that `ours` ends with, its codes not from the encoder but by gradient pursuit."""
+    state, _, _ = ours(layer["train"], steps, features=features, k=k)
+    u = (layer["test"] - np.asarray(state.mean)) / np.asarray(state.std) - np.asarray(state.params["b_dec"])
+    return baselines.pursue(u, state.params["dec"], k)[0] + np.asarray(state.params["b_dec"])
 
 
 # ---------------------------------------------------------------- what is measured
 
 TRAINERS = {"fae": ours, "SAELens": saelens, "sparsify": sparsify}
-BASELINES = {"PCA": pca, "MLP neurons": neurons, "random dictionary": random_dictionary, "ITDA": itda}
+BASELINES = {"PCA": pca, "MLP neurons": neurons, "random dictionary": random_dictionary, "ITDA": itda,
+             "fae's dictionary": pursued}
 
 
 def plan(what, layers, steps):
@@ -251,11 +267,15 @@ def plan(what, layers, steps):
         lr = 9 * sae.default_lr(2048)
         theirs = [{"trainer": "SAELens"}, {"trainer": "SAELens", "lr": lr}, {"trainer": "sparsify"},
                   {"trainer": "sparsify", "optimizer": "adam"}, {"trainer": "sparsify", "optimizer": "adam", "lr": lr}]
-        kinds = [{"trainer": "fae"}, *theirs, *(kind | {"normalization": "scale"} for kind in theirs)]
+        kinds = [{"trainer": "fae"}, *theirs]
+        kinds += [kind | {"normalization": "scale"} for kind in kinds]
+    elif what == "kinds":
+        kinds = [{"trainer": "fae", "activation": name} for name in sae.ACTIVATIONS] + [
+            {"trainer": "fae", "activation": "topk", "matryoshka": [512, 2048]}]
     elif what == "baselines":
         kinds = [{"trainer": trainer} for trainer in ("fae", *BASELINES)] + [{"trainer": "fae", "steps": 0}]
     else:
-        raise ValueError(f"--what {what}: it is sweep, sites, beside, baselines or tables")
+        raise ValueError(f"--what {what}: it is sites, sweep, beside, baselines, kinds or tables")
     return [job for kind in kinds for job in jobs(**kind)]
 
 
@@ -263,13 +283,13 @@ def measure(layer, trainer, site, steps, **options):
     """Of held-out tokens: standardized FVU, and what else a kind of trainer has; seconds that its making took."""
     since = time.monotonic()
     if trainer in BASELINES:
-        found = BASELINES[trainer](layer, **options)
+        found = BASELINES[trainer](layer, steps, **options)
         _, _, test = units_of(layer)
         fvu = np.mean(np.sum((test - found) ** 2, 0) / np.sum((test - test.mean(0)) ** 2, 0))
         return {"fvu_standardized": float(fvu), "seconds": time.monotonic() - since}
     state, cfg, silent = TRAINERS[trainer](layer["train"], steps, **options)
     seconds = time.monotonic() - since
-    found = sae.evaluate(sae.fold(state, cfg), cfg, layer["test"][:, :cfg.d_in])._asdict()
+    found = sae.evaluate(sae.fold(state, cfg), cfg, layer["test"])._asdict()
     return {name: value for name, value in found.items() if name != "density"} | {"silent": silent, "seconds": seconds}
 
 
@@ -283,7 +303,7 @@ def read(path):
 
 
 def key(job):
-    return tuple(sorted(job.items()))
+    return tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in job.items()))
 
 
 def table(results):
@@ -322,22 +342,23 @@ def rises(results):
             and same(a, b) and a != b and a["features"] <= b["features"] and a["k"] <= b["k"] and y >= x]
 
 
-def main(results, what="tables", acts="", layers=None, steps=500, **unknown):
+def main(results, what="tables", acts="", layers=None, steps=400, passes=200, **unknown):
     flux.no_unknown_flags(unknown)
     path, done = Path(results), read(Path(results))
-    every = range(flux.read_config("nano")[1].layers)
-    layers = every if layers is None else layers if isinstance(layers, (list, tuple)) else [layers]
-    jobs = plan(what, layers, steps) if what != "tables" else []
+    layers = range(flux.read_config("nano")[1].layers) if layers is None else np.atleast_1d(layers).tolist()
+    todo = [job for job in (plan(what, layers, steps) if what != "tables" else []) if key(job) not in done]
     with tempfile.TemporaryDirectory() as temporary:
-        for site in dict.fromkeys(job["site"] for job in jobs):
-            todo = [job for job in jobs if job["site"] == site and key(job) not in done]
-            tokens = saved(acts or temporary, site, max(job["steps"] for job in todo)) if todo else None
-            for job in todo:
-                found = measure(tokens[job["layer"]], **{name: value for name, value in job.items() if name != "layer"})
-                done[key(job)] = found
-                print(job, found, flush=True)
-                with open(path, "a") as file:
-                    file.write(json.dumps({"job": job, "found": found}) + "\n")
+        folder = Path(acts or temporary)
+        if todo and not (folder / "whole").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            harvest(folder, passes)
+            (folder / "whole").touch()
+        for job in todo:
+            tokens = saved(folder, job["layer"], job["site"])
+            done[key(job)] = measure(tokens, **{name: value for name, value in job.items() if name != "layer"})
+            print(job, done[key(job)], flush=True)
+            with open(path, "a") as file:
+                file.write(json.dumps({"job": job, "found": done[key(job)]}) + "\n")
     print(table(done))
     for a, b in rises(done):
         print(f"FVU does not fall from {a} to {b}")
