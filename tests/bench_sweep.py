@@ -1,17 +1,17 @@
 """SAEs over layers, k and features on nano, beside other trainers and baselines on the same saved tokens, as Markdown.
 
-    python tests/bench_sweep.py results.jsonl --what sites           # train.py's defaults on txt, both and img
+    python tests/bench_sweep.py results.jsonl --what sites           # texts and images (--steps 1000: train.py's)
     python tests/bench_sweep.py results.jsonl --what sweep           # k = 8 … 64, F = 1,024 … 16,384
     python tests/bench_sweep.py results.jsonl --what beside          # SAELens and sparsify (pip install eai-sparsify)
     python tests/bench_sweep.py results.jsonl --what baselines       # PCA, MLP neurons, dictionaries by pursuit
     python tests/bench_sweep.py results.jsonl --what kinds           # BatchTopK, JumpReLU, nested prefixes
     python tests/bench_sweep.py results.jsonl --what tables          # only print what is there
 
-200 passes of the model give every layer's and site's tokens (--passes; 1.6 million of images, 0.8 million of texts),
-which are kept in --acts (default: a temporary folder that is removed) and read by all runs; a run of more steps than
-there are tokens goes over them again. A run is then `sae.step` alone, with the learning rate, warmup and decay of
-train.py. Results are appended to the file, a line each, and what has its line there is not done again: the command can
-be stopped and repeated, and several can share the folder and the file once the tokens are there (--layers 0,1,2).
+200 passes of the model give the tokens of every layer (--passes; 1.6 million of images, 0.8 million of texts), which
+are kept in --acts (default: a temporary folder that is removed) and read by all runs; a run of more steps than there
+are tokens goes over them again. A run is then `sae.step` alone, with the learning rate, warmup and decay of train.py.
+Results are appended to the file, a line each, and what has its line there is not done again: the command can be stopped
+and repeated, and several can share the folder and the file once the tokens are there (--layers 0,1,2).
 
 FVU (standardized), dead features and L0 are of held-out prompts: 131,072 tokens of images, 65,536 of texts. "silent"
 is the trainer's own counter of dead features, where it has one, after the last step.
@@ -50,14 +50,9 @@ STEP = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
 def saved(folder, layer, site):
     """{"train", "fit", "test": [N, D], "fit_neurons", "test_neurons": [N, 4D]} of a layer, from `harvest`'s files. The
     neurons are of image tokens only."""
-    sites, load = ("txt", "img") if site == "both" else (site,), partial(np.load, mmap_mode="r")
-    found = {}
-    for name in ("train", "fit", "test"):
-        of = [load(folder / f"{name}.{s}.{layer}.npy") for s in sites]
-        found[name] = of[0] if site != "both" else np.concatenate(of)
-    if site == "both":                                           # trained on in an order of its own
-        found["train"] = found["train"][np.random.default_rng(0).permutation(len(found["train"]))]
-    return found | {f"{name}_neurons": load(folder / f"{name}.neurons.{layer}.npy") for name in ("fit", "test")}
+    names = {name: f"{name}.{site}" for name in ("train", "fit", "test")}
+    names |= {f"{name}_neurons": f"{name}.neurons" for name in ("fit", "test")}
+    return {name: np.load(folder / f"{file}.{layer}.npy", mmap_mode="r") for name, file in names.items()}
 
 
 def harvest(folder, passes):
@@ -259,7 +254,7 @@ def plan(what, layers, steps):
         return [job | {"layer": layer} for layer in layers]
 
     if what == "sites":
-        kinds = [{"trainer": "fae", "site": site, "steps": 1000} for site in ("txt", "both", "img")]
+        kinds = [{"trainer": "fae", "site": site} for site in ("txt", "img")]
     elif what == "sweep":
         sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 32) for features in (1024, 4096, 8192, 16384)]
         kinds = [{"trainer": "fae", "features": features, "k": k} for features, k in sizes]
