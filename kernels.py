@@ -182,7 +182,7 @@ def sparse_encode_dense(x: Array, W_enc: Array, b_enc: Array, k: int) -> tuple[A
 # take longer than reading every row once. In VMEM a row lies in one piece, [D / 128, 128], at an odd distance from the
 # next one: then a tile of 8 rows is rearranged by stores with a stride that never hit one memory bank twice.
 
-ENTRIES, ROWS, GROUP = 1024, 256, 8
+ENTRIES, ROWS, GROUP, TOGETHER = 1024, 256, 8, 2
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,10 @@ def _entries(values: Array, indices: Array, features: int) -> Entries:
     return Entries(*(jnp.pad(a, (0, -n % ENTRIES), constant_values=fill) for a, fill in zip(ordered, (features, 0, 0))))
 
 
-def _visits(features: Array, F: int) -> tuple[Array, ...]:
+def _visits(features: Array, F: int, before: int = 0, after: int = 0) -> list[Array]:
     """Entries' features [n] -> block, chunk, first, last of each visit: the entries first..last of a chunk that lie in
-    a block of rows. Blocks and chunks rise one at a time, and every one of them is visited."""
+    a block of rows. Blocks and chunks rise one at a time, and every one of them is visited. With so many steps before
+    and after as are asked for, which have no entries."""
     chunks, blocks = len(features) // ENTRIES, -(-F // ROWS)
     edges = jnp.minimum(jnp.arange(blocks + 1) * ROWS, F)
     starts = jnp.sum(features[None, :] < edges[:, None], axis=1, dtype=jnp.int32)
@@ -226,8 +227,9 @@ def _visits(features: Array, F: int) -> tuple[Array, ...]:
     block = jnp.sum(place[None, :] <= visit[:, None], axis=1, dtype=jnp.int32) - 1
     chunk = (visit - block - 1).astype(jnp.int32)
     first = jnp.minimum(jnp.maximum(starts[block], chunk * ENTRIES), total)
-    last = jnp.append(first[1:], total)
-    return block, chunk, first - chunk * ENTRIES, last - chunk * ENTRIES
+    ranges = first - chunk * ENTRIES, jnp.append(first[1:], total) - chunk * ENTRIES
+    return [jnp.pad(a, (before, after), mode="edge") for a in (block, chunk)] + [
+        jnp.pad(a, (before, after)) for a in ranges]
 
 
 class Layout(NamedTuple):
@@ -242,7 +244,7 @@ def _layout(chip: Chip, B: int, D: int) -> Layout | None:
     """The widest slices that fit; None where not even one column of 128 does, or D is no multiple of 128."""
     for slices in range(1, D // 128 + 1):
         tall = D // 128 // slices
-        size = B * (tall | 1) + ROWS * (4 * tall + 2 * (tall | 1)) + ENTRIES * (_fold(tall) | 1)
+        size = (_blocks(B) + 2) * ROWS * (tall | 1) + 6 * ROWS * tall + ENTRIES * (_fold(tall) | 1)
         if D % (128 * slices) == 0 and 512 * size <= chip.vmem << 20:
             return Layout(slices, tall, tall | 1)
     return None
@@ -253,126 +255,122 @@ def _fold(tall: int) -> int:
     return tall if tall % 8 else 8
 
 
+def _blocks(n: int) -> int:
+    return -(-n // ROWS)
+
+
 def spmm_kernel(entries: Entries, rows: Array, shape: tuple[int, int], layout: Layout, chip: Chip, interpret=False):
-    """Entries of values [B, k] = shape, rows [F, D] -> [B, D]: `_spmm`, each block of rows added to all of the output."""
+    """Entries of values [B, k] = shape, rows [F, D] -> [B, D]: `_spmm`. All of the output stays in VMEM until the end,
+    and each entry adds its row to its token's."""
     from jax.experimental import pallas as pl
 
-    (B, k), (slices, tall, pitch) = shape, layout
+    (B, k), (_, tall, pitch), F = shape, layout, rows.shape[0]
+    visits = _visits(entries.features, F, after=_blocks(B))
+    ends = len(visits[0]) - _blocks(B)
 
-    def kernel(block, chunk, first, last, f, t, v, clash, w, out, spread):
+    def kernel(block, chunk, first, last, f, t, v, w, out, tokens, spread):
         i = pl.program_id(1)
-        pl.when(i == 0)(lambda: _zero(out.at[0]))
+        pl.when(i == 0)(lambda: _zero(tokens))
         pl.when((i == 0) | (block[i] != block[jnp.maximum(i - 1, 0)]))(lambda: _spread(w, spread, layout))
 
-        def add(start, count):  # reads all before it writes any
-            places = [pl.ds(t[0, 0, start + u], tall) for u in range(count)]
-            sums = [out[0, place] + v[0, 0, start + u] * spread[pl.ds(f[0, 0, start + u], tall)]
-                    for u, place in enumerate(places)]
-            for place, total in zip(places, sums):
-                out[0, place] = total
-
-        def one(e, carry):
-            add(e, 1)
+        def some(start, count, carry):
+            for e in range(0, count, TOGETHER):
+                add([start + e + u for u in range(min(count, TOGETHER))])
             return carry
 
-        def group(g, carry):
-            free = clash[0, 0, g] == 0
-            pl.when(free)(lambda: add(g * GROUP, GROUP))
-            pl.when(~free)(lambda: [add(g * GROUP + u, 1) for u in range(GROUP)] and None)
-            return carry
+        def add(these):  # reads all before it writes any, which costs less than a read after each write
+            places, sums = [t[0, 0, e] for e in these], []
+            for e, place in zip(these, places):
+                old = tokens[pl.ds(place, tall)]
+                for other, new in zip(places, sums):  # the same token's
+                    old = jnp.where(place == other, new, old)
+                sums.append(old + v[0, 0, e] * spread[pl.ds(f[0, 0, e], tall)])
+            for place, new in zip(places, sums):
+                tokens[pl.ds(place, tall)] = new
 
-        _walk(first[i], last[i], one, group, 0)
+        _walk(first[i], last[i], some, 0)
+        pl.when(i >= ends)(lambda: _gather(tokens, out, layout, i - ends))
 
-    tokens = (entries.places // k).reshape(-1, GROUP)
-    clash = jnp.tril(tokens[:, :, None] == tokens[:, None, :], -1).any((1, 2)).astype(jnp.int32)
-    lists = _lists(entries, k, pitch)
-    size = _tokens_size(B, pitch)
-    output = jax.ShapeDtypeStruct((slices, size, 128), jnp.float32), _tokens_spec(size)
-    out, = _call(kernel, entries, rows.shape[0], layout, [*lists, clash.reshape(-1, 1, ENTRIES // GROUP)], [], [rows],
-                 [output], [ROWS * pitch], chip, interpret)
-    out = out[:, :B * pitch].reshape(slices, B, pitch, 128)[:, :, :tall]
-    return out.transpose(1, 0, 2, 3).reshape(B, -1)
+    output = (jax.ShapeDtypeStruct((B, rows.shape[1]), jnp.float32),
+              pl.BlockSpec((ROWS, tall * 128), lambda s, i, *_: (jnp.maximum(i - ends, 0), s)))
+    scratch = [_blocks(B) * ROWS * pitch, ROWS * pitch]
+    return _call(kernel, visits, entries, k, layout, [(rows, _rows_spec(layout))], [output], scratch, chip, interpret)[0]
 
 
 def outer_kernel(entries: Entries, x: Array, rows: Array | None, F: int, k: int, layout: Layout, chip: Chip,
                  interpret=False):
-    """Entries of values [B, k], x [B, D] -> [F, D]: `_outer`; with rows [F, D] also `_sddmm`, [B, k], of the same read."""
+    """Entries of values [B, k], x [B, D] -> [F, D]: `_outer`. With rows [F, D] also, of the same read, [B, k]: `_sddmm`.
+    All of x is put into VMEM first."""
     from jax.experimental import pallas as pl
 
-    slices, tall, pitch = layout
-    fold, dots_too = _fold(tall), rows is not None
+    (B, D), (slices, tall, pitch), fold = x.shape, layout, _fold(layout.tall)
+    visits, starts = _visits(entries.features, F, before=_blocks(B)), _blocks(B)
 
     def kernel(block, chunk, first, last, f, t, v, x, *refs):
-        (w, dot, out, total, spread, dots) = refs if dots_too else (None, None, *refs, None, None)
-        i, visits = pl.program_id(1), pl.num_programs(1)
-        lo, hi, before, after = first[i], last[i], jnp.maximum(i - 1, 0), jnp.minimum(i + 1, visits - 1)
+        (w, d_values, out, tokens, total, spread, dots) = refs if rows is not None else (
+            None, None, *refs, None, None)
+        i, end = pl.program_id(1), pl.num_programs(1) - 1
+        before, after = jnp.maximum(i - 1, 0), jnp.minimum(i + 1, end)
+        pl.when(i < starts)(lambda: _spread(x, tokens, layout, i))
 
         @pl.when((i == 0) | (block[i] != block[before]))
         def _():
             _zero(total)
-            if dots_too:
+            if rows is not None:
                 _spread(w, spread, layout)
 
         def one(e, carry):
             sums, previous = carry
-            feature, row = f[0, 0, e], x[0, pl.ds(t[0, 0, e], tall)]
-            if dots_too:
+            feature, row = f[0, 0, e], tokens[pl.ds(t[0, 0, e], tall)]
+            if rows is not None:
                 product = row * spread[pl.ds(feature, tall)]
                 dots[pl.ds(e * (fold | 1), fold)] = sum(product[r:r + fold] for r in range(0, tall, fold))
             sums = jnp.where(feature == previous, sums, 0.0) + v[0, 0, e] * row
             total[pl.ds(feature, tall)] = sums  # the last one of a feature stays
             return sums, feature
 
-        def group(g, carry):
-            for u in range(GROUP):
-                carry = one(g * GROUP + u, carry)
+        def some(start, count, carry):
+            for u in range(count):
+                carry = one(start + u, carry)
             return carry
 
-        feature = f[0, 0, jnp.minimum(lo, ENTRIES - 1)]  # goes on where the chunk before stopped
-        _walk(lo, hi, one, group, (total[pl.ds(feature, tall)], feature))
-        pl.when((i == visits - 1) | (block[i] != block[after]))(lambda: _gather(total, out, layout))
-        if dots_too:
-            pl.when((i == visits - 1) | (chunk[i] != chunk[after]))(lambda: _sum_dots(dots, dot, fold))
+        feature = f[0, 0, jnp.minimum(first[i], ENTRIES - 1)]  # goes on where the chunk before stopped
+        _walk(first[i], last[i], some, (total[pl.ds(feature, tall)], feature))
+        pl.when((i == end) | (block[i] != block[after]))(lambda: _gather(total, out, layout))
+        if rows is not None:
+            pl.when((i == end) | (chunk[i] != chunk[after]))(lambda: _sum_dots(dots, d_values, fold))
 
-    B, D = x.shape
-    chunks, size = len(entries.places) // ENTRIES, _tokens_size(B, pitch)
-    x = x.reshape(B, slices, tall, 128).transpose(1, 0, 2, 3)
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, pitch - tall), (0, 0))).reshape(slices, B * pitch, 128)
-    x = jnp.pad(x, ((0, 0), (0, size - B * pitch), (0, 0)))
-    d_rows = jax.ShapeDtypeStruct((F, D), jnp.float32), _rows_spec(layout)
-    d_values = (jax.ShapeDtypeStruct((slices, chunks, ENTRIES // 128, 128), jnp.float32),
-                pl.BlockSpec((1, 1, ENTRIES // 128, 128), lambda s, i, block, chunk, *_: (s, chunk[i], 0, 0)))
-    outputs = [d_values, d_rows] if dots_too else [d_rows]
-    scratch = [ROWS * pitch] * (2 if dots_too else 1) + [ENTRIES * (fold | 1)] * dots_too
-    results = _call(kernel, entries, F, layout, _lists(entries, k, pitch), [x], [rows] if dots_too else [], outputs,
-                    scratch, chip, interpret)
-    if not dots_too:
-        return results[0]
-    n = B * k
-    dots = jnp.where(entries.features < F, results[0].sum(0).reshape(-1), 0)[:n]
-    return results[1], lax.sort((entries.places[:n], dots), num_keys=1, is_stable=False)[1].reshape(B, k)
+    inputs = [(x, pl.BlockSpec((ROWS, tall * 128), lambda s, i, *_: (jnp.minimum(i, starts - 1), s)))]
+    outputs = [(jax.ShapeDtypeStruct((F, D), jnp.float32), _rows_spec(layout))]
+    scratch = [starts * ROWS * pitch, ROWS * pitch]
+    if rows is None:
+        return _call(kernel, visits, entries, k, layout, inputs, outputs, scratch, chip, interpret)[0]
+    lines = ENTRIES // 128
+    dots = (jax.ShapeDtypeStruct((slices, len(entries.values) // ENTRIES, lines, 128), jnp.float32),
+            pl.BlockSpec((1, 1, lines, 128), lambda s, i, block, chunk, *_: (s, chunk[i], 0, 0)))
+    dots, out = _call(kernel, visits, entries, k, layout, [*inputs, (rows, _rows_spec(layout))], [dots, *outputs],
+                      [*scratch, ROWS * pitch, ENTRIES * (fold | 1)], chip, interpret)
+    dots = jnp.where(entries.features < F, dots.sum(0).reshape(-1), 0)[:B * k]
+    return out, lax.sort((entries.places[:B * k], dots), num_keys=1, is_stable=False)[1].reshape(B, k)
 
 
-def _call(kernel, entries, F, layout, lists, tokens, rows, outputs, scratch, chip, interpret):
-    """`kernel` on a grid of slices of D x visits. lists: [chunks, 1, ...] for the scalar core; tokens: [slices, ...], a
-    slice at a time; rows [F, D]; outputs: (shape, spec); scratch: how many rows of 128."""
+def _call(kernel, visits, entries, k, layout, inputs, outputs, scratch, chip, interpret):
+    """`kernel` on a grid of slices of D x visits. Where each entry's row begins in its block, where its token does, and
+    its value go to the scalar core, a chunk at a time. inputs: (array, spec); outputs: (shape, spec); scratch: how many
+    rows of 128."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu
-    visits = _visits(entries.features, F)
-    specs = [pl.BlockSpec((1, *a.shape[1:]), lambda s, i, block, chunk, *_: (chunk[i], 0, 0), memory_space=tpu.SMEM)
-             for a in lists]
-    specs += [_tokens_spec(a.shape[1]) for a in tokens] + [_rows_spec(layout) for _ in rows]
+    pitch = layout.pitch
+    lists = [a.reshape(-1, 1, ENTRIES) for a in (
+        entries.features % ROWS * pitch, entries.places // k * pitch, entries.values)]
+    chunk_spec = pl.BlockSpec((1, 1, ENTRIES), lambda s, i, block, chunk, *_: (chunk[i], 0, 0), memory_space=tpu.SMEM)
     grid = tpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=len(visits), grid=(layout.slices, len(visits[0])), in_specs=specs,
-        out_specs=[spec for _, spec in outputs], scratch_shapes=[tpu.VMEM((n, 128), jnp.float32) for n in scratch])
+        num_scalar_prefetch=len(visits), grid=(layout.slices, len(visits[0])),
+        in_specs=[chunk_spec] * len(lists) + [spec for _, spec in inputs], out_specs=[spec for _, spec in outputs],
+        scratch_shapes=[tpu.VMEM((n, 128), jnp.float32) for n in scratch])
     parameters = tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=chip.vmem << 20)
     return pl.pallas_call(kernel, grid_spec=grid, out_shape=[shape for shape, _ in outputs], interpret=interpret,
-                          compiler_params=parameters)(*visits, *lists, *tokens, *rows)
-
-
-def _tokens_spec(size):
-    from jax.experimental import pallas as pl
-    return pl.BlockSpec((1, size, 128), lambda s, i, *_: (s, 0, 0), pipeline_mode=pl.Buffered(1))
+                          compiler_params=parameters)(*visits, *lists, *(array for array, _ in inputs))
 
 
 def _rows_spec(layout):
@@ -380,20 +378,11 @@ def _rows_spec(layout):
     return pl.BlockSpec((ROWS, layout.tall * 128), lambda s, i, block, *_: (block[i], s))
 
 
-def _tokens_size(B, pitch):
-    return -(-B * pitch // 128) * 128
-
-
-def _lists(entries, k, pitch):
-    """Where each entry's row begins in its block, where its token does, and its value: [chunks, 1, ENTRIES] each."""
-    lists = entries.features % ROWS * pitch, entries.places // k * pitch, entries.values
-    return [a.reshape(-1, 1, ENTRIES) for a in lists]
-
-
-def _walk(first, last, one, group, carry):
-    """Entries first..last: whole groups by `group`, those before and after by `one`."""
+def _walk(first, last, some, carry):
+    """carry = some(start, count, carry) for entries first..last: by GROUPs where they are aligned, else one by one."""
     head = jnp.minimum((first + GROUP - 1) & -GROUP, last)
     tail = jnp.maximum(last & -GROUP, head)
+    one, group = (lambda i, carry: some(i, 1, carry)), (lambda i, carry: some(i * GROUP, GROUP, carry))
     carry = lax.fori_loop(first, head, one, carry)
     carry = lax.fori_loop(lax.div(head, GROUP), lax.div(tail, GROUP), group, carry)
     return lax.fori_loop(tail, last, one, carry)
@@ -403,37 +392,38 @@ def _zero(ref):
     """Rows [n, 128], n a multiple of 128."""
     from jax.experimental import pallas as pl
 
-    def some(i, _):
+    def some(i, carry):
         ref[pl.ds(pl.multiple_of(i * 128, 128), 128)] = jnp.zeros((128, 128), ref.dtype)
-        return _
+        return carry
 
     lax.fori_loop(0, ref.shape[0] // 128, some, 0)
 
 
-def _spread(rows, spread, layout):
-    """A block of rows [ROWS, tall * 128] -> [ROWS * pitch, 128], each in one piece."""
+def _spread(rows, spread, layout, block=0):
+    """A tile [ROWS, tall * 128] -> the block'th [ROWS * pitch, 128] of spread, each row in one piece."""
     def move(part, place, columns):
         spread[place] = rows[part, columns]
 
-    _tiles(move, layout)
+    _tiles(move, layout, block)
 
 
-def _gather(spread, rows, layout):
+def _gather(spread, rows, layout, block=0):
     """The inverse of `_spread`."""
     def move(part, place, columns):
         rows[part, columns] = spread[place]
 
-    _tiles(move, layout)
+    _tiles(move, layout, block)
 
 
-def _tiles(move, layout):
+def _tiles(move, layout, block):
     from jax.experimental import pallas as pl
 
-    def some(i, _):
+    def some(i, carry):
+        start = (block * ROWS + i * 8) * layout.pitch
         for column in range(layout.tall):
-            move(pl.ds(pl.multiple_of(i * 8, 8), 8), pl.ds(i * 8 * layout.pitch + column, 8, stride=layout.pitch),
+            move(pl.ds(pl.multiple_of(i * 8, 8), 8), pl.ds(start + column, 8, stride=layout.pitch),
                  slice(column * 128, column * 128 + 128))
-        return _
+        return carry
 
     lax.fori_loop(0, ROWS // 8, some, 0)
 
@@ -442,12 +432,12 @@ def _sum_dots(dots, out, fold):
     """[ENTRIES * (fold | 1), 128] -> [1, 1, ENTRIES / 128, 128]: each entry's sum; over lanes it is the matrix unit's."""
     from jax.experimental import pallas as pl
 
-    def some(i, _):
+    def some(i, carry):
         pitch = fold | 1
         sums = sum(dots[pl.ds(i * 128 * pitch + row, 128, stride=pitch)] for row in range(fold))
         line = lax.dot_general(jnp.ones((8, 128), jnp.float32), sums, (((1,), (1,)), ((), ())),
                                precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
         out[0, 0, pl.ds(i, 1)] = line[:1]
-        return _
+        return carry
 
     lax.fori_loop(0, ENTRIES // 128, some, 0)
