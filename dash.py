@@ -313,7 +313,8 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     """Draw `prompts`, encode the activations of one layer, and keep statistics: a `Collected`, also saved in
     `folder`/collect, with the images in `folder`/images.
 
-    model: of `flux.load`. params, cfg: of `sae.load`. timesteps: at which activations are taken, as `train.py` does.
+    model: of `flux.load`. params, cfg: of `sae.load` or `sae.load_groups`. timesteps: at which activations are taken,
+    as `train.py` does.
     steps: in which the images are drawn. labels [N, A] bool: what is true of each prompt's scene, named by
     `attributes`. info: more for the JSON. progress: called with the number of prompts done. A stopped run goes on where
     its last state was saved, if all arguments are the same. Raises ValueError where activations are not finite.
@@ -322,6 +323,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     flux.residual_names(model.cfg, layer, site)
     size, text_tokens = size or min(256, model.size), text_tokens or model.text_tokens
     grid = flux.token_grid(model, size)
+    params = [params] if isinstance(params, dict) else params
     layout = Layout(timesteps, text_tokens if site != "img" else 0, tuple(grid) if site != "txt" else (0, 0))
     labels = np.zeros((len(prompts), 0), bool) if labels is None else np.asarray(labels, bool)
     info = {**(info or {}), "kind": "fae dashboard", "layer": layer, "site": site, "layout": asdict(layout),
@@ -333,7 +335,6 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     partial = Partial(folder, {**info, "weights": digest(params), "batch": batch})
     done = partial.restore(counts.a)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    encode = jax.jit(lambda params, x: sae.encode(params, cfg, x))
     shape = (grid[0] * grid[1], model.cfg.in_channels)
     while done < len(prompts):
         part = prompts[done:done + batch]
@@ -343,8 +344,8 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
         acts = flux.capture(model, flux.prepare(model, full, steps=timesteps, **options), layer=layer, site=site)
         if not bool(jnp.isfinite(acts).all()):
             raise ValueError(f"activations of prompts {done} to {done + len(part) - 1} hold NaN or Inf")
-        codes = (np.moveaxis(np.asarray(x), 1, 0).reshape(batch, layout.positions, cfg.k)
-                 for x in encode(params, acts.astype(jnp.float32)))
+        codes = (np.moveaxis(x, 1, 0).reshape(batch, layout.positions, -1)
+                 for x in encode(params, cfg, acts.astype(jnp.float32), site, text_tokens))
         drawn = flux.generate(model, full, steps=steps, **options)
         for i, (values, indices, image, _) in enumerate(zip(*codes, drawn, part), done):
             alive, peak = counts.add(i, values, indices, seed)
@@ -355,10 +356,25 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
         partial.save(counts.a, done)
         if progress:
             progress(done)
-    found = counts.finish(params["W_dec"], labels, counts.a["maxima"], info)
+    found = counts.finish(params[0]["W_dec"], labels, counts.a["maxima"], info)
     save(folder / "collect", found)
     partial.remove()
     return found
+
+
+def encode(params, cfg, acts, site, text_tokens):
+    """acts [timesteps, B, N, D] → values, indices [timesteps, B, N, most features of a token], by each group's SAE."""
+    groups = flux.token_groups(site, len(acts), text_tokens) if len(params) > 1 else [("", slice(None), slice(None))]
+    if len(groups) != len(params):
+        raise ValueError(f"the checkpoint has SAEs for {len(params)} groups of tokens; site {site} with {len(acts)} "
+                         f"timestep(s) has {len(groups)}")
+    found = [sae.encode(p, cfg, acts[t, ..., part, :]) for p, (_, t, part) in zip(params, groups)]
+    shape = (*acts.shape[:3], max(values.shape[-1] for values, _ in found))
+    both = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    for (_, t, part), codes in zip(groups, found):
+        for whole, some in zip(both, codes):
+            whole[t, ..., part, :some.shape[-1]] = some
+    return both
 
 
 class Partial:
@@ -394,8 +410,9 @@ class Partial:
 def digest(params):
     """One hash of all weights."""
     total = hashlib.sha256()
-    for name in sorted(params):
-        total.update(np.ascontiguousarray(params[name]).data)
+    for p in params:
+        for name in sorted(p):
+            total.update(np.ascontiguousarray(p[name]).data)
     return total.hexdigest()
 
 
@@ -448,7 +465,7 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
     check_out(out, pages_only)
     given = {"n": n, "seed": seed, "steps": steps, "batch": batch}
     flux.check_whole({name: value for name, value in given.items() if value is not None})
-    params, cfg = sae.load(checkpoint)
+    params, cfg = sae.load_groups(checkpoint)
     wanted = feature_range(features, cfg.features)
     building = out.resolve().with_name(f".{out.resolve().name}.{'pages' if pages_only else 'building'}")
     if pages_only:

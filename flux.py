@@ -101,6 +101,16 @@ def residual_names(cfg, layer, site):
     return tuple(f"{kind}.{s}" for s in (("txt", "img") if site == "both" else (site,)))
 
 
+def token_groups(site, timesteps, text_tokens):
+    """[(name, timestep, slice of the site's tokens)]: the groups of tokens whose residuals differ in mean and spread,
+    by timestep and stream, in the order of `capture`'s axes. A single one has no name."""
+    both = [("txt", slice(0, text_tokens)), ("img", slice(text_tokens, None))]
+    streams = both if site == "both" else [("", slice(None))]
+    times = [f"t{t}" for t in range(timesteps)] if timesteps > 1 else [""]
+    return [("-".join(filter(None, (stream, time))), t, part)
+            for t, time in enumerate(times) for stream, part in streams]
+
+
 def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=()):
     """(velocity, values `names` of block `layer`) of all blocks, or (None, values) of the first `stop`."""
     _check_inputs(cfg, *inputs, grid)
@@ -507,10 +517,11 @@ def resolve(model, files=PARTS):
     repo = REPOS.get(str(model), str(model))
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise ValueError(f"unknown model {str(model)!r}: give nano, schnell, dev, a folder or a repo id owner/name")
-    return _download(repo, files)
+    return download(repo, files)
 
 
-def _download(repo, files):
+def download(repo, files):
+    """The local folder of a repo on the hub, with its files that match the patterns `files`."""
     from huggingface_hub import errors, snapshot_download
     try:
         return Path(snapshot_download(repo, allow_patterns=files))

@@ -30,7 +30,19 @@ def topk(x: Array, k: int) -> tuple[Array, Array]:
     """
     if not 1 <= k <= x.shape[-1]:
         raise ValueError(f"k = {k} of F = {x.shape[-1]} features; it must lie in 1..F")
-    return lax.top_k(x, k)
+    return tuple(lax.platform_dependent(x, cpu=lambda x: _topk_of_blocks(x, k), default=lambda x: lax.top_k(x, k)))
+
+
+def _topk_of_blocks(x: Array, k: int, size: int = 16) -> list[Array]:
+    """`topk` in two stages, where that is faster: the k largest of all lie in the k blocks with the largest maxima.
+    Blocks stay in order, so that of equal values the one with the lower index still comes first."""
+    if x.shape[-1] % size or x.shape[-1] < 8 * size * k:
+        return list(lax.top_k(x, k))
+    blocks = x.reshape(*x.shape[:-1], -1, size)
+    best = jnp.sort(lax.top_k(blocks.max(-1), k)[1], axis=-1)
+    candidates = jnp.take_along_axis(blocks, best[..., None], -2).reshape(*x.shape[:-1], k * size)
+    values, at = lax.top_k(candidates, k)
+    return [values, jnp.take_along_axis(best, at // size, -1) * size + at % size]
 
 
 def _spmm(values: Array, indices: Array, rows: Array) -> Array:
@@ -42,7 +54,8 @@ def _spmm(values: Array, indices: Array, rows: Array) -> Array:
 
     dtype = jnp.promote_types(values.dtype, rows.dtype)
     start = jnp.zeros((values.shape[0], rows.shape[1]), jnp.promote_types(dtype, jnp.float32))
-    return lax.scan(add, start, (values.T, indices.T))[0].astype(dtype)
+    # Eight at a time, since XLA reads and writes the total once for all of them
+    return lax.scan(add, start, (values.T, indices.T), unroll=8)[0].astype(dtype)
 
 
 def _sddmm(x: Array, rows: Array, indices: Array) -> Array:
@@ -53,13 +66,20 @@ def _sddmm(x: Array, rows: Array, indices: Array) -> Array:
 def _outer(values: Array, indices: Array, x: Array, features: int) -> Array:
     """values, indices [B, k], x [B, D] -> [F, D], summed in float32; repeated indices add up."""
 
-    def add(total, column):
-        value, index = column
-        return total.at[index].add(value[:, None] * x), None
+    def add(total, part):
+        value, index, row = part
+        return total.at[index].add(value[:, None] * row), None
 
-    dtype = jnp.promote_types(values.dtype, x.dtype)
-    start = jnp.zeros((features, x.shape[1]), jnp.promote_types(dtype, jnp.float32))
-    return lax.scan(add, start, (values.T, indices.T))[0]
+    def by_row(total, values, indices, x):  # what is added stays in a CPU's cache
+        return lax.scan(add, total, (values, indices, x))[0]
+
+    def by_column(total, values, indices, x):
+        return lax.scan(lambda total, part: add(total, (*part, x)), total, (values.T, indices.T))[0]
+
+    dtype = jnp.promote_types(jnp.promote_types(values.dtype, x.dtype), jnp.float32)
+    # Not a constant, which XLA would build once for several of these sums and then copy for each
+    start = jnp.full((features, x.shape[1]), 0 * values[0, 0], dtype)
+    return lax.platform_dependent(start, values, indices, x, cpu=by_row, default=by_column)
 
 
 @jax.custom_vjp
@@ -84,31 +104,22 @@ def _sparse_decode_backward(residuals, g):
 sparse_decode.defvjp(_sparse_decode_forward, _sparse_decode_backward)
 
 
-def by_rows(function, tree, inputs, size: int = 128):
-    """function(tree, inputs) → the new tree, for pytrees of [F, ...] arrays and of scalars, where the result of a row
-    needs that row alone (and scalars). On a CPU piece by piece: all that is done to a row then happens in the cache;
-    memory is read and written once, not once for every operation."""
-    return lax.platform_dependent(tree, inputs, cpu=lambda t, x: _by_rows(function, t, x, size), default=function)
+def by_rows(function, rows: Array, size: int = 128) -> Array:
+    """function(rows) of an array [F, ...], where the result of a row needs that row alone. On a CPU piece by piece and
+    in place: otherwise XLA may write to fresh memory, which the system has to clear first; that costs more than the
+    work itself."""
+    return lax.platform_dependent(rows, cpu=lambda rows: _by_rows(function, rows, size), default=function)
 
 
-def _by_rows(function, tree, inputs, size):
-    rows = max(leaf.shape[0] for leaf in jax.tree.leaves(inputs) if leaf.ndim)
-    if rows <= size:
-        return function(tree, inputs)
+def _by_rows(function, rows, size):
+    def piece(start, size, rows):
+        new = function(lax.dynamic_slice_in_dim(rows, start, size))
+        return lax.dynamic_update_slice_in_dim(rows, new, start, 0)
 
-    def piece(start, size, tree):
-        cut = lambda a: lax.dynamic_slice_in_dim(a, start, size) if a.ndim else a
-        paste = lambda a, new: lax.dynamic_update_slice_in_dim(a, new, start, 0) if a.ndim else a
-        # A branch that is always taken, so that XLA does not fuse reading and writing, for which it would copy arrays.
-        old = jax.tree.map(cut, (tree, inputs))
-        return jax.tree.map(paste, tree, lax.cond(start >= 0, function, lambda tree, inputs: tree, *old))
-
-    left = rows % size
-    done = lax.fori_loop(0, rows // size, lambda i, tree: piece(i * size, size, tree), tree)
-    scalars = function(jax.tree.map(lambda a: a[:1] if a.ndim else a, tree),
-                       jax.tree.map(lambda a: a[:1] if a.ndim else a, inputs))
-    done = piece(rows - left, left, done) if left else done
-    return jax.tree.map(lambda a, b: a if a.ndim else b, done, scalars)
+    size = min(size, len(rows))
+    whole, left = divmod(len(rows), size)
+    rows = lax.fori_loop(0, whole, lambda i, rows: piece(i * size, size, rows), rows)
+    return piece(whole * size, left, rows) if left else rows
 
 
 def preactivations(x: Array, W_enc: Array, b_enc: Array) -> Array:
@@ -119,7 +130,9 @@ def preactivations(x: Array, W_enc: Array, b_enc: Array) -> Array:
     HIGHEST takes six, and half a minute to compile.
     """
     x, W_enc, b_enc = lax.stop_gradient((x, W_enc, b_enc))
-    return lax.dot_general(x, W_enc, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGH) + b_enc
+    product = lax.dot_general(x, W_enc, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGH)
+    # In place, or every reader of the sum would get a [B, F] of its own
+    return by_rows(lambda rows: rows + b_enc, product)
 
 
 def select(pre: Array, k: int, x: Array, W_enc: Array, b_enc: Array) -> tuple[Array, Array]:

@@ -1,4 +1,5 @@
-"""TopK sparse autoencoders after Gao et al. 2024 (arXiv 2406.04093): parameters, training step, statistics, files.
+"""Sparse autoencoders: parameters, training step, statistics, files. TopK after Gao et al. 2024 (arXiv 2406.04093),
+BatchTopK (2412.06410), JumpReLU (2407.14435), nested "Matryoshka" dictionaries (2503.17547), transcoders (2406.11944).
 
 Copy `kernels.py` with this file; it needs jax, numpy, optax and safetensors.
 
@@ -11,12 +12,15 @@ Copy `kernels.py` with this file; it needs jax, numpy, optax and safetensors.
     values, indices = sae.encode(params, cfg, x)
     x_hat = sae.decode(params, cfg, values, indices)
 
-Two spaces. Training happens on *standardized* residuals u = (x - mean) / std, per dimension: raw FLUX residuals are
-dominated by a few huge directions, and trained on those nearly every feature dies. Its parameters keep features as
-rows: `enc` and `dec` are [F, D], `b_enc` [F], `b_dec` [D]. `fold` turns them into an SAE on *raw* residuals, whose
-parameters have the names and shapes of the file: `W_enc` [D, F], `b_enc` [F], `W_dec` [F, D], `b_dec` [D].
+Two spaces. Training happens on *standardized* residuals u = (x - mean) / std, per dimension or along principal axes:
+raw FLUX residuals are dominated by a few huge directions, and trained on those nearly every feature dies. Its
+parameters keep features as rows: `enc` [F, D] and `dec` [F, D], `b_enc` [F], `b_dec` [D]. `fold` turns them into an SAE
+on *raw* residuals, whose parameters have the names and shapes of the file: `W_enc` [D, F], `b_enc` [F], `W_dec` [F, D],
+`b_dec` [D], and `threshold` [F] where a feature fires above its threshold instead of among the top k.
 
-B batch, D model width, F features, k active features.
+A transcoder reads one residual and writes another: its x is [B, d_in + d_out], both at the same tokens.
+
+B batch, D model width, F features, k active features, G groups of tokens with a normalization of their own.
 """
 
 import dataclasses
@@ -26,6 +30,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +47,9 @@ import kernels
 Params = dict[str, Array]
 CONFIG, WEIGHTS, STATE = "cfg.json", "sae_weights.safetensors", "state.safetensors"
 TMP = ".fae-tmp"                                                 # how names of unfinished saves end
+ACTIVATIONS, NORMALIZATIONS = ("topk", "batchtopk", "jumprelu"), ("std", "pca", "scale")
+# Of files, and whether they hold thresholds (or need none)
+ARCHITECTURES = {"topk": True, "jumprelu": True, "standard": False, "jumprelu_transcoder": True, "transcoder": False}
 SAE_LENS_VERSION = "6.54.12"  # the format written; SAELens takes a file that names no version >= 6 for an old one
 
 
@@ -51,10 +59,17 @@ class Config:
 
     d_in: int
     features: int
-    k: int
+    k: int  # active features of a token; on average with thresholds
+    activation: str = "topk"  # or "batchtopk", "jumprelu": these end with a threshold per feature
+    matryoshka: tuple[int, ...] | None = None  # nested prefixes of the features, each to reconstruct by itself
+    d_out: int | None = None  # of a transcoder; None reconstructs the input
+    normalization: str = "std"  # per dimension; or "pca": along principal axes, or "scale": one factor, else raw
+    groups: tuple[str, ...] = ()  # names of groups of tokens with a mean and std of their own; none: all alike
     k_aux: int | None = None
     aux_coefficient: float = 1 / 32  # appendix A.2
     dead_after: int | None = None  # tokens without firing
+    l0_coefficient: float = 1.0  # JumpReLU: of (l0 / k - 1)²
+    bandwidth: float = 0.2  # JumpReLU: of the threshold's pseudo-derivative, in thresholds
     lr: float | None = None
     warmup: int = (
         200  # steps; most features that die do so early: at lr 3e-3 a warmup of 50 killed 27 %, 200 killed 6 %
@@ -76,10 +91,35 @@ class Config:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if self.decay is not None:
-            object.__setattr__(self, "decay", tuple(self.decay))
-        if not 1 <= self.k_aux <= self.features:
-            raise ValueError(f"k_aux = {self.k_aux} of {self.features} features; it must lie in 1..features")
+        for name in ("decay", "groups", "matryoshka"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check_choices(self)
+
+    @property
+    def columns(self) -> int:
+        """Of x: what is read and, of a transcoder, what is to be written."""
+        return self.d_in + (self.d_out or 0)
+
+    @property
+    def width(self) -> int:
+        """The most features of a token that a training step considers. Only with thresholds are there more than k."""
+        return self.k if self.activation == "topk" else min(self.features, 4 * self.k)
+
+
+def _check_choices(cfg: Config) -> None:
+    if not 1 <= cfg.k_aux <= cfg.features:
+        raise ValueError(f"k_aux = {cfg.k_aux} of {cfg.features} features; it must lie in 1..features")
+    for name, known in (("activation", ACTIVATIONS), ("normalization", NORMALIZATIONS)):
+        if getattr(cfg, name) not in known:
+            raise ValueError(f"{name} is {getattr(cfg, name)!r}; it is one of {', '.join(known)}")
+    ends = cfg.matryoshka
+    whole = ends is None or all(type(end) is int for end in ends)
+    if ends is not None and (not whole or list(ends) != sorted({*ends, cfg.features}) or ends[0] < 1):
+        raise ValueError(f"matryoshka = {ends}: prefixes rise to all {cfg.features} features")
+    if cfg.d_out is not None and (cfg.d_out < 1 or cfg.activation == "topk" or cfg.normalization == "pca"):
+        raise ValueError("a transcoder has d_out >= 1, a threshold (activation batchtopk or jumprelu: SAELens knows no "
+                         f"TopK transcoder) and no PCA; not {cfg.d_out}, {cfg.activation}, {cfg.normalization}")
 
 
 def default_k_aux(d_in: int, features: int) -> int:
@@ -101,51 +141,121 @@ def default_lr(features: int) -> float:
 
 
 class State(NamedTuple):
-    """Everything that training changes or needs; a pytree of arrays."""
+    """Everything that training changes or needs; a pytree of arrays. C = cfg.columns."""
 
-    params: Params  # in standardized space: enc [F, D], b_enc [F], dec [F, D] with unit rows, b_dec [D]
-    mean: Array  # [D] of the raw residuals
-    std: Array  # [D]
+    # In standardized space: enc [F, d_in], b_enc [F], dec [F, d_out] with unit rows, b_dec [d_out]; JumpReLU has
+    # log_threshold [F] too
+    params: Params
+    mean: Array  # [C] of the raw residuals; [G, C] where cfg has groups
+    std: Array  # likewise, along `basis` if there is one
+    basis: Array | None  # [D, D], principal axes as columns
     opt: Any  # optax
     idle: Array  # [F] int32, tokens since the feature last fired
+    threshold: Array | None  # BatchTopK: running mean of the lowest value that is among the top of a batch
     step: Array  # int32
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def init(key: Array, cfg: Config, sample: np.ndarray) -> State:
-    """sample [N, D] of raw residuals -> a state: normalization and pre-bias from the data, tied weights (A.1)."""
-    mean, std = _moments(np.asarray(sample), cfg.d_in)
-    u = ((np.asarray(sample[:32768], np.float32) - mean) / std).astype(np.float32)
-    params = _tied(key, cfg, u[:1024], _geometric_median(u))
+def init(key: Array, cfg: Config, sample: np.ndarray, groups: np.ndarray | None = None) -> State:
+    """sample [N, C] of raw residuals, the group [N] of each -> a state: normalization and pre-bias from the data, tied
+    weights (A.1). Raises ValueError for samples of other shapes, that are not finite, or without one of the groups."""
+    sample = np.asarray(sample)
+    _check_groups(cfg, groups)
+    mean, std, basis = _normalization(cfg, sample, np.zeros(len(sample), int) if groups is None else groups)
+    mean, std = (mean, std) if cfg.groups else (mean[0], std[0])
+    some = slice(0, 32768)
+    with jax.ensure_compile_time_eval():  # so that `jax.eval_shape` can ask for the state's shapes
+        of = None if groups is None else groups[some]
+        u = np.asarray(_standardize(sample[some].astype(np.float32), mean, std, basis, of))
+    params, threshold = _tied(key, cfg, u[:1024], _geometric_median(u))
     idle, count = jnp.zeros(cfg.features, jnp.int32), jnp.zeros((), jnp.int32)
-    return State(params, jnp.asarray(mean), jnp.asarray(std), _optimizer(cfg).init(params), idle, count)
+    return State(params, *(None if a is None else jnp.asarray(a) for a in (mean, std, basis)),
+                 _optimizer(cfg).init(params), idle, threshold, count)
 
 
 @jax.jit(static_argnums=1)
-def _tied(key: Array, cfg: Config, u: Array, b_dec: Array) -> Params:
-    """Random unit decoder rows; encoder rows parallel to them, of the one length that fits reconstructions to u."""
-    dec, b_enc = _unit(jax.random.normal(key, (cfg.features, cfg.d_in))), jnp.zeros(cfg.features)
-    values, indices = kernels.sparse_encode(u - b_dec, dec, b_enc, cfg.k)
-    out = kernels.sparse_decode(values, indices, dec)
-    scale = jnp.sum(out * (u - b_dec)) / jnp.maximum(jnp.sum(out * out), 1e-30)
+def _tied(key: Array, cfg: Config, u: Array, center: Array) -> tuple[Params, Array | None]:
+    """Random unit decoder rows; encoder rows parallel to them, of the one length that fits reconstructions to u. A
+    transcoder's, which live in another space, are random. Thresholds begin where they leave k features of these tokens.
+    """
+    keys = (key, key) if cfg.d_out is None else jax.random.split(key)
+    x, center, b_dec = _parts(cfg, u - center)[0], *_parts(cfg, center)
+    sizes = cfg.d_in, cfg.d_out or cfg.d_in
+    enc, dec = (_unit(jax.random.normal(key, (cfg.features, size))) for key, size in zip(keys, sizes))
+    bias = jnp.zeros(cfg.features)
+    values, indices = kernels.sparse_encode(x, enc, bias, cfg.k)
+    out = kernels.sparse_decode(values, indices, enc)
+    scale = jnp.sum(out * x) / jnp.maximum(jnp.sum(out * out), 1e-30)
     # A sample without variation leaves the scale at 0, from which no feature could ever fire
-    return {"enc": dec * jnp.where(scale > 0, scale, 1), "b_enc": b_enc, "dec": dec, "b_dec": b_dec}
+    scale = jnp.where(scale > 0, scale, 1)
+    b_enc = bias if cfg.d_out is None else -scale * enc @ center
+    params = {"enc": scale * enc, "b_enc": b_enc, "dec": dec, "b_dec": b_dec}
+    if cfg.activation == "topk":
+        return params, None
+    level = jnp.maximum(_lowest(kernels.sparse_encode(x, scale * enc, bias, cfg.width)[0], cfg.k), 1e-6)
+    if cfg.activation == "batchtopk":
+        return params, level
+    return params | {"log_threshold": jnp.full(cfg.features, jnp.log(level))}, None
 
 
-def _moments(sample: np.ndarray, d_in: int) -> tuple[np.ndarray, np.ndarray]:
-    """[N, D] -> mean [D], std [D], summed in float64 in chunks; a constant dimension gets the rms of all as its std."""
-    if sample.ndim != 2 or sample.shape[1] != d_in or len(sample) < 2:
-        raise ValueError(f"sample has shape {sample.shape}; need [N, {d_in}] with N >= 2")
+def _parts(cfg: Config, u: Array) -> tuple[Array, Array]:
+    """[..., C] -> what is read [..., d_in], what is to be written [..., d_out]."""
+    return (u, u) if cfg.d_out is None else (u[..., : cfg.d_in], u[..., cfg.d_in :])
+
+
+def _normalization(cfg: Config, sample: np.ndarray, groups: np.ndarray):
+    """-> mean [G, C], std [G, C], principal axes [C, C] or None, in float32."""
+    if sample.ndim != 2 or sample.shape[1] != cfg.columns or len(sample) < 2:
+        raise ValueError(f"sample has shape {sample.shape}; need [N, {cfg.columns}] with N >= 2")
+    names = cfg.groups or ("all",)
+    parts = [sample[groups == g] for g in range(len(names))]
+    if few := [name for name, part in zip(names, parts) if len(part) < 2]:
+        raise ValueError(f"sample holds fewer than two tokens of the group {few[0]}")
+    means, covariances = zip(*(_moments(part, full=cfg.normalization == "pca") for part in parts))
+    if cfg.normalization == "scale":  # as SAELens' expected_average_only_in: |x|² is D on average
+        mean = np.zeros_like(means)
+        std = np.sqrt([np.full_like(m, (m * m + c).mean()) for m, c in zip(means, covariances)])
+        return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32), None
+    if cfg.normalization == "std":
+        std = [_spread(m, c) for m, c in zip(means, covariances)]
+        return np.float32(means), np.float32(std), None
+    pooled = sum(c * len(part) for c, part in zip(covariances, parts)) / len(sample)
+    basis = np.linalg.eigh(pooled)[1]
+    std = [_spread(np.zeros(len(m)), ((c @ basis) * basis).sum(0)) for m, c in zip(means, covariances)]
+    return np.float32(means), np.float32(std), np.float32(basis)
+
+
+def _check_groups(cfg: Config, group: Array | None) -> None:
+    if (group is None) == bool(cfg.groups):
+        raise ValueError(f"cfg.groups are {cfg.groups}: the group of each token is needed if there are any, else not")
+
+
+def _moments(sample: np.ndarray, full: bool) -> tuple[np.ndarray, np.ndarray]:
+    """[N, C] -> mean [C] and variances [C] or, `full`, covariances [C, C], summed in float64 in chunks."""
     chunks = [sample[i : i + 4096] for i in range(0, len(sample), 4096)]
     mean = sum(c.sum(0, dtype=np.float64) for c in chunks) / len(sample)
-    var = sum(((c.astype(np.float64) - mean) ** 2).sum(0) for c in chunks) / len(sample)
-    if not np.isfinite(var).all():
-        raise ValueError(f"sample is not finite in {int((~np.isfinite(var)).sum())} of {d_in} dimensions")
-    std, rms = np.sqrt(var), np.sqrt(var.mean())
+    centered = (c.astype(np.float64) - mean for c in chunks)
+    var = sum(c.T @ c if full else (c**2).sum(0) for c in centered) / len(sample)
+    if not np.isfinite(mean).all() or not np.isfinite(var).all():
+        bad = ~np.isfinite(np.diag(var) if full else var)
+        raise ValueError(f"sample is not finite in {int(bad.sum())} of {len(mean)} dimensions")
+    return mean, var
+
+
+def _spread(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+    """The std of each dimension; a constant one gets the rms of all."""
+    std, rms = np.sqrt(np.maximum(var, 0)), np.sqrt(max(var.mean(), 0))
     constant = (std <= 1e-6 * np.abs(mean)) | (std <= 1e-8 * rms)
-    return mean.astype(np.float32), np.where(constant, rms or 1.0, std).astype(np.float32)
+    return np.where(constant, rms or 1.0, std)
+
+
+def _standardize(x: Array, mean: Array, std: Array, basis: Array | None, group: Array | None) -> Array:
+    """Raw [B, C] -> u [B, C]."""
+    mean, std = (mean, std) if group is None else (mean[group], std[group])
+    u = jnp.asarray(x, jnp.float32) - mean
+    return (u if basis is None else jnp.matmul(u, basis, precision=lax.Precision.HIGHEST)) / std
 
 
 def _geometric_median(u: np.ndarray, iterations: int = 20) -> np.ndarray:
@@ -175,30 +285,15 @@ def _optimizer(cfg: Config) -> optax.GradientTransformation:
 def _updated(state: State, cfg: Config, grads: Params) -> tuple[Params, Any]:
     """Parameters and optimizer after a step along grads: clipped by their global norm once the decoder's have lost what
     only changes its rows' lengths (appendix A); then its rows are made unit again."""
-    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()) - jnp.sum(_parallel(grads["dec"], state.params["dec"]) ** 2))
+    params = state.params
+    along = _parallel(grads["dec"], params["dec"])
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()) - jnp.sum(along**2))
     scale = cfg.clip / jnp.maximum(norm, cfg.clip)
-
-    def move(part, grads):
-        params, opt = part
-        grads = {name: scale * g for name, g in grads.items()}
-        if "dec" in grads:
-            grads["dec"] = remove_parallel(grads["dec"], params["dec"])
-        updates, opt = _optimizer(cfg).update(grads, opt, params)
-        params = optax.apply_updates(params, updates)
-        return (params | {"dec": _unit(params["dec"])} if "dec" in params else params), opt
-
-    def only(tree, names):  # of every dict of parameters in it
-        return jax.tree.map(lambda d: {n: d[n] for n in names} if isinstance(d, dict) else d, tree, is_leaf=_is_dict)
-
-    rows, rest = ("enc", "b_enc", "dec"), ("b_dec",)
-    whole = state.params, state.opt
-    moved = kernels.by_rows(move, only(whole, rows), only(grads, rows))
-    other = move(only(whole, rest), only(grads, rest))
-    return jax.tree.map(lambda a, b: a | b if isinstance(a, dict) else b, moved, other, is_leaf=_is_dict)
-
-
-def _is_dict(node: Any) -> bool:
-    return isinstance(node, dict)
+    grads = {name: scale * g for name, g in grads.items()}
+    grads["dec"] = grads["dec"] - scale * along * params["dec"]
+    updates, opt = _optimizer(cfg).update(grads, state.opt, params)
+    params = optax.apply_updates(params, updates)
+    return params | {"dec": kernels.by_rows(_unit, params["dec"])}, opt
 
 
 def _parallel(gradient: Array, rows: Array) -> Array:
@@ -212,23 +307,88 @@ def _variation(u: Array) -> Array:
 
 
 def _reconstruct(params: Params, cfg: Config, u: Array):
-    """-> FVU, (pre-activations [B, F], values, indices, reconstruction). The encoder sees u - b_dec (equation 1)."""
-    centered = u - params["b_dec"]
-    pre = kernels.preactivations(centered, params["enc"], params["b_enc"])
-    values, indices = kernels.select(pre, cfg.k, centered, params["enc"], params["b_enc"])
-    u_hat = kernels.sparse_decode(values, indices, params["dec"]) + params["b_dec"]
-    return jnp.sum((u - u_hat) ** 2) / _variation(u), (pre, values, indices, u_hat)
+    """-> loss, (FVU, pre-activations [B, F], values, indices, reconstruction).
+
+    An SAE's encoder sees u - b_dec (equation 1). The loss is the FVU or, with nested prefixes, the mean of their FVUs;
+    of JumpReLU SAEs with the penalty on L0.
+    """
+    x, y = _parts(cfg, u)
+    x = x - params["b_dec"] if cfg.d_out is None else x
+    pre = kernels.preactivations(x, params["enc"], params["b_enc"])
+    values, indices, penalty = _activate(params, cfg, x, pre)
+    outs = _nested(params, cfg, values, indices)
+    fvus = [jnp.sum((y - out) ** 2) / _variation(y) for out in outs]
+    return sum(fvus) / len(fvus) + penalty, (fvus[-1], pre, values, indices, outs[-1])
+
+
+def _nested(params: Params, cfg: Config, values: Array, indices: Array) -> list[Array]:
+    """Reconstructions [B, d_out] from each prefix of the features; the last one from all of them."""
+    if cfg.matryoshka is None:
+        return [kernels.sparse_decode(values, indices, params["dec"]) + params["b_dec"]]
+    outs, total, start = [], params["b_dec"], 0
+    for end in cfg.matryoshka:
+        inside = (start <= indices) & (indices < end)
+        total = total + kernels.sparse_decode(jnp.where(inside, values, 0), indices, params["dec"])
+        outs, start = [*outs, total], end
+    return outs
+
+
+def _activate(params: Params, cfg: Config, x: Array, pre: Array):
+    """-> values, indices [B, cfg.width], and what the loss adds to reach the wanted L0."""
+    weights = x, params["enc"], params["b_enc"]
+    if cfg.activation == "topk":
+        return *kernels.select(pre, cfg.k, *weights), 0.0
+    if cfg.activation == "batchtopk":
+        values, indices = kernels.select(pre, cfg.width, *weights)
+        return jnp.where(values >= _lowest(values, cfg.k), values, 0), indices, 0.0
+    threshold = jnp.exp(params["log_threshold"])
+    # What lies below a threshold, but within the reach of its pseudo-derivative, is selected too
+    reach = lax.stop_gradient(threshold * (1 - cfg.bandwidth / 2))
+    above, indices = kernels.select(pre - reach, cfg.width, x, params["enc"], params["b_enc"] - reach)
+    p, log_threshold = jnp.where(above > 0, above + reach[indices], 0), params["log_threshold"][indices]
+    l0 = jnp.sum(_jump(p, log_threshold, cfg.bandwidth, False)) / len(x)
+    penalty = cfg.l0_coefficient * (l0 / cfg.k - 1) ** 2
+    return _jump(p, log_threshold, cfg.bandwidth, True), indices, penalty
+
+
+def _lowest(values: Array, k: int) -> Array:
+    """values [B, W] >= 0, each row's largest -> the smallest of the B k largest of all, exactly, where no row has more
+    than W of these."""
+    return lax.stop_gradient(lax.top_k(values.reshape(-1), len(values) * k)[0][-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _jump(p: Array, log_threshold: Array, bandwidth: float, relu: bool) -> Array:
+    """JumpReLU: p where it is above its threshold, else 0; not `relu`: 1 there. The derivatives for the threshold are
+    those of Rajamanoharan et al. 2024 (equations 11, 12), with a rectangular kernel of width bandwidth x threshold."""
+    return jnp.where(p > jnp.exp(log_threshold), p if relu else 1.0, 0)
+
+
+def _jump_forward(p, log_threshold, bandwidth, relu):
+    return _jump(p, log_threshold, bandwidth, relu), (p, log_threshold)
+
+
+def _jump_backward(bandwidth, relu, residuals, g):
+    p, log_threshold = residuals
+    threshold = jnp.exp(log_threshold)
+    kernel = jnp.abs(p - threshold) < bandwidth * threshold / 2
+    height = threshold if relu else 1.0  # of the jump; d threshold / d log_threshold cancels the kernel's width
+    return jnp.where(p > threshold, g, 0) if relu else jnp.zeros_like(p), -g * height * kernel / bandwidth
+
+
+_jump.defvjp(_jump_forward, _jump_backward)
 
 
 def _aux_loss(params: Params, cfg: Config, u: Array, pre: Array, dead: Array, error: Array) -> Array:
-    """AuxK (appendix A.2): how badly the k_aux best *dead* features reconstruct what the living left, u - u_hat.
+    """AuxK (appendix A.2): how badly the k_aux best *dead* features reconstruct what the living left, y - y_hat.
 
     After the ReLU, as in the main loss: without it dead features learn to explain the error with negative values,
     which never fire. Its gradient reaches the dead features' rows and biases only.
     """
-    centered = lax.stop_gradient(u - params["b_dec"])
+    x = _parts(cfg, u)[0]
+    x = lax.stop_gradient(x - params["b_dec"] if cfg.d_out is None else x)
     masked = jnp.where(dead, pre, -jnp.inf)
-    values, indices = kernels.select(masked, cfg.k_aux, centered, params["enc"], params["b_enc"])
+    values, indices = kernels.select(masked, cfg.k_aux, x, params["enc"], params["b_enc"])
     return jnp.sum((error - kernels.sparse_decode(values, indices, params["dec"])) ** 2) / _variation(error)
 
 
@@ -242,33 +402,45 @@ def _with_aux(grads: Params, params: Params, cfg: Config, u: Array, pre: Array, 
     return lax.cond(dead.any(), add, lambda grads: (jnp.zeros(()), grads), grads)
 
 
-def step(state: State, cfg: Config, x: Array) -> tuple[State, dict[str, Array]]:
-    """One step on raw residuals x [B, D]. Pure: jit it with cfg static and state donated.
+def step(state: State, cfg: Config, x: Array, group: Array | None = None) -> tuple[State, dict[str, Array]]:
+    """One step on raw residuals x [B, C], group [B] int where cfg has them. Pure: jit with cfg static, state donated.
 
-    Metrics are scalars of this batch in standardized space: `loss` = fvu + aux_coefficient * aux, `fvu` (squared error
-    over squared deviation from the batch's mean), `aux` (the same for AuxK), `l0`, `cosine`, `dead` (the fraction
-    silent for dead_after tokens) and `variance_explained` (see `Evaluation`; raw space would give the same).
+    Metrics are scalars of this batch in standardized space: `loss` (what is minimized), `fvu` (squared error over
+    squared deviation from the batch's mean), `aux` (the same for AuxK), `l0`, `cosine`, `dead` (the fraction silent for
+    dead_after tokens) and `variance_explained` (see `Evaluation`; without PCA raw space would give the same).
     """
-    if x.ndim != 2 or x.shape[1] != cfg.d_in:
-        raise ValueError(f"x has shape {x.shape}; need [B, {cfg.d_in}]")
+    if x.ndim != 2 or x.shape[1] != cfg.columns:
+        raise ValueError(f"x has shape {x.shape}; need [B, {cfg.columns}]")
+    _check_groups(cfg, group)
     params = state.params
-    u = (x.astype(jnp.float32) - state.mean) / state.std
-    (fvu, (pre, values, indices, u_hat)), grads = jax.value_and_grad(_reconstruct, has_aux=True)(params, cfg, u)
+    u = _standardize(x, state.mean, state.std, state.basis, group)
+    (loss, (fvu, pre, values, indices, out)), grads = jax.value_and_grad(_reconstruct, has_aux=True)(params, cfg, u)
     fired = jnp.zeros(cfg.features, bool).at[indices].max(values > 0)
     idle = jnp.where(fired, 0, jnp.minimum(state.idle, 2**30) + len(x))
     dead = idle >= cfg.dead_after
-    aux, grads = _with_aux(grads, params, cfg, u, pre, dead, u - u_hat)
+    y = _parts(cfg, u)[1]
+    aux, grads = _with_aux(grads, params, cfg, u, pre, dead, y - out)
     params, opt = _updated(state, cfg, grads)
     metrics = {
-        "loss": fvu + cfg.aux_coefficient * aux,
+        "loss": loss + cfg.aux_coefficient * aux,
         "fvu": fvu,
         "aux": aux,
         "l0": jnp.mean(jnp.sum(values > 0, axis=1)),
-        "cosine": jnp.mean(_cosine(u, u_hat)),
+        "cosine": jnp.mean(_cosine(y, out)),
         "dead": jnp.mean(dead),
-        "variance_explained": jnp.mean(_correlation(u, u_hat) ** 2),
+        "variance_explained": jnp.mean(_correlation(y, out) ** 2),
     }
-    return State(params, state.mean, state.std, opt, idle, state.step + 1), metrics
+    threshold = _followed(state, values)
+    return State(params, state.mean, state.std, state.basis, opt, idle, threshold, state.step + 1), metrics
+
+
+def _followed(state: State, values: Array) -> Array | None:
+    """BatchTopK: the running mean, over about 100 steps, of a batch's lowest value above zero."""
+    if state.threshold is None:
+        return None
+    lowest = jnp.min(jnp.where(values > 0, values, jnp.inf))
+    rate = jnp.maximum(0.01, 1 / (state.step + 2))
+    return jnp.where(jnp.isfinite(lowest), state.threshold + rate * (lowest - state.threshold), state.threshold)
 
 
 def remove_parallel(gradient: Array, rows: Array) -> Array:
@@ -288,41 +460,98 @@ def _correlation(a: Array, b: Array) -> Array:
     return jnp.where(norms > 0, jnp.sum(a * b, 0) / jnp.where(norms > 0, norms, 1), 0)
 
 
-def fold(state: State, cfg: Config) -> Params:
-    """The trained SAE on raw residuals: W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D], computed in float64."""
+def fold(state: State, cfg: Config, group: int = 0) -> Params:
+    """The trained SAE on raw residuals of a group: W_enc [d_in, F], b_enc [F], W_dec [F, d_out], b_dec [d_out], and the
+    threshold [F] if it has one, computed in float64."""
     p = {name: np.asarray(value) for name, value in state.params.items()}
-    mean, std = np.asarray(state.mean, np.float64), np.asarray(state.std, np.float64)
+    (mean, mean_y), (std, std_y) = (_parts(cfg, np.asarray(a, np.float64)) for a in _of_group(state, cfg, group))
+    turn = (lambda rows: rows) if state.basis is None else (lambda rows: rows @ np.asarray(state.basis, np.float64).T)
+    rows = turn(p["enc"] / std)
+    seen = p["enc"] @ p["b_dec"] if cfg.d_out is None else 0
     folded = {  # one at a time: in float64 each of the large ones is twice as large
-        "W_enc": lambda: (p["enc"] / std).T,
-        "b_enc": lambda: p["b_enc"] - p["enc"] @ (mean / std + p["b_dec"]),
-        "W_dec": lambda: p["dec"] * std,
-        "b_dec": lambda: p["b_dec"] * std + mean,
+        "W_enc": lambda: rows.T,
+        "b_enc": lambda: p["b_enc"] - rows @ mean - seen,
+        "W_dec": lambda: turn(p["dec"] * std_y),
+        "b_dec": lambda: turn(p["b_dec"] * std_y) + mean_y,
     }
+    if cfg.activation != "topk":
+        log = p.get("log_threshold")
+        folded["threshold"] = lambda: np.full(cfg.features, state.threshold) if log is None else np.exp(log)
     return {name: jnp.asarray(value(), jnp.float32) for name, value in folded.items()}
+
+
+def _of_group(state: State, cfg: Config, group: int) -> tuple[Array, Array]:
+    return (state.mean[group], state.std[group]) if cfg.groups else (state.mean, state.std)
+
+
+def unfold(params: Params, cfg: Config, state: State) -> State:
+    """The state with the parameters of an SAE on raw residuals (of the first group), to train it on: `fold` makes of it
+    `params` again, but for decoder rows of unit length in this state's space. Raises ValueError where shapes differ."""
+    shapes = {name: shape for name, shape in _shapes(cfg).items() if name != "threshold"}
+    _check_arrays("the SAE to begin from", {name: np.asarray(params[name]) for name in shapes}, shapes)
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    mean, std = (np.asarray(a, np.float64) for a in _of_group(state, cfg, 0))
+    turn = (lambda rows: rows) if state.basis is None else (lambda rows: rows @ np.asarray(state.basis, np.float64))
+    enc, dec = turn(p["W_enc"].T) * std, turn(p["W_dec"]) / std
+    length = np.maximum(np.linalg.norm(dec, axis=1), 1e-30)
+    b_dec, enc = turn(p["b_dec"] - mean) / std, enc * length[:, None]
+    new = {"enc": enc, "b_enc": (p["b_enc"] + mean @ p["W_enc"]) * length + enc @ b_dec, "dec": dec / length[:, None]}
+    threshold, new["b_dec"] = state.threshold, b_dec
+    if "threshold" in p:
+        level = np.maximum(p["threshold"] * length, 1e-6)
+        threshold = None if threshold is None else jnp.float32(np.median(level))
+        new["log_threshold"] = np.log(level)
+    taken = {name: jnp.asarray(new.get(name, old), jnp.float32) for name, old in state.params.items()}
+    return state._replace(params=taken, threshold=threshold)
 
 
 # ---- using an SAE on raw residuals ----------------------------------------------------------------------------------
 
 
-def encode(params: Params, cfg: Config, x: Array) -> tuple[Array, Array]:
-    """Raw residuals x [..., D] -> values, indices [..., k]: ReLU(top-k(x W_enc + b_enc)), values falling.
+def encode(params: Params, cfg: Config, x: Array, width: int | None = None) -> tuple[Array, Array]:
+    """Raw residuals x [..., d_in] -> values, indices [..., width], values falling: ReLU(x W_enc + b_enc), where it is
+    among the top k or above its threshold.
 
-    A value of 0 means that fewer than k features fired; its index then says nothing.
+    A value of 0 means that no more features fired; its index then says nothing. width: k or, with thresholds, as many
+    as fire on any of these tokens (in multiples of 16). Under `jit` it has to be given with thresholds; of more
+    features only the largest are kept.
     """
     flat = jnp.asarray(x, jnp.float32).reshape(-1, cfg.d_in)
-    values, indices = kernels.sparse_encode(flat, params["W_enc"].T, params["b_enc"], cfg.k)
-    return values.reshape(*x.shape[:-1], cfg.k), indices.reshape(*x.shape[:-1], cfg.k)
+    pre, most = _candidates(params, flat)
+    if width is None and cfg.activation == "topk":
+        width = cfg.k
+    if width is None:
+        if isinstance(most, jax.core.Tracer):
+            raise ValueError("with thresholds, encode needs `width` under jit: the most features that a token may have")
+        width = min(cfg.features, 16 * max(1, -(-int(most) // 16)))
+    values, indices = _select(params, flat, pre, width)
+    return values.reshape(*x.shape[:-1], width), indices.reshape(*x.shape[:-1], width)
+
+
+@jax.jit
+def _candidates(params: Params, x: Array) -> tuple[Array, Array]:
+    """-> pre-activations [B, F], -inf where below a threshold; the most above it of any token."""
+    pre = kernels.preactivations(x, params["W_enc"].T, params["b_enc"])
+    if "threshold" not in params:
+        return pre, jnp.zeros((), int)
+    above = pre > jnp.maximum(params["threshold"], 0)
+    return jnp.where(above, pre, -jnp.inf), above.sum(1).max()
+
+
+@partial(jax.jit, static_argnums=3)
+def _select(params: Params, x: Array, pre: Array, width: int) -> tuple[Array, Array]:
+    return kernels.select(pre, width, x, params["W_enc"].T, params["b_enc"])
 
 
 def decode(params: Params, cfg: Config, values: Array, indices: Array) -> Array:
-    """values, indices [..., n] -> raw residuals [..., D]. n is usually k; any selection of features will do."""
+    """values, indices [..., n] -> raw residuals [..., d_out]. n is usually k; any selection of features will do."""
     n = values.shape[-1]
     flat = kernels.sparse_decode(values.reshape(-1, n), indices.reshape(-1, n), params["W_dec"])
-    return (flat + params["b_dec"]).reshape(*values.shape[:-1], cfg.d_in)
+    return (flat + params["b_dec"]).reshape(*values.shape[:-1], params["b_dec"].shape[0])
 
 
 class Evaluation(NamedTuple):
-    """What an SAE does to raw residuals, summed over all tokens in float64."""
+    """What an SAE does to raw residuals, summed over all tokens in float64. A transcoder's x is what it is to write."""
 
     tokens: int
     fvu: float  # raw space: squared error over squared deviation from the mean; huge dimensions decide
@@ -335,12 +564,13 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(params: Params, cfg: Config, batches: Array | Iterable[Array]) -> Evaluation:
-    """Raw residuals, one array [..., D] or a stream of them -> statistics. Memory does not grow with the stream."""
+    """Raw residuals, one array [..., C] or a stream of them -> statistics. Memory does not grow with the stream."""
     total, shift = None, None
-    for x in _chunks(batches, cfg.d_in):
+    for x, y in (_parts(cfg, chunk) for chunk in _chunks(batches, cfg.columns)):
         # Sums of squares around a point near the mean: around zero, float32 would lose the variance in the mean.
-        shift = x.mean(0, dtype=np.float64).astype(np.float32) if shift is None else shift
-        sums = {name: np.asarray(value, np.float64) for name, value in _sums(params, cfg, x, shift).items()}
+        shift = y.mean(0, dtype=np.float64).astype(np.float32) if shift is None else shift
+        sums = _sums(params, cfg, y, *encode(params, cfg, x), shift)
+        sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
         total = sums if total is None else {name: total[name] + sums[name] for name in sums}
     if total is None:
         raise ValueError("no residuals to evaluate on")
@@ -361,16 +591,15 @@ def evaluate(params: Params, cfg: Config, batches: Array | Iterable[Array]) -> E
     )
 
 
-def _chunks(batches: Array | Iterable[Array], d_in: int, size: int = 4096) -> Iterable[np.ndarray]:
+def _chunks(batches: Array | Iterable[Array], columns: int, size: int = 4096) -> Iterable[np.ndarray]:
     """Pieces [<= size, D] in float32, so that [size, F] bounds the memory."""
     for batch in [batches] if hasattr(batches, "shape") else batches:
-        rows = np.asarray(batch, np.float32).reshape(-1, d_in)
+        rows = np.asarray(batch, np.float32).reshape(-1, columns)
         yield from (rows[i : i + size] for i in range(0, len(rows), size))
 
 
 @jax.jit(static_argnums=1)
-def _sums(params: Params, cfg: Config, x: Array, shift: Array) -> dict[str, Array]:
-    values, indices = encode(params, cfg, x)
+def _sums(params: Params, cfg: Config, x: Array, values: Array, indices: Array, shift: Array) -> dict[str, Array]:
     x_hat = decode(params, cfg, values, indices)
     a, b = x - shift, x_hat - shift
     per_dimension = {"x": a, "xx": a * a, "y": b, "yy": b * b, "xy": a * b, "error": (x - x_hat) ** 2}
@@ -400,12 +629,17 @@ def checkpoint(
     `metadata` says what the SAE belongs to (model, revision, layer, site, seed, ...; JSON). `extra` holds what else the
     run needs to resume: a flat dict of arrays (PRNG keys as `jax.random.key_data`). A folder that is not there yet
     appears whole or not at all; in one that is, each file is replaced whole. `state.safetensors` alone decides where a
-    resumed run goes on.
+    resumed run goes on. Where cfg has groups, the folder is the SAE on raw residuals of the first one, and a subfolder
+    for each of the others, named like it, the same SAE on theirs.
     """
     arrays = _flatten(state) | {f"extra/{name}": np.asarray(value) for name, value in (extra or {}).items()}
     header = {"config": dataclasses.asdict(cfg)}
-    files = _sae_files(fold(state, cfg), cfg, metadata)
-    _write(Path(folder), {STATE: lambda path: _save_arrays(path, arrays, header)} | files, cfg)
+    files = {STATE: lambda path: _save_arrays(path, arrays, header)}
+    for g, name in reversed(list(enumerate(cfg.groups or ("",)))):
+        told = {**(metadata or {}), **({"group": name} if name else {})}
+        for file, write in _sae_files(fold(state, cfg, g), cfg, told).items():
+            files[f"{name}/{file}" if g else file] = write
+    _write(Path(folder), files, cfg)
 
 
 def _sae_files(params: Params, cfg: Config, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -420,18 +654,20 @@ def _sae_files(params: Params, cfg: Config, metadata: Mapping[str, Any] | None) 
 
 
 def _description(cfg: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """cfg.json. Every default is stated, because SAELens' classes disagree on them."""
+    """cfg.json. Every default is stated, because SAELens' classes disagree on them. Once trained, BatchTopK SAEs are
+    JumpReLU SAEs, there as here."""
+    topk = {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
     return {
-        "architecture": "topk",
+        "architecture": ("topk" if cfg.activation == "topk" else "jumprelu") + ("_transcoder" if cfg.d_out else ""),
         "d_in": cfg.d_in,
         "d_sae": cfg.features,
-        "k": cfg.k,
+        **(topk if cfg.activation == "topk" else {}),
+        **({"d_out": cfg.d_out} if cfg.d_out else {}),
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": False,
         "metadata": {"sae_lens_version": SAE_LENS_VERSION, "training": dataclasses.asdict(cfg), **metadata},
     }
 
@@ -452,31 +688,53 @@ def _digest(described: dict[str, Any], shape: list[str], origin: list[str]) -> s
 
 
 def _shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    d, f = cfg.d_in, cfg.features
-    return {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, d), "b_dec": (d,)}
+    d, f, out = cfg.d_in, cfg.features, cfg.d_out or cfg.d_in
+    return {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, out), "b_dec": (out,)} | (
+        {} if cfg.activation == "topk" else {"threshold": (f,)})
 
 
 def load(folder: str | Path) -> tuple[Params, Config]:
-    """A folder written by us or by SAELens (architecture topk) -> params on raw residuals and their config.
+    """A folder written by us or by SAELens -> params on raw residuals and their config.
 
-    What SAELens can put around the weights (b_dec subtracted first, decoder norms) is folded into them.
+    Architectures: topk, jumprelu, standard (its ReLU is a threshold of 0), and transcoders of the last two. What
+    SAELens can put around the weights (b_dec subtracted first, decoder norms) is folded into them. cfg.k of a
+    foreign SAE with thresholds, which files do not say, is 32. Raises ValueError for what is missing, damaged or not
+    known.
     """
     folder = Path(folder)
     described = _read_config(folder / CONFIG)
-    training = described["metadata"].get("training") or {}
-    known = {f.name for f in dataclasses.fields(Config)}
-    shape = {"d_in": described["d_in"], "features": described["d_sae"], "k": described["k"]}
-    cfg = Config(**{name: value for name, value in training.items() if name in known} | shape)
+    cfg = _config(described)
     arrays, _ = _load_arrays(folder / WEIGHTS)
     arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
+    if not ARCHITECTURES[described["architecture"]]:
+        arrays.setdefault("threshold", np.zeros(cfg.features, np.float32))
     _check_arrays(folder / WEIGHTS, arrays, _shapes(cfg))
     p = {name: value.astype(np.float64) for name, value in arrays.items()}
-    if described["apply_b_dec_to_input"]:
+    if described["apply_b_dec_to_input"] and cfg.d_out is None:
         p["b_enc"] = p["b_enc"] - p["b_dec"] @ p["W_enc"]
-    if described["rescale_acts_by_decoder_norm"]:
+    if described["rescale_acts_by_decoder_norm"] and cfg.activation == "topk":
         norm = np.linalg.norm(p["W_dec"], axis=1)
         p |= {"W_enc": p["W_enc"] * norm, "b_enc": p["b_enc"] * norm, "W_dec": p["W_dec"] / norm[:, None]}
     return {name: jnp.asarray(value, jnp.float32) for name, value in p.items()}, cfg
+
+
+def _config(described: Mapping[str, Any]) -> Config:
+    """What cfg.json says of the shape, and of training as far as it says so."""
+    topk = described["architecture"] == "topk"
+    training = described["metadata"].get("training") or {}
+    known = {f.name for f in dataclasses.fields(Config)}
+    shape = {"d_in": described["d_in"], "features": described["d_sae"], "d_out": described.get("d_out")}
+    k = {"k": described["k"] if topk else training.get("k", min(32, described["d_sae"]))}
+    said = training.get("activation", "topk")
+    activation = said if topk == (said == "topk") else ("topk" if topk else "jumprelu")
+    found = {name: value for name, value in training.items() if name in known}
+    return Config(**found | shape | k | {"activation": activation})
+
+
+def load_groups(folder: str | Path) -> tuple[list[Params], Config]:
+    """As `load`, the SAE of each group of tokens, in the order of cfg.groups; one where there are none."""
+    params, cfg = load(folder)
+    return [params, *(load(Path(folder) / name)[0] for name in cfg.groups[1:])], cfg
 
 
 def load_metadata(folder: str | Path) -> dict[str, Any]:
@@ -485,19 +743,20 @@ def load_metadata(folder: str | Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """cfg.json, checked. Defaults where a file is silent are those of SAELens' TopKSAEConfig."""
+    """cfg.json, checked. Defaults where a file is silent are those of SAELens' classes."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: {path.parent} is not an SAE folder")
     try:
         read = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(read, dict) or read.get("architecture") != "topk":
-        found = read.get("architecture") if isinstance(read, dict) else read
-        raise ValueError(f"{path}: architecture is {found!r}; only 'topk' can be loaded")
+    architecture = read.get("architecture") if isinstance(read, dict) else read
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise ValueError(f"{path}: architecture is {architecture!r}; need one of {', '.join(ARCHITECTURES)}")
     defaults = {"apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": False, "metadata": {}}
     described = defaults | {"normalize_activations": "none", "reshape_activations": "none"} | read
-    for name in ("d_in", "d_sae", "k"):
+    counts = {"k": architecture == "topk", "d_out": architecture.endswith("transcoder")}
+    for name in ("d_in", "d_sae", *(name for name, needed in counts.items() if needed)):
         if type(described.get(name)) is not int or described[name] < 1:
             raise ValueError(f"{path}: {name} is {described.get(name)!r}; need a positive integer")
     for name in ("normalize_activations", "reshape_activations"):
@@ -521,8 +780,7 @@ def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]
         cfg = Config(**header["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no usable config in its header: {error!r}") from None
-    sample = np.zeros((2, cfg.d_in), np.float32)
-    template = jax.eval_shape(lambda: init(jax.random.key(0), cfg, sample))
+    template = jax.eval_shape(lambda: init(jax.random.key(0), cfg, *_blank_sample(cfg)))
     extra = {name[6:]: arrays.pop(name) for name in list(arrays) if name.startswith("extra/")}
     paths, structure = jax.tree_util.tree_flatten_with_path(template)
     expected = {_name(keys): leaf for keys, leaf in paths}
@@ -531,6 +789,11 @@ def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]
         if arrays[name].dtype != leaf.dtype:
             raise ValueError(f"{path}: {name} is {arrays[name].dtype}; need {leaf.dtype}")
     return jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in expected]), cfg, extra
+
+
+def _blank_sample(cfg: Config) -> tuple[np.ndarray, np.ndarray | None]:
+    groups = np.repeat(np.arange(max(len(cfg.groups), 1)), 2)
+    return np.zeros((len(groups), cfg.columns), np.float32), groups if cfg.groups else None
 
 
 def _name(keys: tuple) -> str:
@@ -597,6 +860,7 @@ def _write(folder: Path, files: Mapping[str, Any], cfg: Config) -> None:
     building.mkdir(parents=True)
     try:
         for name, write in files.items():
+            (building / name).parent.mkdir(exist_ok=True)
             write(building / name)
             _sync(building / name)
     except (OSError, safetensors.SafetensorError) as error:  # a full disk
@@ -608,9 +872,10 @@ def _write(folder: Path, files: Mapping[str, Any], cfg: Config) -> None:
         _sync(folder.parent)
     else:
         for name in files:
+            (folder / name).parent.mkdir(exist_ok=True)
             os.replace(building / name, folder / name)
-            _sync(folder)
-        building.rmdir()
+            _sync((folder / name).parent)
+        shutil.rmtree(building)
 
 
 def _check_replaceable(path: Path, cfg: Config) -> None:

@@ -5,10 +5,11 @@
     python train.py --model FOLDER --prompts captions.jsonl.gz --prompt_field text --resume
 
 Copy it with `flux.py`, `sae.py`, `prompts.py`, what they import, and `nano/` for the bundled model. A run is a pure
-function of its flags. It works through the prompts in chunks: a chunk of prompts is harvested whole, its activations
-are shuffled, then the SAE trains on them batch by batch. The step number alone says where a run stands, so a resumed
-run harvests its chunk again and goes on bit for bit, and no activations are ever stored.
+function of its flags. It works through the prompts in chunks: a chunk's activations are shuffled whole, then the SAE
+trains on them batch by batch, while the next chunk is harvested between the steps. The step number alone says where a
+run stands, so a resumed run harvests its chunk again and goes on bit for bit, and no activations are ever stored.
 """
+import collections
 import contextlib
 import fcntl
 import itertools
@@ -56,16 +57,31 @@ class Run:
     seed: int
     dtype: str
     quant: str = "none"                                          # of the model's weights
+    activation: str = "topk"
+    matryoshka: tuple | None = None                              # ends of nested prefixes of the features
+    transcoder: int | None = None                                # the layer whose residuals are to be written
+    normalization: str = "std"
+    init: str | None = None                                      # an SAE to begin from: a folder, or owner/repo/folder
+
+    def __post_init__(self):
+        if self.matryoshka is not None:                          # a list in JSON
+            object.__setattr__(self, "matryoshka", tuple(self.matryoshka))
 
 
 # ---------------------------------------------------------------- activations
 
 
 class Harvest:
-    """Chunks of shuffled activations [N, D], in order; chunk c is the same whenever it is asked for."""
+    """Batches of shuffled activations [batch, D], a step after the other; a step's are the same whenever asked for.
 
-    def __init__(self, run, model, prompts):
-        self.run, self.model, self.prompts, self.position = run, model, prompts, 0
+    One chunk is in memory. Forward passes of the next one run between the steps on this one, and put their rows in the
+    place of rows that were trained on. A pass is sent a step before its rows are fetched: an accelerator then works
+    while the host tokenizes, copies and shuffles. Which passes go before a step follows from its number alone, so that
+    several hosts send the same programs in the same order. mesh: of several devices, as for `train`.
+    """
+
+    def __init__(self, run, model, prompts, mesh=None):
+        self.run, self.model, self.prompts, self.mesh, self.position = run, model, prompts, mesh, 0
         self.grid = flux.token_grid(model, run.size)
         img, txt = self.grid[0] * self.grid[1], run.text_tokens
         tokens = {"img": img, "txt": txt, "both": img + txt}[run.site]
@@ -73,29 +89,69 @@ class Harvest:
         self.forwards = -(-max(run.buffer, run.batch) // self.forward_tokens)
         self.tokens = self.forwards * self.forward_tokens        # of a chunk
         self.batches = self.tokens // run.batch
+        self.chunks = -(-run.steps // self.batches)
+        self.layers = [run.layer] + ([run.transcoder] if run.transcoder is not None else [])
+        self.rows = np.empty((self.tokens, len(self.layers) * model.cfg.width), jnp.dtype(run.dtype))
+        parts = flux.token_groups(run.site, run.timesteps, txt)
+        self.groups = tuple(name for name, *_ in parts) if len(parts) > 1 else ()
+        self.pattern = np.zeros((run.timesteps, run.prompt_batch * run.seeds_per_prompt, tokens), np.int32)
+        for g, (_, t, part) in enumerate(parts):
+            self.pattern[t, :, part] = g                         # of the tokens of a pass
+        self.pattern = self.pattern.reshape(-1)
+        self.group = np.zeros(self.tokens, np.int32)             # of the tokens in rows
+        self.order, self.free = None, np.arange(self.tokens)     # places in rows: of this chunk's, as trained; to fill
+        self.stored, self.under_way = 0, collections.deque()     # passes that are in rows; (about it, arrays) of others
+        self.flatten = jax.jit(partial(flat_and_finite, dtype=self.rows.dtype),
+                               out_shardings=shard.everywhere(mesh) if mesh else None)
 
-    def chunk(self, c, bar=None, stop=lambda: False):
-        """Chunk `c` in its shuffled order, or None where stop() came first. The prompts are a stream: chunks must be
-        asked for in rising order."""
-        self.seek(c)
-        acts = np.empty((self.tokens, self.model.cfg.width), jnp.dtype(self.run.dtype))
-        for i in range(self.forwards):
+    def ready(self, step, stop=lambda: False, bar=None):
+        """Fetch what `step` trains on, and send the passes that shall run beside it. False where stop() came first.
+        The prompts are a stream: steps must be asked for in rising order."""
+        chunk = step // self.batches
+        if self.order is None:
+            self.seek(chunk)
+            self.stored = chunk * self.forwards
+        wanted, ahead = (min(self.forwards + n * self.forwards // self.batches, self.chunks * self.forwards)
+                         for n in (step, step + 1))
+        while (sent := self.stored + len(self.under_way)) < ahead:
             if stop():
-                return None
-            acts[i * self.forward_tokens:(i + 1) * self.forward_tokens] = self.forward(
-                self.position, f"for step {c * self.batches} on")
-            if bar:
-                bar.set_description(f"harvest {i + 1}/{self.forwards}")
-        return acts[np.random.default_rng((self.run.seed, c)).permutation(self.tokens)]
+                return False
+            of = sent // self.forwards
+            if bar and of == chunk:
+                bar.set_description(f"harvest {sent % self.forwards + 1}/{self.forwards}")
+            self.under_way.append(self.send(self.position, f"for step {of * self.batches} on"))
+            while self.stored < min(sent, wanted):               # not the one just sent
+                self.store()
+        while self.stored < wanted:
+            self.store()
+        return True
 
-    def seek(self, c):
-        """Skip prompts up to the first one of chunk `c`."""
-        skip = c * self.forwards * self.run.prompt_batch - self.position
+    def batch(self, step):
+        """Activations [batch, columns] of a step for which all is `ready`, and each token's group or None."""
+        return self.take(slice(step % self.batches * self.run.batch, (step % self.batches + 1) * self.run.batch))
+
+    def take(self, some):
+        places = self.order[some]
+        return self.rows[places], self.group[places] if self.groups else None
+
+    def store(self):
+        """Fetch the oldest pass under way into rows that are free; the last of a chunk gives its order of training."""
+        chunk, i = divmod(self.stored, self.forwards)
+        places = self.free[i * self.forward_tokens:(i + 1) * self.forward_tokens]
+        self.rows[places], self.group[places] = self.fetch(self.under_way.popleft()), self.pattern
+        self.stored += 1
+        if i + 1 == self.forwards:
+            self.order = self.free[np.random.default_rng((self.run.seed, chunk)).permutation(self.tokens)]
+            self.free = np.roll(self.order, self.tokens - self.batches * self.run.batch)     # first what no batch takes
+
+    def seek(self, chunk):
+        """Skip prompts up to the first one of a chunk."""
+        skip = chunk * self.forwards * self.run.prompt_batch - self.position
         self.position += sum(1 for _ in itertools.islice(self.prompts, skip))
 
-    def forward(self, first, purpose="that were asked for"):
-        """Activations [forward_tokens, D] of the next `prompt_batch` prompts; `first` numbers their noise. Raises
-        ValueError, with the prompt, for what is not finite."""
+    def send(self, first, purpose="that were asked for"):
+        """A forward pass over the next `prompt_batch` prompts, for `fetch`, which alone waits for it; `first` numbers
+        their noise."""
         run, model = self.run, self.model
         prompts = list(itertools.islice(self.prompts, run.prompt_batch))
         self.position += len(prompts)
@@ -106,13 +162,25 @@ class Harvest:
         guidance = jnp.full(len(text), 3.5) if model.cfg.guidance_embeds else None
         start = flux.Start(flux.draw_noise(run.seed, numbers, shape), (text, pooled, guidance),
                            flux.sigmas(model.scheduler, run.timesteps, shape[0]), self.grid)
-        acts = flux.capture(model, start, layer=run.layer, site=run.site)
-        acts = shard.whole(acts)                                 # [timesteps, prompts x seeds, N, D]
-        finite = np.isfinite(acts.astype(np.float32)).all((0, 2, 3))
-        if not finite.all():
-            prompt = prompts[int(np.argmin(finite)) // run.seeds_per_prompt]
+        acts = [flux.capture(model, start, layer=layer, site=run.site) for layer in self.layers]
+        acts, finite = shard.wait(self.mesh, self.flatten(acts))
+        acts.copy_to_host_async()
+        return prompts, purpose, acts, finite
+
+    def fetch(self, sent):
+        """Activations [forward_tokens, columns] of a pass. Raises ValueError, with the prompt, for NaN or Inf."""
+        prompts, purpose, acts, finite = sent
+        if not (finite := np.asarray(finite)).all():
+            prompt = prompts[int(np.argmin(finite)) // self.run.seeds_per_prompt]
             raise ValueError(f"activations {purpose} hold NaN or Inf, at the prompt {prompt!r}; none were trained on")
-        return acts.reshape(-1, acts.shape[-1])
+        return np.asarray(acts)
+
+
+def flat_and_finite(acts, dtype):
+    """[timesteps, prompts x seeds, N, D] of each layer → rows [..., layers x D], and whether all is finite, [prompts x
+    seeds]."""
+    acts = jnp.concatenate(acts, -1).astype(dtype)
+    return acts.reshape(-1, acts.shape[-1]), jnp.isfinite(acts).all((0, 2, 3))
 
 
 # ---------------------------------------------------------------- the run
@@ -122,29 +190,28 @@ def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, 
     """Train to `run.steps`; checkpoints into the folder `out`. Returns rows of the closing table. mesh: of several
     devices, over which the SAE's features are split. Of several hosts the first one writes. stop(step): whether to
     end before that step; then a checkpoint is written, and None returned."""
-    harvest = Harvest(run, model, prompts)
+    harvest = Harvest(run, model, prompts, mesh)
     print(f"data: chunks of {harvest.tokens:,} tokens, from {harvest.forwards * run.prompt_batch:,} prompts each, "
           f"shuffled whole ({harvest.batches} batches of {run.batch:,})")
-    # Then the rate falls to zero. Of nano's layer 5, 200 steps of warmup leave 9 % dead, 300 leave 3 %.
-    warmup = min(300, run.steps * 3 // 10)
-    cfg = sae.Config(d_in=model.cfg.width, features=run.features, k=run.k, lr=run.lr, warmup=warmup,
-                     decay=(warmup, run.steps + 1))
-    metadata, chunk, window = describe(run, model), None, []
+    cfg = config(run, model.cfg.width, harvest.groups)
+    metadata, window = describe(run, model), []
     with tqdm(total=run.steps, unit="step", dynamic_ncols=True, disable=not shard.first()) as bar:
         if resume:
-            state, unlogged = load_state(out)
+            state, unlogged = load_state(out, run)
             window = [dict(zip(unlogged, values)) for values in zip(*unlogged.values())]
             if shard.first():
                 trim_metrics(out, int(state.step))
         else:
-            chunk = harvest.chunk(0, bar, partial(stop, 0))
-            if chunk is None:
+            if not harvest.ready(0, partial(stop, 0), bar):
                 return None
-            state = sae.init(jax.random.key(run.seed), cfg, np.asarray(chunk[:65536], np.float32))
+            sample, groups = harvest.take(slice(0, 65536))
+            state = sae.init(jax.random.key(run.seed), cfg, sample.astype(np.float32), groups)
+            if run.init:
+                state = sae.unfold(sae.load(begun_from(run.init))[0], cfg, state)
             if shard.first():
                 begin(out, state, cfg, metadata, overwrite)
         bar.initial = bar.n = bar.last_print_n = int(state.step)         # or the time left would count old steps
-        state = loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_every, save_every, stop)
+        state = loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop)
         if int(state.step) < run.steps:
             return None
         bar.set_description("evaluating")
@@ -154,7 +221,16 @@ def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, 
     return rows
 
 
-def loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_every, save_every, stop):
+def config(run, width, groups):
+    """The SAE's Config. After the warmup the rate falls to zero. Of nano's layer 5, 200 steps of warmup leave 9 % dead,
+    300 leave 3 %."""
+    warmup = min(300, run.steps * 3 // 10)
+    return sae.Config(d_in=width, features=run.features, k=run.k, activation=run.activation, matryoshka=run.matryoshka,
+                      d_out=None if run.transcoder is None else width, normalization=run.normalization, groups=groups,
+                      lr=run.lr, warmup=warmup, decay=(warmup, run.steps + 1))
+
+
+def loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop):
     """Steps from where `state` stands to the end, or until stop(step), and then a checkpoint. `window`: metrics of the
     steps that are not in metrics.jsonl yet."""
     def keep():
@@ -166,14 +242,10 @@ def loop(run, harvest, state, cfg, mesh, chunk, window, out, metadata, bar, log_
     step_fn = jax.jit(sae.step, static_argnums=1, donate_argnums=0, out_shardings=where)
     since, old = time.monotonic(), len(window)
     for step in range(int(state.step), run.steps):
-        c, b = divmod(step, harvest.batches)
-        if chunk is None or (b == 0 and step):
-            chunk = harvest.chunk(c, bar, partial(stop, step))
-        if chunk is None or stop(step):
+        if stop(step) or not harvest.ready(step, partial(stop, step), bar):
             keep()
             break
-        x = chunk[b * run.batch:(b + 1) * run.batch].astype(np.float32)
-        state, metrics = shard.wait(mesh, step_fn(state, cfg, x))
+        state, metrics = shard.wait(mesh, step_fn(state, cfg, *harvest.batch(step)))
         window.append(metrics)
         bar.update()
         if (step + 1) % log_every == 0 or step + 1 == run.steps:
@@ -200,22 +272,36 @@ def summary(step, batch, window, speed):
 def evaluate(run, harvest, state, cfg):
     """Rows of the closing table, on activations of prompts that come after the last one trained on: the SAE, PCA with k
     components fitted on these very activations (which flatters it), and random features (an SAE before any step)."""
-    harvest.seek(-(-run.steps // harvest.batches))
-    x = np.concatenate([harvest.forward(HELD_OUT + i * run.prompt_batch, "of the evaluation")
-                        for i in range(-(-min(harvest.tokens, 65536) // harvest.forward_tokens))]).astype(np.float32)
+    harvest.seek(harvest.chunks)
+    passes = -(-min(harvest.tokens, 65536) // harvest.forward_tokens)
+    x = np.concatenate([harvest.fetch(harvest.send(HELD_OUT + i * run.prompt_batch, "of the evaluation"))
+                        for i in range(passes)]).astype(np.float32)
+    group = np.tile(harvest.pattern, passes)
+    parts = [x[group == g] for g in range(max(len(cfg.groups), 1))]
+    rows, each = {}, scores(state, cfg, parts)
+    rows["SAE"] = mean_score(each)
+    rows |= {f"SAE, {name}": mean_score([score]) for name, score in zip(cfg.groups, each)}
+    if cfg.d_out is None:
+        u = np.concatenate([(part - part.mean(0)) / np.maximum(part.std(0), 1e-30) for part in parts])
+        variances = np.linalg.eigvalsh(np.cov(u.astype(np.float64), rowvar=False))
+        unexplained = float(max(0, variances[:-run.k].sum() / variances.sum()))
+        rows[f"PCA, {run.k} components"] = {"fvu_standardized": unexplained, "l0": float(min(run.k, cfg.d_in))}
+    fresh = sae.init(jax.random.key(run.seed), cfg, x, group if cfg.groups else None)
+    fresh = fresh._replace(mean=state.mean, std=state.std, basis=state.basis)
+    return rows | {"random features": mean_score(scores(fresh, cfg, parts))}
 
-    def score(state):
-        statistics = sae.evaluate(sae.fold(state, cfg), cfg, x)._asdict()
-        return {name: value for name, value in statistics.items() if name != "density"}
 
-    rows = {"SAE": score(state)}
-    u = (x - state.mean) / state.std
-    variances = np.linalg.eigvalsh(np.cov(np.asarray(u, np.float64), rowvar=False))
-    rows[f"PCA, {run.k} components"] = {"fvu_standardized": float(max(0, variances[:-run.k].sum() / variances.sum())),
-                                        "l0": float(min(run.k, cfg.d_in))}
-    fresh = sae.init(jax.random.key(run.seed), cfg, x)
-    rows["random features"] = score(fresh._replace(mean=state.mean, std=state.std))
-    return rows
+def scores(state, cfg, parts):
+    """`sae.evaluate` of each group's SAE on the group's activations."""
+    return [sae.evaluate(sae.fold(state, cfg, g), cfg, part) for g, part in enumerate(parts)]
+
+
+def mean_score(each):
+    """Over groups by their tokens; a feature is dead where it fires in none of them."""
+    tokens = np.array([score.tokens for score in each])
+    mean = {name: float(np.average([getattr(score, name) for score in each], weights=tokens))
+            for name in each[0]._fields if name not in ("tokens", "density")}
+    return mean | {"tokens": int(tokens.sum()), "dead": float(np.mean(sum(score.density for score in each) == 0))}
 
 
 # ---------------------------------------------------------------- files
@@ -225,18 +311,26 @@ def describe(run, model):
     """Metadata of the checkpoint: what is needed to reproduce it."""
     revision = model.source.name if model.source.parent.name == "snapshots" else None
     return {"model": run.model, "revision": revision, "layer": run.layer, "site": run.site, "seed": run.seed,
-            "normalization": "per dimension (mean, std), folded into the weights",
+            "normalization": f"{run.normalization}, folded into the weights",
             "versions": {"jax": jax.__version__, "numpy": np.__version__}, "run": asdict(run)}
 
 
 def save(out, state, cfg, metadata, extra=None):
+    """A checkpoint; state.safetensors too says of which run it is."""
     if shard.first():
-        sae.checkpoint(out, state, cfg, metadata=metadata, extra=extra)
+        name = np.frombuffer(json.dumps(metadata["run"]).encode(), np.uint8)
+        sae.checkpoint(out, state, cfg, metadata=metadata, extra={"run": name} | (extra or {}))
 
 
-def load_state(out):
-    """(state, extra) to go on from. Of several hosts each has to see the checkpoint, and the same one."""
+def load_state(out, run):
+    """(state, extra) to go on from. Of several hosts each has to see the checkpoint, and the same one. Raises
+    ValueError for the state of another run, whose shapes may well be the same."""
     state, _, extra = shard.together(sae.load_state, out)
+    ours = json.loads(json.dumps(asdict(run)))
+    for name, value in json.loads(bytes(extra.pop("run", b"{}"))).items():
+        if name != "steps" and value != ours.get(name, value):
+            raise ValueError(f"--resume: {out / sae.STATE} is of another run than {out / sae.CONFIG}: its {name} is "
+                             f"{value}, not {ours[name]}")
     steps = shard.of_all(np.asarray(state.step)).tolist()
     if len(set(steps)) > 1:
         raise ValueError(f"--resume: the hosts see different checkpoints in {out}, of steps {steps}")
@@ -246,8 +340,10 @@ def load_state(out):
 def begin(out, state, cfg, metadata, overwrite):
     """The first checkpoint. An old one that is to be overwritten stays in place until the new one is complete."""
     out = out.resolve()                                          # a link stays, what it points to is replaced
-    fresh, old = (out.with_name(f"{out.name}.{age}{os.getpid()}") for age in ("new", "old"))
-    sae.checkpoint(fresh, state, cfg, metadata=metadata)
+    fresh, old = (out.with_name(f".{out.name}.{age}{sae.TMP}") for age in ("new", "old"))
+    for left in (fresh, old):                                    # by a run that was killed right here
+        shutil.rmtree(left, ignore_errors=True)
+    save(fresh, state, cfg, metadata)
     if overwrite and out.exists():
         out.rename(old)
     fresh.rename(out)
@@ -301,18 +397,28 @@ def check_out(out, resume, overwrite):
             raise ValueError(f"{out} exists and is not a checkpoint; choose another --out")
         if not overwrite:
             raise ValueError(f"{out} already holds a checkpoint: --resume goes on with it, --overwrite starts anew")
+        known |= set((sae.load_metadata(out).get("training") or {}).get("groups") or ())
         foreign = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith("."))
         if foreign:
             raise ValueError(f"--overwrite: {out} holds something that is not ours: {', '.join(foreign[:5])}")
 
 
 def trim_metrics(out, step):
-    """Drop lines that a killed run wrote after its last checkpoint, and a torn last line; they will come again."""
+    """Keep the lines up to `step`: not those that a killed run wrote after its last checkpoint, which will come again,
+    nor what is torn or damaged."""
     file, new = out / "metrics.jsonl", out / ".metrics.jsonl.new"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    new.write_text("".join(kept), encoding="utf-8")
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    new.write_bytes(b"".join(line + b"\n" for line in lines if 0 <= logged_step(line) <= step))
     os.replace(new, file)
+
+
+def logged_step(line):
+    """The step of a line of metrics.jsonl, or -1 where it cannot be read."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return -1
+    return step if type(step) is int else -1
 
 
 # ---------------------------------------------------------------- the command line
@@ -321,12 +427,20 @@ def trim_metrics(out, step):
 def main(model="auto", layer=None, site="", features=None, k=None, steps=None, batch=None, prompts="",
          prompt_field="", prompt_batch=None, seeds_per_prompt=None, timesteps=None, buffer=None, size=None,
          text_tokens=None, lr=None, out="ckpt", resume=False, overwrite=False, seed=None, dtype="", quant="",
+         activation="", matryoshka=None, transcoder=None, normalization="", init="",
          log_every=20, save_every=200, distributed=False, **unknown):
-    """Train a TopK SAE on the residual stream of one layer, and write it to the folder --out. A flag left out takes
-    what suits the model (see `defaults`) or, with --resume, what the checkpoint says. --distributed: this process is
-    one of several (of a TPU pod; elsewhere say which: --distributed host:port,processes,number)."""
+    """Train a sparse autoencoder on the residual stream of one layer, and write it to the folder --out. A flag left out
+    takes what suits the model (see `defaults`) or, with --resume, what the checkpoint says.
+
+    --activation topk, batchtopk or jumprelu. --matryoshka 512,2048: nested prefixes of the features. --transcoder 7:
+    what is written is layer 7's residual. --normalization std (per dimension), pca (along principal axes) or scale (one
+    factor). --init: begin from an SAE, a folder of ours or SAELens', or owner/repo/folder on the hub. --distributed:
+    this process is one of several (of a TPU pod; elsewhere say which: --distributed host:port,processes,number).
+    """
     names = {field.name for field in fields(Run)} - {"model"}
     given = {name: value for name, value in locals().items() if name in names and value not in (None, "")}
+    if matryoshka is not None:
+        given["matryoshka"] = matryoshka if isinstance(matryoshka, tuple) else (matryoshka,)
     flux.no_unknown_flags(unknown)
     flux.check_whole({"log_every": log_every, "save_every": save_every})
     out = Path(out)
@@ -341,7 +455,7 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
               f"{run.batch:,} tokens, prompts from {run.prompts}")
         if mesh := shard.several():
             print(f"devices: {mesh.size}, each with 1/{mesh.size} of the blocks' weights and of the features")
-        last = run.layer if run.timesteps == 1 else None         # more timesteps need all layers
+        last = max(run.layer, run.transcoder or 0) if run.timesteps == 1 else None     # more timesteps need all layers
         options = shard.arguments(mesh, flux.quantized(run.quant)) | {"dtype": jnp.dtype(run.dtype), "last": last}
         loaded = flux.load(run.model, **options)
         run = replace(run, size=run.size or min(256, loaded.size), text_tokens=run.text_tokens or loaded.text_tokens)
@@ -382,6 +496,8 @@ def prepare(model, given, out, resume, overwrite):
 def defaults(name, folder, cfg, given):
     """A Run from the flags that were given and, for the others, from the model. Raises ValueError for unfit values."""
     small, cpu = cfg.width <= 512, jax.devices()[0].platform == "cpu"
+    activation = "topk" if given.get("transcoder") is None else "batchtopk"      # SAELens has no TopK transcoder
+    given = inherited(given, cfg.width) if "init" in given else given
     source, field = ("scenes", None) if (folder / "scenes.py").is_file() else (sources.DATASET, sources.DATASET_FIELD)
     run = Run(**{
         "model": name, "layer": max(cfg.num_layers - 1, 0), "site": "img", "features": min(16 * cfg.width, 16384),
@@ -389,10 +505,44 @@ def defaults(name, folder, cfg, given):
         "prompt_field": None if "prompts" in given else field, "prompt_batch": 32 if small else 4,
         "seeds_per_prompt": 4 if small else 1, "timesteps": 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0,
         "text_tokens": 0, "lr": None, "seed": 0, "dtype": "float32" if cpu else "bfloat16",
-        "quant": flux.default_quant(folder)} | given)
+        "quant": flux.default_quant(folder), "activation": activation} | given)
+    run = replace(run, matryoshka=prefixes(run.matryoshka, run.features))
     flux.residual_names(cfg, run.layer, run.site)
+    if run.transcoder is not None:
+        flux.residual_names(cfg, run.transcoder, run.site)
     check_numbers(run)
+    config(run, cfg.width, ())                                   # raises for what does not go together
     return replace(run, lr=(9 if small else 1) * sae.default_lr(run.features)) if run.lr is None else run
+
+
+def prefixes(matryoshka, features):
+    """The last prefix is all features, said or not."""
+    if not matryoshka or not isinstance(matryoshka[-1], int) or matryoshka[-1] >= features:
+        return matryoshka
+    return (*matryoshka, features)
+
+
+def inherited(given, width):
+    """The flags, with those that --init decides. Raises ValueError where they contradict it."""
+    _, cfg = sae.load(begun_from(given["init"]))
+    if cfg.d_in != width or cfg.d_out is not None or given.get("transcoder") is not None:
+        raise ValueError(f"--init {given['init']}: need an SAE of width {width} and not a transcoder; it has d_in "
+                         f"{cfg.d_in}, d_out {cfg.d_out}")
+    if given.get("features", cfg.features) != cfg.features:
+        raise ValueError(f"--features {given['features']}: the SAE of --init has {cfg.features}")
+    return {"k": cfg.k, "activation": cfg.activation, "matryoshka": cfg.matryoshka} | given | {"features": cfg.features}
+
+
+def begun_from(init):
+    """The folder of the SAE of --init; from the hub it is fetched."""
+    if Path(init).is_dir():
+        return Path(init)
+    owner, _, rest = str(init).partition("/")
+    name, _, folder = rest.partition("/")
+    if not owner or not name or owner[0] in ".~":
+        raise ValueError(f"--init {init}: there is no such folder, and no repo: give owner/repo or owner/repo/folder")
+    files = [f"{folder}/{file}".lstrip("/") for file in (sae.CONFIG, sae.WEIGHTS)]
+    return flux.download(f"{owner}/{name}", files) / folder
 
 
 def check_numbers(run):
@@ -413,6 +563,7 @@ def resumed(out, model, given):
     except (KeyError, TypeError):
         raise ValueError(f"--resume: {out} was not written by this train.py") from None
     given = given if model == "auto" else {"model": str(model)} | given
+    given |= {"matryoshka": prefixes(given["matryoshka"], run.features)} if "matryoshka" in given else {}
     for name, value in given.items():
         if name != "steps" and value != getattr(run, name):
             raise ValueError(f"--resume: {out} was trained with --{name} {getattr(run, name)}, not {value}")

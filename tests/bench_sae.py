@@ -4,10 +4,14 @@
 
 float32, Adam, no dead features. Ours is the whole `sae.step` of train.py, with its statistics, normalization and test
 for dead features; SAELens' is its SAETrainer's step; sparsify's Trainer needs a language model, so its SparseCoder is
-stepped here as the Trainer does it, with torch's Adam. All take turns; medians of seconds a step, and ratios to ours.
+stepped here as the Trainer does it, with torch's Adam. All take turns; medians of seconds a step, ratios to ours, and
+thousands of page faults.
 """
+import importlib.metadata
 import os
 import platform
+import re
+import resource
 import statistics
 import sys
 import time
@@ -25,28 +29,48 @@ import kernels
 import sae
 
 SIZES = [(3072, 16384, 32, 1024), (768, 16384, 32, 2048)]        # D, F, k, tokens
+PACKAGES = ("jax", "torch", "eai-sparsify", "sae-lens")
 
 
 def main(rounds=5):
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, jax {jax.__version__}, "
-          f"torch {torch.__version__}\n")
+    print(f"{processor()}, {os.cpu_count()} CPUs; {', '.join(f'{name} {version(name)}' for name in PACKAGES)}\n")
     rows = {}
     for size in SIZES:
         x = activations(*size)
         steps = {name: make(x, *size) for name, make in TRAINERS.items()}
-        times = {name: [] for name, step in steps.items() if step}
+        measured = {name: [] for name, step in steps.items() if step}
         for i in range(int(rounds) + 1):
-            for name in times:
-                start = time.perf_counter()
-                steps[name](i)
-                times[name].append(time.perf_counter() - start)
+            for name in measured:
+                measured[name].append(measure(steps[name], i))
         for name in TRAINERS:
-            rows.setdefault(name, []).append(statistics.median(times[name][1:]) if name in times else None)
+            of = [statistics.median(values) for values in zip(*measured.get(name, [])[1:])]
+            rows.setdefault(name, []).append(of or None)
     heads = [", ".join(map(str, size)) for size in SIZES]
-    print(f"| D, F, k, tokens: | {' | | '.join(heads)} | |\n|---|{'--:|--:|' * len(heads)}")
-    for name, seconds in rows.items():
-        cells = [f"{t:.2f} s | {t / ours:.2f}" if t else "not installed |" for t, ours in zip(seconds, rows["fae"])]
+    print(f"| D, F, k, tokens: | {' | | | '.join(heads)} | | |\n|---|{'--:|--:|--:|' * len(heads)}")
+    for name, of in rows.items():
+        cells = [f"{m[0]:.2f} s | {m[0] / ours[0]:.2f} | {m[1] / 1e3:.0f} k" if m else "not installed | |"
+                 for m, ours in zip(of, rows["fae"])]
         print(f"| {name} | {' | '.join(cells)} |")
+
+
+def measure(step, i):
+    """-> seconds, page faults: pages of fresh memory, each of which the system has to clear."""
+    start, faults = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(i)
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+
+
+def processor():
+    """As Linux names it."""
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def activations(D, F, k, tokens):

@@ -234,6 +234,30 @@ def test_pages_hold_what_raw_activations_say(built, model):
     assert f"<dd>{found.density[f]:.4g}</dd>" in page and f"<dd>{found.maximum[f]:.4g}</dd>" in page
 
 
+def test_thresholds_and_groups_of_tokens(model, tmp_path):
+    """A JumpReLU SAE for text and image tokens at two timesteps: each group's own weights, and every feature that fires."""
+    import jax
+    where = {"layer": 2, "site": "both", "size": 64, "text_tokens": 12}
+    groups = flux.token_groups("both", 2, 12)
+    acts = np.asarray(flux.residuals(model, HOSTILE, steps=2, **where))
+    number = np.zeros(acts.shape[:-1], int)
+    for g, (_, t, part) in enumerate(groups):
+        number[t, :, part] = g
+    cfg = sae.Config(d_in=model.cfg.width, features=96, k=6, activation="jumprelu", groups=[name for name, *_ in groups])
+    state = sae.init(jax.random.key(0), cfg, acts.reshape(-1, acts.shape[-1]), number.reshape(-1))
+    sae.checkpoint(tmp_path / "ckpt", state, cfg)
+    params, cfg = sae.load_groups(tmp_path / "ckpt")
+    found = dash.collect(model, params, cfg, HOSTILE, tmp_path / "dash", timesteps=2, steps=1, **where)
+    noise = flux.draw_noise(0, dash.HELD_OUT + np.arange(len(HOSTILE)), (16, 64))
+    acts = np.asarray(flux.residuals(model, HOSTILE, steps=2, noise=noise, **where))
+    fired = np.zeros(96)
+    for p, (_, t, part) in zip(params, groups):
+        fired += np.sum(acts[t, :, part] @ p["W_enc"] + p["b_enc"] > p["threshold"], (0, 1))
+    assert fired.sum() > 6 and np.abs(found.fired - fired).max() <= 2    # within rounding of a threshold
+    with pytest.raises(ValueError, match="SAEs for 4 groups"):
+        dash.collect(model, params, cfg, HOSTILE, tmp_path / "other", steps=1, **where)
+
+
 def test_images_are_those_of_generate(built, model):
     from PIL import Image
     folder, _ = built

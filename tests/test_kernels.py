@@ -102,6 +102,12 @@ def test_topk_is_exact_and_checks_k():
     np.testing.assert_array_equal(values, -np.sort(-x, axis=1)[:, :23])
     np.testing.assert_array_equal(np.take_along_axis(x, np.asarray(indices), 1), values)
     np.testing.assert_array_equal(kernels.topk(jnp.asarray([[1.0, 3, 3, 3, 2]]), 2)[1], [[1, 2]])
+    for f in (1024, 1027):  # in two stages, and not; most values are equal, so that their order counts
+        coarse = np.round(normal(f, 37, f) * 2)
+        values, indices = jax.jit(kernels.topk, static_argnums=1)(coarse, 5)
+        order = np.argsort(-coarse, axis=1, kind="stable")[:, :5]
+        np.testing.assert_array_equal(indices, order)
+        np.testing.assert_array_equal(values, np.take_along_axis(coarse, order, 1))
     for k in (0, 302):
         with pytest.raises(ValueError, match=f"k = {k} of F = 301"):
             kernels.topk(x, k)
@@ -144,9 +150,8 @@ def test_backward_builds_nothing_of_size_b_by_f():
     def count(f):
         return sum(np.prod(shape) >= B * F for shape in shapes_built(jax.make_jaxpr(f)(*args).jaxpr))
 
-    assert count(sparse) == 3  # the product, the bias broadcast to it, their sum
-    assert count(jax.grad(sparse, (0, 1, 2, 3))) == 3
-    assert count(jax.grad(dense, (0, 1, 2, 3))) > 3  # the count does see them
+    assert count(jax.grad(sparse, (0, 1, 2, 3))) == count(sparse)
+    assert count(jax.grad(dense, (0, 1, 2, 3))) > count(dense)  # the count does see them
 
 
 def test_compiled_gradient_needs_room_for_one_b_by_f_array():
@@ -158,16 +163,11 @@ def test_compiled_gradient_needs_room_for_one_b_by_f_array():
 
 @pytest.mark.parametrize("features", [1, 7, 128, 130, 300])
 def test_by_rows_is_the_function_itself(features):
-    """Also where pieces do not divide the rows; scalars are updated once, inputs are only read."""
-    r = np.random.default_rng(features)
-    w, g = jnp.asarray(r.standard_normal((2, features, 5)), jnp.float32)
-    tree, inputs = {"w": w, "b": jnp.arange(features), "n": jnp.int32(3)}, {"g": g, "s": jnp.float32(2)}
+    """Also where pieces do not divide the rows."""
+    rows = normal(features, features, 5)
 
-    def function(tree, inputs):
-        w = tree["w"] - inputs["s"] * inputs["g"]
-        return {"w": w / jnp.linalg.norm(w, axis=1, keepdims=True), "b": tree["b"] * 2, "n": tree["n"] + 1}
+    def unit(rows):
+        return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
-    expected = jax.jit(function)(tree, inputs)
-    ours = jax.jit(lambda t, x: kernels.by_rows(function, t, x))(tree, inputs)
-    assert int(ours["n"]) == 4
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, expected)
+    ours = jax.jit(lambda rows: kernels.by_rows(unit, rows))(rows)
+    np.testing.assert_allclose(ours, unit(rows), rtol=1e-6)

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -131,11 +132,32 @@ def test_decoder_rows_stay_unit_and_gradients_orthogonal():
     np.testing.assert_allclose(left + along, gradient, atol=1e-5)
 
 
+@pytest.mark.parametrize("clip", [1e3, 1e-2])
+def test_update_is_clipped_adam(clip):
+    """Of the gradient without what changes the lengths of decoder rows, clipped by its global norm: optax's own."""
+    cfg, r = dataclasses.replace(CFG, features=300, warmup=3, clip=clip), np.random.default_rng(0)
+    state = sae.init(jax.random.key(0), cfg, residuals())
+    optimizer = optax.chain(optax.clip_by_global_norm(clip), sae._optimizer(cfg))
+    params, opt = state.params, optimizer.init(state.params)
+    for _ in range(4):
+        grads = {name: r.standard_normal(p.shape).astype(np.float32) for name, p in state.params.items()}
+        ours, moments = jax.jit(sae._updated, static_argnums=1)(state, cfg, grads)
+        state = state._replace(params=ours, opt=moments)
+        along = np.sum(grads["dec"] * params["dec"], axis=1, keepdims=True)
+        updates, opt = optimizer.update(grads | {"dec": grads["dec"] - along * params["dec"]}, opt, params)
+        params = optax.apply_updates(params, updates)
+        params["dec"] /= np.linalg.norm(params["dec"], axis=1, keepdims=True)
+        for name in params:
+            np.testing.assert_allclose(state.params[name], params[name], atol=1e-6, err_msg=name)
+    for ours, theirs in zip(jax.tree.leaves(state.opt), jax.tree.leaves(opt)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
 def test_aux_makes_dead_features_point_at_the_error():
     """The sign: descending AuxK's gradient lowers |e - e_hat|, for e = u - u_hat, and moves dead features only."""
     state, x = trained(), residuals(256, seed=8)
     u = (x - state.mean) / state.std
-    _, (_, _, _, u_hat) = sae._reconstruct(state.params, CFG, u)
+    _, (_, _, _, _, u_hat) = sae._reconstruct(state.params, CFG, u)
     dead, error = jnp.arange(CFG.features) < 20, u - u_hat
 
     @jax.jit
@@ -224,7 +246,7 @@ def test_folded_equals_training_space():
     state, x = trained(), residuals(128, seed=4)
     params = sae.fold(state, CFG)
     u = (x - state.mean) / state.std
-    _, (_, values, indices, u_hat) = sae._reconstruct(state.params, CFG, u)
+    _, (_, _, values, indices, u_hat) = sae._reconstruct(state.params, CFG, u)
     raw_values, raw_indices = sae.encode(params, CFG, x)
     np.testing.assert_array_equal(raw_indices, indices)
     np.testing.assert_allclose(raw_values, values, rtol=1e-4, atol=1e-4)
@@ -376,7 +398,7 @@ BROKEN = {
     "sae_weights.safetensors is missing": lambda f: (f / "sae_weights.safetensors").unlink(),
     "cfg.json is not JSON": lambda f: truncate(f, "cfg.json"),
     "sae_weights.safetensors is damaged": lambda f: truncate(f, "sae_weights.safetensors"),
-    "architecture is 'standard'; only 'topk'": lambda f: edit_config(f, architecture="standard"),
+    "architecture is 'gated'; need one of topk, jumprelu": lambda f: edit_config(f, architecture="gated"),
     "d_sae is '50'": lambda f: edit_config(f, d_sae="50"),
     "k is None": lambda f: edit_config(f, k=None),
     "normalize_activations is 'layer_norm'": lambda f: edit_config(f, normalize_activations="layer_norm"),
@@ -466,3 +488,219 @@ def test_nothing_broken_is_written(tmp_path):
     with pytest.raises(ValueError, match="W_enc has shape"):
         sae.save(tmp_path / "sae", params | {"W_enc": params["W_enc"].T}, CFG)
     assert not (tmp_path / "sae").exists()
+
+
+# ---- other activations, dictionaries and normalizations -----------------------------------------------------------
+
+VARIANTS = {
+    "batchtopk": {"activation": "batchtopk"},
+    "jumprelu": {"activation": "jumprelu"},
+    "matryoshka": {"matryoshka": (7, 20, 50)},
+    "matryoshka batchtopk": {"matryoshka": (7, 50), "activation": "batchtopk"},
+    "pca": {"normalization": "pca"},
+    "scale": {"normalization": "scale"},
+    "groups": {"groups": ("txt", "img-t0", "img-t1")},
+    "groups pca jumprelu": {"groups": ("a", "b"), "normalization": "pca", "activation": "jumprelu"},
+    "transcoder": {"d_out": 9, "activation": "batchtopk"},
+    "transcoder jumprelu": {"d_out": 15, "activation": "jumprelu", "groups": ("a", "b")},
+}
+
+
+def batch(cfg, n, seed):
+    """x [n, C], groups [n] or None; each group has its own place and spread, a transcoder's target follows x."""
+    x = residuals(n, cfg.d_in, seed)
+    if cfg.d_out:
+        mix = np.random.default_rng(7).standard_normal((cfg.d_in, cfg.d_out)).astype(np.float32)
+        x = np.concatenate([x, np.tanh(x / x.std(0)) @ mix + 3], 1)
+    if not cfg.groups:
+        return x, None
+    group = np.random.default_rng(seed).integers(0, len(cfg.groups), n)
+    return (x * 3.0 ** group[:, None] - group[:, None]).astype(np.float32), group
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request):
+    """(config, state after some steps)"""
+    cfg = dataclasses.replace(CFG, lr=3e-3, warmup=2, **VARIANTS[request.param])
+    state = sae.init(jax.random.key(0), cfg, *batch(cfg, 2048, 0))
+    first = None
+    for i in range(100):
+        state, metrics = STEP(state, cfg, *batch(cfg, 256, i + 1))
+        first = first or metrics
+    assert metrics["fvu"] < 0.9 * first["fvu"] and abs(metrics["l0"] - cfg.k) < 1.2, (first, metrics)
+    return cfg, state
+
+
+def test_variants_fold_exactly(variant):
+    """Raw residuals in, the same features and reconstructions out as in training, by the SAE of each group."""
+    cfg, state = variant
+    x, group = batch(cfg, 300, 999)
+    u = np.asarray(sae._standardize(x, state.mean, state.std, state.basis, group))
+    _, (_, pre, values, indices, out) = sae._reconstruct(state.params, cfg, u)
+    for g in range(max(len(cfg.groups), 1)):
+        rows = slice(None) if group is None else group == g
+        params = sae.fold(state, cfg, g)
+        expected = dense(values, indices, cfg.features)[rows]
+        if cfg.activation == "batchtopk":  # by threshold, once it is trained
+            expected = np.where(pre > state.threshold, np.maximum(pre, 0), 0)[rows]
+        read = x[rows, : cfg.d_in]
+        found = dense(*sae.encode(params, cfg, read), cfg.features)
+        other = (found > 0) != (expected > 0)  # within rounding of its threshold, or of the k-th
+        assert np.mean(other) < 1e-4
+        assert (np.abs(found - expected) * ~other).max() < 2e-4 * expected.max()
+        if cfg.activation != "batchtopk":
+            y = sae.decode(params, cfg, *sae.encode(params, cfg, read))
+            mean, std = (sae._parts(cfg, a)[1] for a in sae._of_group(state, cfg, g))
+            back = (y - mean) @ (np.eye(y.shape[1]) if state.basis is None else state.basis) / std
+            assert np.median(np.abs(back - out[rows])) < 1e-3 and y.shape[1] == (cfg.d_out or cfg.d_in)
+
+
+def dense(values, indices, features):
+    out = np.zeros((len(values), features), np.float32)
+    np.maximum.at(out, (np.arange(len(values))[:, None], np.asarray(indices)), np.asarray(values))
+    return out
+
+
+def test_variants_in_saelens(variant, tmp_path):
+    """Every architecture loads there as it stands, and gives the same features and reconstructions on raw residuals."""
+    import torch
+    from sae_lens import SAE
+    cfg, state = variant
+    sae.checkpoint(tmp_path / "sae", state, cfg, metadata={"layer": 3})
+    x, group = batch(cfg, 300, 998)
+    names = {"topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
+    for g, name in enumerate(cfg.groups or ("",)):
+        folder = tmp_path / "sae" / (name if g else "")
+        params, read = sae.load(folder)
+        assert read == cfg and sae.load_metadata(folder).get("group", "") == name
+        theirs = SAE.load_from_disk(folder)
+        assert theirs.cfg.architecture() == names[cfg.activation] + ("_transcoder" if cfg.d_out else "")
+        rows = x[slice(None) if group is None else group == g, : cfg.d_in]
+        values, indices = sae.encode(params, cfg, rows)
+        with torch.no_grad():
+            z = theirs.encode(torch.from_numpy(rows))
+            y = theirs.decode(z).numpy()
+        assert relative(dense(values, indices, cfg.features), z.numpy()) < 1e-5
+        ours = np.asarray(sae.decode(params, cfg, values, indices))
+        assert (np.abs(ours - y) / np.abs(y).max(0)).max() < 1e-5
+    restored, again, _ = sae.load_state(tmp_path / "sae")
+    assert again == cfg
+    assert_same(restored, state)
+    sae.checkpoint(tmp_path / "sae", state, cfg)                 # replaces all of them
+
+
+def test_unfold_takes_an_sae_up_again(variant):
+    cfg, state = variant
+    if cfg.d_out:
+        pytest.skip("a transcoder starts anew")
+    fresh = sae.init(jax.random.key(5), cfg, *batch(cfg, 2048, 0))
+    again = sae.unfold(sae.fold(state, cfg), cfg, fresh)
+    for name, value in state.params.items():
+        np.testing.assert_allclose(again.params[name], value, atol=3e-3 * np.abs(value).max(), err_msg=name)
+    _, old = STEP(state, cfg, *batch(cfg, 256, 997))
+    _, new = STEP(again, cfg, *batch(cfg, 256, 997))
+    np.testing.assert_allclose(new["fvu"], old["fvu"], rtol=1e-2)
+    with pytest.raises(ValueError, match="W_enc has shape"):
+        sae.unfold(sae.fold(state, cfg), dataclasses.replace(cfg, features=60, matryoshka=None), fresh)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "transcoder", "jumprelu_transcoder"])
+def test_we_read_other_architectures_of_saelens(tmp_path, architecture):
+    import torch
+    from sae_lens.registry import get_sae_class
+    kind, config = get_sae_class(architecture)
+    torch.manual_seed(0)
+    shape = {"d_out": 7, "apply_b_dec_to_input": False} if "transcoder" in architecture else {}
+    theirs = kind(config(9, 31, **shape))
+    for parameter in theirs.parameters():
+        parameter.data = torch.randn_like(parameter)
+    theirs.save_model(tmp_path)
+    params, cfg = sae.load(tmp_path)
+    assert (cfg.d_in, cfg.features, cfg.d_out) == (9, 31, shape.get("d_out"))
+    assert_agrees_with_saelens(theirs, params, cfg, normal(64, 9))
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_batchtopk_selects_as_saelens():
+    import torch
+    from sae_lens.saes.batchtopk_sae import BatchTopK
+    cfg = sae.Config(d_in=9, features=40, k=4, activation="batchtopk")
+    x, params = normal(31, 9), {"enc": normal(40, 9, seed=1), "b_enc": normal(40, seed=2) / 3}
+    pre = kernels.preactivations(x, params["enc"], params["b_enc"])
+    values, indices, _ = sae._activate(params, cfg, x, pre)
+    theirs = BatchTopK(4)(torch.from_numpy(np.array(pre))).numpy()
+    assert (theirs > 0).sum(1).max() <= cfg.width and len(set((theirs > 0).sum(1))) > 1
+    np.testing.assert_allclose(dense(values, indices, 40), theirs, atol=1e-5)
+
+
+def test_jumprelu_derivatives_are_saelens():
+    """Of the reconstruction and of L0, for weights and thresholds: theirs take the threshold itself."""
+    import torch
+    from sae_lens.saes.jumprelu_sae import JumpReLU, Step
+    cfg = sae.Config(d_in=9, features=14, k=4, activation="jumprelu", bandwidth=0.5)
+    x, target = normal(31, 9), normal(31, 9, seed=4)
+    params = {"enc": normal(14, 9, seed=1), "b_enc": normal(14, seed=2) / 3, "dec": normal(14, 9, seed=3)}
+    params = jax.tree.map(jnp.asarray, params | {"log_threshold": np.full(14, np.log(0.8), np.float32)})
+
+    def loss(params):
+        pre = kernels.preactivations(x, params["enc"], params["b_enc"])
+        values, indices, penalty = sae._activate(params, cfg, x, pre)
+        return jnp.sum((kernels.sparse_decode(values, indices, params["dec"]) - target) ** 2) + penalty
+
+    value, grads = jax.value_and_grad(loss)(params)
+    t = {name: torch.tensor(np.array(value), requires_grad=True) for name, value in params.items()}
+    threshold = torch.full((14,), 0.8, requires_grad=True)
+    pre = torch.from_numpy(x) @ t["enc"].T + t["b_enc"]
+    out = JumpReLU.apply(pre, threshold, 0.4, False) @ t["dec"]
+    l0 = Step.apply(pre, threshold, 0.4, False).sum() / 31
+    theirs = ((out - torch.from_numpy(target)) ** 2).sum() + (l0 / 4 - 1) ** 2
+    theirs.backward()
+    np.testing.assert_allclose(value, theirs.item(), rtol=1e-5)
+    for name in ("enc", "b_enc", "dec"):
+        np.testing.assert_allclose(grads[name], t[name].grad.numpy(), rtol=1e-3, atol=1e-3)
+    assert np.abs(grads["log_threshold"]).max() > 0.1
+    np.testing.assert_allclose(grads["log_threshold"], 0.8 * threshold.grad.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_nested_prefixes_against_numpy():
+    cfg = sae.Config(d_in=9, features=40, k=4, matryoshka=(5, 17, 40))
+    params = sae.init(jax.random.key(0), cfg, normal(100, 9)).params
+    u = normal(31, 9, seed=6)
+    loss, (_, _, values, indices, _) = sae._reconstruct(params, cfg, u)
+    z = dense(values, indices, 40)
+    outs = [z[:, :end] @ np.asarray(params["dec"])[:end] + np.asarray(params["b_dec"]) for end in (5, 17, 40)]
+    expected = np.mean([((u - out) ** 2).sum() / ((u - u.mean(0)) ** 2).sum() for out in outs])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_encode_with_thresholds_keeps_all_that_fire():
+    """Also where one token has nearly all features; under jit the width is the caller's."""
+    cfg = sae.Config(d_in=9, features=70, k=2, activation="jumprelu")
+    state = sae.init(jax.random.key(0), cfg, normal(100, 9))
+    params = sae.fold(state, cfg) | {"threshold": jnp.full(70, -1.0), "b_enc": jnp.full(70, 5.0)}
+    values, _ = sae.encode(params, cfg, normal(2, 3, 9))
+    assert values.shape == (2, 3, 70) and (values > 0).mean() > 0.8
+    with pytest.raises(ValueError, match="needs `width` under jit"):
+        jax.jit(lambda x: sae.encode(params, cfg, x))(normal(3, 9))
+    inside = jax.jit(lambda x: sae.encode(params, cfg, x, 70)[0])(normal(2, 3, 9))
+    np.testing.assert_allclose(inside, values, rtol=1e-5)
+
+
+def test_groups_and_choices_are_checked():
+    cfg = dataclasses.replace(CFG, groups=("a", "b"))
+    x = residuals(64)
+    with pytest.raises(ValueError, match="the group of each token is needed"):
+        sae.init(jax.random.key(0), cfg, x)
+    with pytest.raises(ValueError, match="the group of each token is needed"):
+        sae.step(trained(0), CFG, x, np.zeros(64, int))
+    with pytest.raises(ValueError, match="fewer than two tokens of the group b"):
+        sae.init(jax.random.key(0), cfg, x, np.zeros(64, int))
+    wrongs = [({"activation": "relu"}, "activation is 'relu'"), ({"matryoshka": (9, 4, 50)}, "prefixes rise"),
+              ({"matryoshka": (9, 49)}, "to all 50"), ({"normalization": "zca"}, "normalization is 'zca'"),
+              ({"d_out": 4}, "a transcoder has"), ({"d_out": 4, "normalization": "pca"}, "no PCA")]
+    for wrong, message in wrongs:
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(CFG, **wrong)

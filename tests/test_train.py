@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,7 +135,8 @@ def test_metadata_says_how_to_make_it_again(trained, nano):
     assert metadata["versions"].keys() >= {"jax", "numpy"} and "normalization" in metadata and "revision" in metadata
     assert metadata["run"] == TINY | {"model": str(nano), "site": "img", "prompts": "scenes", "prompt_field": None,
                                       "timesteps": 1, "lr": 9 * sae.default_lr(256), "seed": 0, "dtype": "float32",
-                                      "quant": "none"}
+                                      "quant": "none", "activation": "topk", "matryoshka": None,
+                                      "transcoder": None, "normalization": "std", "init": None}
     rows = metadata["evaluation"]
     assert list(rows) == ["SAE", "PCA, 8 components", "random features"]
     assert 0 < rows["PCA, 8 components"]["fvu_standardized"] < rows["random features"]["fvu_standardized"]
@@ -236,9 +238,68 @@ def test_kill_in_the_middle_of_a_save_leaves_a_checkpoint_that_resumes(start, na
     assert files(tmp_path / "ckpt").keys() == files(trained).keys()
 
 
+# Runs `flux.command(train.main)` in children that need not import anything again: a fork before JAX has made threads.
+FORKED = """
+import json, os, pathlib, random, signal, sys, time
+sys.path.insert(0, {root!r})
+import fire, flux, optax, sae, safetensors.numpy, shard, text, train, vae
+
+def run(*flags):
+    if child := os.fork():
+        return child
+    sys.argv = ["train.py", *flags]
+    os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(2, 1)
+    try:
+        flux.command(train.main)
+    except BaseException as error:
+        os._exit(getattr(error, "code", None) or 1)
+    os._exit(0)
+
+kills, *flags = sys.argv[1:]
+code = os.waitpid(run("--out=straight", *flags), 0)[1]
+moments, state = random.Random(int(kills)), pathlib.Path("ckpt", sae.STATE)
+saved = lambda: state.stat().st_mtime_ns if state.exists() else 0
+found = []
+while not code:
+    start, before, saves = time.monotonic(), saved(), moments.choice([0, 1, 2])
+    wait = moments.expovariate(1 / 0.02) if saves else moments.uniform(0, 2)
+    child = run("--out=ckpt", *flags, *["--resume"] * state.exists())
+    if len(found) == int(kills):
+        code = os.waitpid(child, 0)[1]
+        break
+    while saves and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if saved() != before:
+            before, saves = saved(), saves - 1
+        time.sleep(0.0002)
+    time.sleep(wait)
+    os.kill(child, signal.SIGKILL)
+    ended = os.waitpid(child, 0)[1]
+    step = int(sae._load_arrays(state)[0]["step"]) if state.exists() else None
+    found.append([round(time.monotonic() - start, 2), ended, step])
+print(json.dumps([code, found]))
+"""
+
+
+def test_kills_at_random_moments_end_in_the_same_bytes(nano, tmp_path, environment):
+    """kill -9 while loading, in the first harvest, in a step or a save; then --resume. KILLS=20 for as many."""
+    kills = int(os.environ.get("KILLS", 5))
+    flags = TINY | {"batch": 60, "steps": 6 * kills, "log_every": 3, "save_every": 1, "model": str(nano)}
+    command = [sys.executable, "-c", FORKED.format(root=str(ROOT)), str(kills)]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True)
+    code, found = json.loads(done.stdout)
+    print(found)
+    assert code == 0, (tmp_path / "log").read_text()
+    assert [ended for _, ended, _ in found] == [signal.SIGKILL] * kills
+    assert_same_run(tmp_path / "ckpt", tmp_path / "straight")
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt", "straight", "log"}
+    assert files(tmp_path / "ckpt").keys() == files(tmp_path / "straight").keys()
+
+
 @pytest.mark.parametrize("call", [1, 3, 6])
 def test_sigterm_saves_and_ends_well(start, trained, tmp_path, monkeypatch, capsys, call):
-    """As a TPU is taken away: in the first chunk, within the first forward passes, or in the second chunk."""
+    """As a TPU is taken away: within the first forward passes, or within one that runs beside the first step."""
     original, count = flux.capture, itertools.count(1)
 
     def capture(*args, **kwargs):
@@ -253,7 +314,7 @@ def test_sigterm_saves_and_ends_well(start, trained, tmp_path, monkeypatch, caps
     if call < 5:                                                 # nothing has been trained yet
         assert not list(tmp_path.iterdir())
         return
-    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 4
+    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 2
     train.main(resume=True, **LOGGED)
     assert_same_run(tmp_path / "ckpt", trained)
 
@@ -277,6 +338,75 @@ def test_two_runs_into_one_folder(start, tmp_path, monkeypatch, capsys):
     with train.claim(Path("ckpt")):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def damaged(data, r):
+    """One of six kinds: cut short, a bit flipped, a piece overwritten, something appended, another file, none."""
+    kind, at, piece = r.integers(6), int(r.integers(len(data))), r.bytes(int(r.integers(1, 64)))
+    flipped = bytes([data[at] ^ 1 << int(r.integers(8))])
+    return [data[:at], data[:at] + flipped + data[at + 1:], data[:at] + piece + data[at + len(piece):], data + piece,
+            [b"PK\x03\x04 a torch file", b"{}", b"[]\n", b"null"][int(r.integers(4))], b""][kind]
+
+
+@pytest.fixture(scope="module")
+def stopped(nano, model, tmp_path_factory):
+    """The checkpoint of step 3 of `trained`'s run."""
+    out = tmp_path_factory.mktemp("stopped") / "ckpt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flux, "load", lambda *args, **kwargs: model)
+        patch.setattr(train, "preemption", lambda: contextlib.nullcontext(lambda step: step == 3))
+        train.main(model=str(nano), out=str(out), **TINY, **LOGGED)
+    return out
+
+
+@pytest.mark.parametrize("name", [sae.CONFIG, sae.STATE, sae.WEIGHTS, "metrics.jsonl"])
+def test_resume_from_damaged_files(start, stopped, trained, tmp_path, monkeypatch, name):
+    """50 times: an error that names the file, and nothing changed, or a run that ends as it should have."""
+    folder, r, ended = tmp_path / "ckpt", np.random.default_rng(len(name)), 0
+    whole = files(stopped)
+    forward, answers = flux.capture, {}
+
+    def capture(model, start, **where):                          # the same few passes, 200 times
+        key = np.asarray(start.latents).tobytes()
+        answers[key] = answers[key] if key in answers else forward(model, start, **where)
+        return answers[key]
+
+    monkeypatch.setattr(flux, "capture", capture)
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(stopped, folder)
+        (folder / name).write_bytes(damaged(whole[name], r))
+        before = files(folder)
+        try:
+            train.main(resume=True, **LOGGED)
+        except ValueError as error:
+            assert name in str(error) or "not written by this train.py" in str(error), error
+            assert files(folder) == before
+            continue
+        ended += 1
+        assert all((folder / file).read_bytes() == (trained / file).read_bytes() for file in (sae.STATE, sae.WEIGHTS))
+        assert sae.load_metadata(folder)["evaluation"] == sae.load_metadata(trained)["evaluation"]
+        if name != "metrics.jsonl":
+            assert metrics(folder) == metrics(trained)
+    assert ended == 50 if name in (sae.WEIGHTS, "metrics.jsonl") else ended < 10     # these are not needed
+
+
+def test_files_of_another_run_in_between(start, stopped, tmp_path, monkeypatch, capsys):
+    """Whole, of the same shapes, and yet not to be gone on with."""
+    start(seed=1, out="other")
+    for name in (sae.STATE, sae.CONFIG):
+        shutil.copytree(stopped, tmp_path / name)
+        shutil.copy(tmp_path / "other" / name, tmp_path / name)
+        line = fails(monkeypatch, capsys, "--resume", f"--out={tmp_path / name}")
+        assert "is of another run" in line and "its seed is" in line
+
+
+def test_metrics_that_cannot_be_read_are_dropped(tmp_path):
+    good = b'{"step": 2, "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(
+        good + b'\xff\xfe{\n[]\n5\n{"step": null}\n{}\n{"step": 9}\n' + b"[" * 99_999 + b'\n{"step": 4}\n{"step": 3')
+    train.trim_metrics(tmp_path, 4)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good + b'{"step": 4}\n'
 
 
 FULL = """
@@ -352,12 +482,110 @@ def test_out_that_is_not_a_checkpoint(monkeypatch, capsys, tmp_path, trained):
     assert "not written by" in fails(monkeypatch, capsys, f"--out={tmp_path / 'foreign'}", "--resume")
 
 
+# ---------------------------------------------------------------- other SAEs
+
+
+LONGER = {"steps": 40, "save_every": 10}                         # what takes more than six steps to show
+
+
+@pytest.mark.parametrize("flags, architecture", [
+    ({"activation": "batchtopk", "normalization": "pca"} | LONGER, "jumprelu"), ({"activation": "jumprelu"}, "jumprelu"),
+    ({"matryoshka": (16, 100)}, "topk"), ({"matryoshka": 64, "activation": "batchtopk"}, "jumprelu"),
+    ({"transcoder": 4} | LONGER, "jumprelu_transcoder"), ({"site": "both", "timesteps": 2}, "topk")])
+def test_other_saes_train_load_in_sae_lens_and_resume(start, monkeypatch, tmp_path, model, flags, architecture):
+    from sae_lens import SAE
+    start(**flags, out="straight")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 2)
+        start(**flags, out="ckpt")
+    start(**flags, out="ckpt", resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "ckpt")
+    _, cfg = sae.load_groups("ckpt")
+    assert SAE.load_from_disk("ckpt").cfg.architecture() == architecture
+    assert cfg.matryoshka == {(16, 100): (16, 100, 256), 64: (64, 256)}.get(flags.get("matryoshka"))
+    rows = sae.load_metadata("ckpt")["evaluation"]
+    assert 0 < rows["SAE"]["fvu_standardized"] < rows["random features"]["fvu_standardized"]
+    assert 2 < rows["SAE"]["l0"] < 32
+    if "transcoder" in flags:
+        here, there = (flux.residuals(model, PROMPTS[:4], layer=layer, site="img", size=64, text_tokens=16)
+                       .reshape(-1, 128) for layer in (2, 4))
+        out = sae.decode(sae.load("ckpt")[0], cfg, *sae.encode(sae.load("ckpt")[0], cfg, here))
+        assert jnp.sum((out - there) ** 2) < jnp.sum((there - there.mean(0)) ** 2)
+
+
+def test_each_group_of_tokens_has_its_normalization(start, model):
+    """Text and image tokens of two timesteps: each group's SAE holds the mean of its own residuals, and only that."""
+    start(site="both", timesteps=2, buffer=2048)
+    state, cfg, _ = sae.load_state("ckpt")
+    assert cfg.groups == ("txt-t0", "img-t0", "txt-t1", "img-t1") and state.mean.shape == (4, 128)
+    x = flux.residuals(model, PROMPTS * 4, layer=2, site="both", steps=2, size=64, text_tokens=16, seed=3)
+    for g, (name, t, part) in enumerate(flux.token_groups("both", 2, 16)):
+        assert name == cfg.groups[g]
+        tokens = x[t, :, part].reshape(-1, 128)
+        distances = [np.linalg.norm((tokens.mean(0) - mean) / std) for mean, std in zip(state.mean, state.std)]
+        assert int(np.argmin(distances)) == g
+        assert sae.load(Path("ckpt") / (name if g else ""))[1] == cfg
+    start(site="both", timesteps=2, buffer=2048, overwrite=True)
+    (Path("ckpt") / "mine").mkdir()
+    with pytest.raises(ValueError, match="not ours: mine"):
+        start(site="both", timesteps=2, overwrite=True)
+
+
+def test_init_starts_from_an_sae(start, trained, tmp_path, monkeypatch):
+    """Of a folder, of SAELens, of the hub: the first step is as good as the SAE was, and the shape is its own."""
+    import torch
+    from sae_lens import SAE
+    theirs = SAE.load_from_disk(trained)
+    with torch.no_grad():
+        theirs.W_dec *= 2                                        # as nothing of ours would be
+        theirs.W_enc /= 2
+        theirs.b_enc /= 2
+    theirs.save_model(tmp_path / "theirs" / "sub")
+    asked = []
+
+    def snapshot(repo, allow_patterns):
+        asked.append((repo, allow_patterns))
+        return tmp_path / "theirs"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    flags = {"features": None, "k": None, "steps": 2, "log_every": 1}
+    start(**flags | {"features": 256, "k": 8}, out="anew")
+    for out, init in (("a", str(trained)), ("b", str(tmp_path / "theirs" / "sub")), ("c", "someone/saes/sub")):
+        start(**flags, out=out, init=init)
+        assert sae.load(out)[1].features == 256 and sae.load(out)[1].k == 8
+        assert metrics(Path(out))[0]["fvu"] < 0.9 * metrics(Path("anew"))[0]["fvu"]
+    assert asked[0] == ("someone/saes", ["sub/cfg.json", "sub/sae_weights.safetensors"])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--init", "nowhere"], "no such folder"), (["--init", "TRAINED", "--features", 99], "the SAE of --init has 256"),
+    (["--init", "TRAINED", "--transcoder", 3], "not a transcoder"), (["--matryoshka", "9,4"], "prefixes rise"),
+    (["--matryoshka", "a,b"], "prefixes"), (["--activation", "relu"], "topk, batchtopk, jumprelu"),
+    (["--transcoder", 99], "layers 0 to 11"), (["--transcoder", 3, "--activation", "topk"], "no TopK transcoder"),
+    (["--normalization", "zca"], "std, pca, scale"), (["--matryoshka", "512"], "to all 256")])
+def test_mistakes_about_other_saes(monkeypatch, capsys, tmp_path, nano, trained, flags, message):
+    monkeypatch.chdir(tmp_path)
+    flags = [str(flag).replace("TRAINED", str(trained)) for flag in flags]
+    given = ["--features", 256] if "--features" not in flags else []
+    assert message in fails(monkeypatch, capsys, "--model", nano, *given, *flags)
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- chunks
 
 
 def harvest(nano, model, **flags):
     run = run_of(nano, **flags)
     return train.Harvest(run, model, iter(itertools.cycle(PROMPTS)))
+
+
+def chunk(h, c):
+    """The activations of a chunk [N, D], in the order of its steps."""
+    batches = []
+    for step in range(c * h.batches, (c + 1) * h.batches):
+        assert h.ready(step)
+        batches.append(h.batch(step))
+    return np.concatenate(batches)
 
 
 def sort(rows):
@@ -367,17 +595,17 @@ def sort(rows):
 def test_chunks_repeat_differ_and_are_shuffled_across_prompts(nano, model):
     h = harvest(nano, model)
     assert (h.tokens, h.forwards, h.batches) == (256, 4, 4)
-    first, second = h.chunk(0), h.chunk(1)
+    first, second = chunk(h, 0), chunk(h, 1)
     assert first.shape == (256, model.cfg.width) and first.dtype == np.float32
-    np.testing.assert_array_equal(harvest(nano, model).chunk(1), second)     # skips chunk 0's prompts
-    np.testing.assert_array_equal(harvest(nano, model).chunk(0), first)
+    np.testing.assert_array_equal(chunk(harvest(nano, model), 1), second)     # skips chunk 0's prompts
+    np.testing.assert_array_equal(chunk(harvest(nano, model), 0), first)
     assert not np.isin(first[:, 0], second[:, 0]).any()          # other prompts, other noise
     parts = harvest(nano, model)
-    plain = np.concatenate([parts.forward(2 * i) for i in range(4)])
+    plain = np.concatenate([parts.fetch(parts.send(2 * i)) for i in range(4)])
     np.testing.assert_array_equal(sort(plain), sort(first))
     places = [np.flatnonzero((plain == row).all(1))[0] for row in first[:64]]
     assert len(set(np.array(places) // 32)) == 8                 # one batch holds tokens of every prompt
-    other = harvest(nano, model, seed=1).chunk(0)
+    other = chunk(harvest(nano, model, seed=1), 0)
     assert not np.isin(first[:, 0], other[:, 0]).any()
 
 
@@ -389,20 +617,57 @@ def test_chunks_do_not_depend_on_the_prompts_of_a_forward_pass(nano, model, monk
     monkeypatch.setattr(flux, "capture", capture)
     two, four = harvest(nano, model), harvest(nano, model, prompt_batch=4)
     for c in (0, 1):
-        np.testing.assert_allclose(two.chunk(c), four.chunk(c), atol=1e-4)
+        np.testing.assert_allclose(chunk(two, c), chunk(four, c), atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [24, 56, 64, 72, 100, 250])
+def test_harvesting_between_steps_gives_the_batches_of_whole_chunks(nano, model, monkeypatch, batch):
+    """Also where a chunk has tokens left over, and from whatever step a run is resumed."""
+    def capture(model, start, **_):                              # needs no compiling
+        return np.tile(np.asarray(start.latents), (1, 1, 2))[None, :, :, :model.cfg.width]
+
+    monkeypatch.setattr(flux, "capture", capture)
+    make = lambda: harvest(nano, model, batch=batch, steps=11)
+    plain, expected = make(), []
+    for c in range(plain.chunks):
+        acts = np.concatenate([plain.fetch(plain.send(plain.position)) for _ in range(plain.forwards)])
+        acts = acts[np.random.default_rng((0, c)).permutation(256)]
+        expected += [acts[b * batch:(b + 1) * batch] for b in range(plain.batches)]
+    for start in (0, 1, 3, 4, 5, 10):
+        h = make()
+        for step in range(start, 11):
+            assert h.ready(step) and h.rows.shape[0] == 256
+            np.testing.assert_array_equal(h.batch(step), expected[step])
+        assert h.position == plain.position  and not h.under_way
+
+
+def test_passes_of_the_next_chunk_are_sent_between_steps(nano, model):
+    """Two a step at most, fetched a step later; none beyond the last chunk; stop() is asked before each."""
+    h, asked, seen = harvest(nano, model, steps=7, batch=32), [], []
+    for step in range(7):
+        assert h.ready(step, lambda: asked.append(step))
+        seen.append((h.stored, len(h.under_way)))
+    assert (h.forwards, h.batches, h.chunks) == (4, 8, 1) and seen == [(4, 0)] * 7 and asked == [0] * 4
+    h, asked, seen = harvest(nano, model, steps=10), [], []
+    for step in range(10):
+        assert h.ready(step, lambda: asked.append(step))
+        seen.append((h.stored, len(h.under_way)))
+    assert seen == [(4 + n, 1) for n in range(8)] + [(12, 0)] * 2 and asked == [0] * 5 + [*range(1, 8)]
+    h = harvest(nano, model, steps=10)
+    assert h.ready(0) and not h.ready(1, lambda: True) and len(h.under_way) == 1
 
 
 @pytest.mark.parametrize("layer, site, timesteps, N", [(2, "img", 1, 16), (5, "both", 2, 32)])
 def test_activations_are_those_of_flux_residuals(nano, model, layer, site, timesteps, N):
     h = harvest(nano, model, layer=layer, site=site, timesteps=timesteps, buffer=1)
-    chunk = h.chunk(0)
+    found = chunk(h, 0)
     repeated = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
     # image n of prompt p has the noise number 2 p + n, which is flux.residuals' own numbering of these four
     expected = np.asarray(flux.residuals(model, repeated, layer=layer, site=site, seed=0, steps=timesteps, size=64,
                                          text_tokens=16)).reshape(-1, model.cfg.width)
-    assert expected.shape == chunk.shape == (4 * N * timesteps, model.cfg.width)
-    order = np.random.default_rng((0, 0)).permutation(len(chunk))
-    np.testing.assert_allclose(chunk, expected[order], atol=1e-5 * np.abs(expected).max())
+    assert expected.shape == found.shape == (4 * N * timesteps, model.cfg.width)
+    order = np.random.default_rng((0, 0)).permutation(len(found))
+    np.testing.assert_allclose(found, expected[order], atol=1e-5 * np.abs(expected).max())
     images = expected.reshape(timesteps, 4, N, -1)[0]
     assert np.abs(images[0] - images[1]).max() > 1e-2            # seeds of one prompt differ in their noise
 
@@ -412,7 +677,7 @@ def test_held_out_activations_come_from_prompts_after_the_last_one(nano, model):
     h.prompts = (seen.append(n) or PROMPTS[n % 12] for n in itertools.count())
     h.seek(2)
     assert seen == list(range(16)) and h.position == 16
-    h.forward(train.HELD_OUT)
+    h.fetch(h.send(train.HELD_OUT))
     assert seen == list(range(18)) and h.position == 18
 
 
@@ -487,8 +752,8 @@ def test_a_gated_model_without_a_token(monkeypatch, capsys, tmp_path):
 def test_prompts_that_end_in_the_middle_of_a_bad_file_leave_the_checkpoint(start, tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS) + "{\n")
     with pytest.raises(ValueError, match="line 13 is not JSON"):
-        start(prompts=str(tmp_path / "p.jsonl"))                 # in the second chunk
-    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 4
+        start(prompts=str(tmp_path / "p.jsonl"))                 # of the second chunk, while the first is trained on
+    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 2
 
 
 @pytest.mark.parametrize("call, step", [(1, 0), (6, 4)])
@@ -505,15 +770,15 @@ def test_activations_that_are_not_finite_are_never_trained_on(start, monkeypatch
     with pytest.raises(ValueError, match=f"step {step} .*NaN.*{re.escape(repr(prompt))}"):
         start()
     assert (tmp_path / "ckpt").exists() == (step > 0)
-    if step:
-        assert int(sae.load_state(tmp_path / "ckpt")[0].step) == step
+    if step:                                                     # found while the chunk before it is trained on
+        assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 2
 
 
 def test_bfloat16_activations(nano, model):
     half = replace(model, params=flux.jax.tree.map(lambda w: w.astype(jnp.bfloat16), model.params))
-    chunk, exact = harvest(nano, half, dtype="bfloat16").chunk(0), harvest(nano, model).chunk(0)
-    assert chunk.dtype == jnp.bfloat16
-    np.testing.assert_allclose(chunk.astype(np.float32), exact, atol=0.05 * np.abs(exact).max())
+    found, exact = chunk(harvest(nano, half, dtype="bfloat16"), 0), chunk(harvest(nano, model), 0)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(np.float32), exact, atol=0.05 * np.abs(exact).max())
 
 
 def test_the_flags_of_the_command_are_those_of_a_run():

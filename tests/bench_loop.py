@@ -1,0 +1,193 @@
+"""What a run waits for: harvesting and SAE steps, apart and overlapped, as Markdown tables: python tests/bench_loop.py
+
+    python tests/bench_loop.py [nano] [flux]                     # what is measured here, what is counted for TPUs
+
+nano is measured, chunks in turns: the loop as train.py runs it, and with every pass and step waited for, whose times
+are given apart. FLUX.1 is counted: operations of the products (from the jaxprs of its real shapes) at the chip's peak,
+or bytes at its bandwidth where these take longer; so they are floors. Assumptions: layer 18 at 256 x 256 pixels, 256
+text tokens, 4 prompts a pass, each encoded anew; NF4 weights read once a pass. An SAE step has 2,048 tokens and k =
+32; its encoder's product takes three bfloat16 passes on a TPU; parameters and moments are read and written once,
+gradients written and read once, a decoder row gathered or added to four times for each token and active feature. On
+this CPU: the same operations at the rate of one large float32 product. "host" is measured here: what the overlap hides
+on a TPU, that is tokenizing and moving rows to their places and out of them; the link to the chip is taken as 10 GB/s
+each way.
+"""
+import itertools
+import os
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import flux
+import prompts
+import sae
+import text
+import train
+
+#        bfloat16 FLOP/s, bytes/s of HBM: https://cloud.google.com/tpu/docs/v5e, v6e, v4 and v5p
+CHIPS = {"v5e": (197e12, 819e9), "v6e": (918e12, 1640e9), "v4": (275e12, 1228e9), "v5p": (459e12, 2765e9)}
+LINK = 10e9                                                      # bytes/s between host and chip, each way
+LAYER, B, T, I, D, TOKENS, K = 18, 4, 256, 256, 3072, 2048, 32
+PASSES = TOKENS // (B * I)                                       # for the tokens of a step
+
+
+def main(*names):
+    print(f"{os.cpu_count()} CPUs, jax {jax.__version__}\n")
+    for name in names or ("nano", "flux"):
+        {"nano": nano, "flux": full_size}[name]()
+
+
+# ---------------------------------------------------------------- nano, measured
+
+
+def nano(rounds=5):
+    """Medians of `rounds` chunks."""
+    folder, cfg = flux.read_config("nano")
+    run = train.defaults("nano", folder, cfg, {"layer": 3, "steps": 10 ** 6})
+    model = flux.load("nano", dtype=jnp.float32, last=run.layer)
+    run = train.replace(run, size=min(256, model.size), text_tokens=model.text_tokens)
+    make = lambda: train.Harvest(run, model, prompts.stream("scenes"))
+    overlapped, apart = Loop(run, make()), Loop(run, make())
+    rows = []
+    for _ in range(rounds + 1):
+        rows.append((*apart.waiting(), overlapped.chunk()))
+    harvest, steps, both = (statistics.median(column) for column in zip(*rows[1:]))
+    h = overlapped.harvest
+    print(f"nano, layer 3, {run.features:,} features: a chunk of {h.tokens:,} tokens, {h.forwards} forward passes, "
+          f"{h.batches} steps of {run.batch:,} tokens\n\n"
+          "| harvest | steps | one after the other | overlapped | hidden |\n|--:|--:|--:|--:|--:|\n"
+          f"| {harvest:.2f} s | {steps:.2f} s | {harvest + steps:.2f} s | {both:.2f} s | "
+          f"{1 - both / (harvest + steps):.1%} |\n")
+
+
+class Loop:
+    """Training without files; every call goes through one chunk."""
+
+    def __init__(self, run, harvest):
+        self.harvest, self.number = harvest, 0
+        harvest.ready(0)
+        self.cfg = sae.Config(d_in=harvest.rows.shape[1], features=run.features, k=run.k, lr=run.lr)
+        self.state = sae.init(jax.random.key(0), self.cfg, harvest.rows.astype(np.float32)[:65536])
+        self.step = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
+
+    def chunk(self):
+        start = time.perf_counter()
+        for n in range(self.number, self.number + self.harvest.batches):
+            self.harvest.ready(n)
+            self.state, _ = self.step(self.state, self.cfg, self.harvest.batch(n))
+        jax.block_until_ready(self.state)
+        self.number = n + 1
+        return time.perf_counter() - start
+
+    def waiting(self):
+        """Seconds of (the passes, the steps) of a chunk, each waited for before the next is sent."""
+        h, send, seconds = self.harvest, self.harvest.send, np.zeros(2)
+        h.send = lambda *args: jax.block_until_ready(send(*args))
+        for n in range(self.number, self.number + h.batches):
+            start = time.perf_counter()
+            h.ready(n)
+            x, between = h.batch(n), time.perf_counter()
+            self.state, _ = jax.block_until_ready(self.step(self.state, self.cfg, x))
+            seconds += between - start, time.perf_counter() - between
+        self.number, h.send = n + 1, send
+        return seconds
+
+
+# ---------------------------------------------------------------- FLUX.1, counted
+
+
+def full_size():
+    passes, sizes = harvest_floor()
+    here, rate, host = f"{os.cpu_count()} CPUs here", product_rate(), host_work()
+    print(f"FLUX.1: {TOKENS:,} tokens are {PASSES} passes of {B} prompts, each {passes[0] / 1e12:.1f} TFLOP of T5-XXL "
+          f"and {passes[1] / 1e12:.1f} of blocks\n\n| on | harvest | of it T5-XXL | step, 16,384 | 65,536 | link | host |\n"
+          "|---|--:|--:|--:|--:|--:|--:|")
+    for name, (peak, bandwidth) in (CHIPS | {here: (rate, np.inf)}).items():
+        t5, blocks = (PASSES * max(count / peak, size / bandwidth) for count, size in zip(passes, sizes))
+        rounds = 1 if name == here else 3                        # of the encoder's product
+        steps = [max(rounds * count / peak, size / bandwidth) for count, size in map(step_floor, (16384, 65536))]
+        beside = ["", ""] if name == here else [seconds(2 * TOKENS * D / LINK), seconds(host)]
+        print(f"| {name} | {seconds(t5 + blocks)} | {t5 / (t5 + blocks):.0%} | {' | '.join(map(seconds, steps))} | "
+              f"{' | '.join(beside)} |")
+
+
+def seconds(t):
+    return f"{t:.1f} s" if t >= 1 else f"{1e3 * t:.1f} ms"
+
+
+def host_work(rounds=5):
+    """Seconds in which this host prepares the passes of one step, and moves their rows into a chunk and out of it."""
+    model = flux.load("nano", last=0)
+    captions = list(itertools.islice(prompts.stream("scenes"), PASSES * B))
+    rows, places = np.zeros((2 ** 16, D), jnp.bfloat16), np.random.default_rng(0).permutation(2 ** 16)
+    new, times = np.zeros((TOKENS, D), jnp.bfloat16), []
+    for i in range(rounds + 1):
+        start = time.perf_counter()
+        for j in range(PASSES):
+            model.tokenize(captions[j * B:(j + 1) * B], T)
+        rows[places[i * TOKENS:(i + 1) * TOKENS]] = new
+        rows[places[-(i + 1) * TOKENS:][:TOKENS]]
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def harvest_floor():
+    """((FLOPs of T5-XXL, of the blocks), (bytes of their NF4 weights)) of a forward pass."""
+    cfg, t5 = flux.Config(), text.T5Config()
+    one = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    params, encoder = (jax.tree.map(lambda t: one(*(() if t.layers is None else (t.layers,)), *t.shape), table)
+                       for table in (flux.table(cfg), text.t5_table(t5)))
+    inputs = one(B, I, 64), one(B, T, 4096), one(B, 768), one(B)
+    capture = partial(flux.residual, cfg=cfg, grid=(16, 16), layer=LAYER, site="img")
+    counts = (flops(lambda p, ids: text.t5(p, t5, ids), encoder, jax.ShapeDtypeStruct((B, T), jnp.int32)),
+              flops(lambda p, *x: capture(p, latents=x[0], text=x[1], pooled=x[2], timestep=x[3]), params, *inputs))
+    stacked = sum(leaf.size for leaf in jax.tree.leaves(params["double"])) * (LAYER + 1) // cfg.num_layers
+    return counts, (0.5625 * sum(leaf.size for leaf in jax.tree.leaves(encoder)), 0.5625 * stacked)
+
+
+def step_floor(features):
+    """(FLOPs of the encoder's product, bytes moved) of a step."""
+    matrix, gathered = 4 * features * D, 4 * TOKENS * K * D * 4
+    return 2 * TOKENS * features * D, 2 * (3 * 2 + 2) * matrix + gathered
+
+
+def flops(function, *shapes):
+    """Of the products in a function: 2 x multiplications, with loops counted as often as they run."""
+    def count(jaxpr):
+        total = 0
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                (contracted, _), _ = eqn.params["dimension_numbers"]
+                total += 2 * eqn.outvars[0].aval.size * int(np.prod([eqn.invars[0].aval.shape[i] for i in contracted]))
+            inner = [count(getattr(sub, "jaxpr", sub)) for value in eqn.params.values()
+                     for sub in (value if isinstance(value, (tuple, list)) else [value])
+                     if hasattr(getattr(sub, "jaxpr", sub), "eqns")]
+            branches = eqn.primitive.name in ("cond", "platform_index")
+            total += (max(inner, default=0) if branches else sum(inner)) * eqn.params.get("length", 1)
+        return total
+
+    return count(jax.make_jaxpr(function)(*shapes).jaxpr)
+
+
+def product_rate(n=4096, rounds=3):
+    """FLOP/s of a float32 product here."""
+    a, product = jnp.ones((n, n)), jax.jit(jnp.matmul)
+    seconds = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n ** 3 / min(seconds)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
