@@ -218,8 +218,8 @@ def _decode_gradients(values, indices, rows, entries, g, mesh):
         mine = _mine(mesh, indices, rows)
         how, values, indices = _prepared(mesh, values, indices, rows)
         if isinstance(how, Kernels):
-            d_rows, d_values = outer_kernel(entries, g, rows, len(rows), values.shape[1], how)
-            return _summed(mesh, d_values), d_rows
+            d_rows, dots = outer_kernel(entries, g, rows, len(rows), values.shape[1], how)
+            return _summed(mesh, _in_place(entries, dots, values.shape)), d_rows
         sddmm, outer = (_sddmm_dense, _outer_dense) if how == "dense" else (_sddmm, _outer)
         d_values = sddmm(g, rows, indices)
         return _summed(mesh, d_values if mine is None else jnp.where(mine, d_values, 0)), outer(
@@ -402,6 +402,12 @@ def _entries(values: Array, indices: Array, features: int) -> Entries:
     return Entries(*(jnp.pad(a, (0, -n % ENTRIES), constant_values=fill) for a, fill in zip(ordered, (features, 0, 0))))
 
 
+def _in_place(entries: Entries, dots: Array, shape: tuple[int, int]) -> Array:
+    """What belongs to entries, [n] -> [B, k]."""
+    n = shape[0] * shape[1]
+    return lax.sort((entries.places[:n], dots[:n]), num_keys=1, is_stable=False)[1].reshape(shape)
+
+
 def _visits(features: Array, F: int, before: int = 0, after: int = 0) -> list[Array]:
     """Entries' features [n] -> block, chunk, first, last of each visit: the entries first..last of a chunk that lie in
     a block of rows. Blocks and chunks rise one at a time, and every one of them is visited. With so many steps before
@@ -468,8 +474,8 @@ def spmm_kernel(entries: Entries, rows: Array, shape: tuple[int, int], how: Kern
 
 
 def outer_kernel(entries: Entries, x: Array, rows: Array | None, F: int, k: int, how: Kernels):
-    """Entries of values [B, k], x [B, D] -> [F, D]: `_outer`. With rows [F, D] also `_sddmm`, [B, k], of the same read.
-    All of x is put into VMEM first."""
+    """Entries of values [B, k], x [B, D] -> [F, D]: `_outer`. With rows [F, D] also what `_sddmm` is of the same read,
+    in the order of the entries, [n]. All of x is put into VMEM first."""
     from jax.experimental import pallas as pl
 
     (B, D), tall, pitch, fold = x.shape, how.tall, how.pitch, _fold(how.tall)
@@ -519,8 +525,7 @@ def outer_kernel(entries: Entries, x: Array, rows: Array | None, F: int, k: int,
             pl.BlockSpec((1, 1, lines, 128), lambda s, i, block, chunk, *_: (s, chunk[i], 0, 0)))
     dots, out = _call(kernel, visits, entries, k, how, [*inputs, (rows, _rows_spec(how))], [dots, *outputs],
                       [*scratch, ROWS * pitch, ENTRIES * (fold | 1)])
-    dots = jnp.where(entries.features < F, dots.sum(0).reshape(-1), 0)[:B * k]
-    return out, lax.sort((entries.places[:B * k], dots), num_keys=1, is_stable=False)[1].reshape(B, k)
+    return out, jnp.where(entries.features < F, dots.sum(0).reshape(-1), 0)
 
 
 def _call(kernel, visits, entries, k, how, inputs, outputs, scratch):
