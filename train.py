@@ -240,7 +240,8 @@ def loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, 
 
     state = shard.split(mesh, state, run.features) if mesh else state
     where = (jax.tree.map(lambda leaf: leaf.sharding, state), shard.everywhere(mesh)) if mesh else None
-    step_fn = jax.jit(sae.step, static_argnums=1, donate_argnums=0, out_shardings=where)
+    step_fn = partial(sae.step, mesh=shard.tensor(mesh or shard.mesh()))
+    step_fn = jax.jit(step_fn, static_argnums=1, donate_argnums=0, out_shardings=where)
     since, old = time.monotonic(), len(window)
     for step in range(int(state.step), run.steps):
         if stop(step) or not harvest.ready(step, partial(stop, step), bar):
