@@ -38,14 +38,15 @@ def topk(x: Array, k: int, mesh: Mesh | None = None) -> tuple[Array, Array]:
         return tuple(_topk(x, k, mesh))
     (axis,) = mesh.axis_names
 
-    def own(x):
+    def here(x):
         values, indices = _topk(x, min(k, x.shape[-1]), mesh)
-        return values, indices + lax.axis_index(axis) * x.shape[-1]
+        indices = indices + lax.axis_index(axis) * x.shape[-1]
+        values, indices = (lax.all_gather(a, axis, axis=x.ndim - 1, tiled=True) for a in (values, indices))
+        values, place = lax.top_k(values, k)
+        return values, jnp.take_along_axis(indices, place, -1)
 
     split = PartitionSpec(*[None] * (x.ndim - 1), axis)
-    values, indices = jax.shard_map(own, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)(x)
-    values, place = lax.top_k(values, k)
-    return values, jnp.take_along_axis(indices, place, -1)
+    return jax.shard_map(here, mesh=mesh, in_specs=split, out_specs=PartitionSpec(), check_vma=False)(x)
 
 
 def _topk(x, k, mesh):

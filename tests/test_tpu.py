@@ -24,14 +24,15 @@ def test_kernels_compile_and_fit(chip):
 
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v6e"])
 def test_sparse_kernels_compile_and_fit(chip):
-    """With as many tokens as a large step has, which fill VMEM; v4 has to cut D into slices."""
+    """With as many tokens as a large step has, which fill VMEM; v4 has to cut D into slices. Both kernels on one chip,
+    on the others the larger one."""
     pytest.importorskip("libtpu", reason="the TPU compiler comes with jax[tpu]")
-    answers = tpu.run(chip, [{"kernel": kernel, "rows": 4096, "size": (1000, 3072), "k": 8} for kernel in tpu.SPARSE])
+    wanted = tpu.SPARSE if chip == "v5e" else tpu.SPARSE[1:]
+    answers = tpu.run(chip, [{"kernel": kernel, "rows": 4096, "size": (1000, 3072), "k": 8} for kernel in wanted])
     assert not [answer for answer in answers if "error" in answer]
-    assert [len(answer["loops"]) for answer in answers] == [6, 8]
     assert all(answer["tiles"]["slices"] == (8 if chip == "v4" else 1) for answer in answers)
-    decode, gradients = (max(answer["loops"][3:5]) / kernels.GROUP for answer in answers)
-    assert decode < 8 and gradients < 8                          # bundles for an active feature
+    assert [len(answer["loops"]) for answer in answers] == [6, 8][-len(answers):]
+    assert all(max(answer["loops"][3:6]) < 8 * kernels.GROUP for answer in answers)     # bundles for as many entries
 
 
 @pytest.mark.parametrize("program, arguments", [("v4-8:nf4:step at 256", 1.7), ("v5e-1:nf4:capture at 18", 6)])
