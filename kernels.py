@@ -1,4 +1,4 @@
-"""Exact top-k and the sparse encoder and decoder of a TopK SAE, forward and backward, in plain XLA.
+"""Exact top-k and the sparse encoder and decoder of a TopK SAE, forward and backward, in XLA, and in Pallas for TPUs.
 
 Nothing else must be copied with this file. B batch, D model width, F features, k active features.
 
@@ -13,7 +13,8 @@ operations that are each other's derivatives (names as in sparse linear algebra)
 Each walks the k columns in a scan whose temporaries are [B, D]. Measured against gathering all of [B, k, D] at once
 this is 2 to 9 times as fast on two CPU cores (k = 32; B, D, F = 4096, 128, 2048 and 1024, 3072, 16384), and against a
 scatter sorted by feature 3 to 7 times. (On a CPU `outer` walks the rows of the batch instead: 1.2 to 2.4 times as fast
-again.) The whole gradient takes half the time of the dense one.
+again.) The whole gradient takes half the time of the dense one. On TPUs `plan` says whether the three are Pallas
+kernels or dense products, which needs the mesh: of one device, or of those over which F is split.
 """
 
 from dataclasses import dataclass
