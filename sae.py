@@ -40,6 +40,7 @@ import numpy as np
 import optax
 import safetensors
 from jax import Array, lax
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 import kernels
@@ -306,7 +307,7 @@ def _variation(u: Array) -> Array:
     return jnp.maximum(jnp.sum((u - u.mean(0)) ** 2), 1e-30)
 
 
-def _reconstruct(params: Params, cfg: Config, u: Array):
+def _reconstruct(params: Params, cfg: Config, u: Array, mesh: Mesh | None = None):
     """-> loss, (FVU, pre-activations [B, F], values, indices, reconstruction).
 
     An SAE's encoder sees u - b_dec (equation 1). The loss is the FVU or, with nested prefixes, the mean of their FVUs;
@@ -315,36 +316,36 @@ def _reconstruct(params: Params, cfg: Config, u: Array):
     x, y = _parts(cfg, u)
     x = x - params["b_dec"] if cfg.d_out is None else x
     pre = kernels.preactivations(x, params["enc"], params["b_enc"])
-    values, indices, penalty = _activate(params, cfg, x, pre)
-    outs = _nested(params, cfg, values, indices)
+    values, indices, penalty = _activate(params, cfg, x, pre, mesh)
+    outs = _nested(params, cfg, values, indices, mesh)
     fvus = [jnp.sum((y - out) ** 2) / _variation(y) for out in outs]
     return sum(fvus) / len(fvus) + penalty, (fvus[-1], pre, values, indices, outs[-1])
 
 
-def _nested(params: Params, cfg: Config, values: Array, indices: Array) -> list[Array]:
+def _nested(params: Params, cfg: Config, values: Array, indices: Array, mesh: Mesh | None) -> list[Array]:
     """Reconstructions [B, d_out] from each prefix of the features; the last one from all of them."""
     if cfg.matryoshka is None:
-        return [kernels.sparse_decode(values, indices, params["dec"]) + params["b_dec"]]
+        return [kernels.sparse_decode(values, indices, params["dec"], mesh) + params["b_dec"]]
     outs, total, start = [], params["b_dec"], 0
     for end in cfg.matryoshka:
         inside = (start <= indices) & (indices < end)
-        total = total + kernels.sparse_decode(jnp.where(inside, values, 0), indices, params["dec"])
+        total = total + kernels.sparse_decode(jnp.where(inside, values, 0), indices, params["dec"], mesh)
         outs, start = [*outs, total], end
     return outs
 
 
-def _activate(params: Params, cfg: Config, x: Array, pre: Array):
+def _activate(params: Params, cfg: Config, x: Array, pre: Array, mesh: Mesh | None = None):
     """-> values, indices [B, cfg.width], and what the loss adds to reach the wanted L0."""
     weights = x, params["enc"], params["b_enc"]
     if cfg.activation == "topk":
-        return *kernels.select(pre, cfg.k, *weights), 0.0
+        return *kernels.select(pre, cfg.k, *weights, mesh), 0.0
     if cfg.activation == "batchtopk":
-        values, indices = kernels.select(pre, cfg.width, *weights)
+        values, indices = kernels.select(pre, cfg.width, *weights, mesh)
         return jnp.where(values >= _lowest(values, cfg.k), values, 0), indices, 0.0
     threshold = jnp.exp(params["log_threshold"])
     # What lies below a threshold, but within the reach of its pseudo-derivative, is selected too
     reach = lax.stop_gradient(threshold * (1 - cfg.bandwidth / 2))
-    above, indices = kernels.select(pre - reach, cfg.width, x, params["enc"], params["b_enc"] - reach)
+    above, indices = kernels.select(pre - reach, cfg.width, x, params["enc"], params["b_enc"] - reach, mesh)
     p, log_threshold = jnp.where(above > 0, above + reach[indices], 0), params["log_threshold"][indices]
     l0 = jnp.sum(_jump(p, log_threshold, cfg.bandwidth, False)) / len(x)
     penalty = cfg.l0_coefficient * (l0 / cfg.k - 1) ** 2
@@ -379,7 +380,7 @@ def _jump_backward(bandwidth, relu, residuals, g):
 _jump.defvjp(_jump_forward, _jump_backward)
 
 
-def _aux_loss(params: Params, cfg: Config, u: Array, pre: Array, dead: Array, error: Array) -> Array:
+def _aux_loss(params: Params, cfg: Config, u: Array, pre: Array, dead: Array, error: Array, mesh=None) -> Array:
     """AuxK (appendix A.2): how badly the k_aux best *dead* features reconstruct what the living left, y - y_hat.
 
     After the ReLU, as in the main loss: without it dead features learn to explain the error with negative values,
@@ -388,22 +389,27 @@ def _aux_loss(params: Params, cfg: Config, u: Array, pre: Array, dead: Array, er
     x = _parts(cfg, u)[0]
     x = lax.stop_gradient(x - params["b_dec"] if cfg.d_out is None else x)
     masked = jnp.where(dead, pre, -jnp.inf)
-    values, indices = kernels.select(masked, cfg.k_aux, x, params["enc"], params["b_enc"])
-    return jnp.sum((error - kernels.sparse_decode(values, indices, params["dec"])) ** 2) / _variation(error)
+    values, indices = kernels.select(masked, cfg.k_aux, x, params["enc"], params["b_enc"], mesh)
+    return jnp.sum((error - kernels.sparse_decode(values, indices, params["dec"], mesh)) ** 2) / _variation(error)
 
 
-def _with_aux(grads: Params, params: Params, cfg: Config, u: Array, pre: Array, dead: Array, error: Array):
+def _with_aux(grads: Params, params: Params, cfg: Config, u: Array, pre: Array, dead: Array, error: Array, mesh):
     """Adds AuxK's gradient, but only while some feature is dead, so that it costs nothing otherwise."""
 
     def add(grads):
-        loss, aux = jax.value_and_grad(_aux_loss)(params, cfg, u, pre, dead, error)
+        loss, aux = jax.value_and_grad(_aux_loss)(params, cfg, u, pre, dead, error, mesh)
         return loss, jax.tree.map(lambda g, a: g + cfg.aux_coefficient * a, grads, aux)
 
     return lax.cond(dead.any(), add, lambda grads: (jnp.zeros(()), grads), grads)
 
 
-def step(state: State, cfg: Config, x: Array, group: Array | None = None) -> tuple[State, dict[str, Array]]:
+def step(
+    state: State, cfg: Config, x: Array, group: Array | None = None, mesh: Mesh | None = None
+) -> tuple[State, dict[str, Array]]:
     """One step on raw residuals x [B, C], group [B] int where cfg has them. Pure: jit with cfg static, state donated.
+
+    mesh: the devices in one row, one axis, over which the features are split; also of a single one, so that a TPU's
+    kernels can be used.
 
     Metrics are scalars of this batch in standardized space: `loss` (what is minimized), `fvu` (squared error over
     squared deviation from the batch's mean), `aux` (the same for AuxK), `l0`, `cosine`, `dead` (the fraction silent for
@@ -414,12 +420,13 @@ def step(state: State, cfg: Config, x: Array, group: Array | None = None) -> tup
     _check_groups(cfg, group)
     params = state.params
     u = _standardize(x, state.mean, state.std, state.basis, group)
-    (loss, (fvu, pre, values, indices, out)), grads = jax.value_and_grad(_reconstruct, has_aux=True)(params, cfg, u)
+    gradient = jax.value_and_grad(_reconstruct, has_aux=True)
+    (loss, (fvu, pre, values, indices, out)), grads = gradient(params, cfg, u, mesh)
     fired = jnp.zeros(cfg.features, bool).at[indices].max(values > 0)
     idle = jnp.where(fired, 0, jnp.minimum(state.idle, 2**30) + len(x))
     dead = idle >= cfg.dead_after
     y = _parts(cfg, u)[1]
-    aux, grads = _with_aux(grads, params, cfg, u, pre, dead, y - out)
+    aux, grads = _with_aux(grads, params, cfg, u, pre, dead, y - out, mesh)
     params, opt = _updated(state, cfg, grads)
     metrics = {
         "loss": loss + cfg.aux_coefficient * aux,

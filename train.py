@@ -128,12 +128,16 @@ class Harvest:
         return True
 
     def batch(self, step):
-        """Activations [batch, columns] of a step for which all is `ready`, and each token's group or None."""
-        return self.take(slice(step % self.batches * self.run.batch, (step % self.batches + 1) * self.run.batch))
+        """Activations [batch, columns] of a step for which all is `ready`."""
+        return self.rows[self.places(step)]
 
-    def take(self, some):
-        places = self.order[some]
-        return self.rows[places], self.group[places] if self.groups else None
+    def groups_of(self, places):
+        """The group of the tokens there, or None where all are alike."""
+        return self.group[places] if self.groups else None
+
+    def places(self, step):
+        first = step % self.batches * self.run.batch
+        return self.order[first:first + self.run.batch]
 
     def store(self):
         """Fetch the oldest pass under way into rows that are free; the last of a chunk gives its order of training."""
@@ -205,8 +209,9 @@ def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, 
         else:
             if not harvest.ready(0, partial(stop, 0), bar):
                 return None
-            sample, groups = harvest.take(slice(0, 65536))
-            state = sae.init(jax.random.key(run.seed), cfg, sample.astype(np.float32), groups)
+            first = harvest.order[:65536]
+            state = sae.init(jax.random.key(run.seed), cfg, harvest.rows[first].astype(np.float32),
+                             harvest.groups_of(first))
             if run.init:
                 state = sae.unfold(sae.load(begun_from(run.init))[0], cfg, state)
             if shard.first():
@@ -240,13 +245,15 @@ def loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, 
 
     state = shard.split(mesh, state, run.features) if mesh else state
     where = (jax.tree.map(lambda leaf: leaf.sharding, state), shard.everywhere(mesh)) if mesh else None
-    step_fn = jax.jit(sae.step, static_argnums=1, donate_argnums=0, out_shardings=where)
+    step_fn = partial(sae.step, mesh=shard.tensor(mesh or shard.mesh()))
+    step_fn = jax.jit(step_fn, static_argnums=1, donate_argnums=0, out_shardings=where)
     since, old = time.monotonic(), len(window)
     for step in range(int(state.step), run.steps):
         if stop(step) or not harvest.ready(step, partial(stop, step), bar):
             keep()
             break
-        state, metrics = shard.wait(mesh, step_fn(state, cfg, *harvest.batch(step)))
+        groups = harvest.groups_of(harvest.places(step))
+        state, metrics = shard.wait(mesh, step_fn(state, cfg, harvest.batch(step), groups))
         window.append(metrics)
         bar.update()
         if (step + 1) % log_every == 0 or step + 1 == run.steps:

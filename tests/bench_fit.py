@@ -139,11 +139,11 @@ def programs(mesh, models):
         cfg_sae = sae.Config(d_in=3072, features=features, k=32)
         state = models["sae"] if features == 16384 else sae_state(mesh, cfg_sae)
         x = jax.ShapeDtypeStruct((2048, 3072), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-        yield f"SAE step, {features:,} features", partial(train_step, cfg=cfg_sae), state, x
+        yield f"SAE step, {features:,} features", partial(train_step, cfg=cfg_sae, mesh=shard.tensor(mesh)), state, x
 
 
-def train_step(state, x, cfg):
-    return sae.step(state, cfg, x)
+def train_step(state, x, cfg, mesh):
+    return sae.step(state, cfg, x, mesh=mesh)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,35 @@
-"""The quantized products on TPUs, counted by the real compiler, as Markdown: python tests/bench_tpu.py [v5e v6e]
+"""The kernels on TPUs, counted by the real compiler, as Markdown: python tests/bench_tpu.py [v5e v6e]
 
-Scheduled bundles of one grid step, ours against a plain bfloat16 Pallas product with the same tiles. The tiles divide
-all of FLUX.1's shapes: only the number of steps is another, and a ratio holds for all of them. Bytes are per shape.
+Quantized products: scheduled bundles of one grid step, ours against a plain bfloat16 Pallas product with the same
+tiles. The tiles divide all of FLUX.1's shapes: only the number of steps is another, and a ratio holds for all of them.
+Bytes are per shape.
+
+A sparse decoder, forward and backward, beside the dense one, in cycles:
+- dense: three products of B x F x D multiply-adds at the matrix unit's peak (v5e: 4 units of 128 x 128, so 65,536 a
+  cycle; v6e 4 x 256 x 256; v4 and v5p 8 x 128 x 128), in bfloat16, and in the three passes of Precision.HIGH, which is
+  about as precise as the kernels' float32. A floor: the [B, F] activations that it makes and reads are not counted.
+- kernels: bundles of each loop x its trips, and of all else in a step x steps, as if every branch were taken. Entries
+  lie in n / 1024 + F / 256 visits, each with 7 on average that are outside of whole groups. v4 and v5p have two cores,
+  which share slices of D. HBM: rows read twice, their gradient written, tokens and entries, at peak bandwidth. The
+  larger of both counts, since blocks of rows are fetched while others are worked on.
+- sort: XLA's of (feature, place, value), and back of (place, gradient): 1.05 cycles an entry each, from the trips of
+  its loops for 262,144 entries on v5e. Not counted: the lists of visits, below 2 %.
 """
 import importlib.metadata
 import sys
+from pathlib import Path
 
 import tpu
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import kernels
+
 SHAPES = [(3072, 9216), (3072, 12288), (12288, 3072), (3072, 18432)]
 ROWS = (256, 1024, 3072, 12288)
+SPARSE = [(4096, 16384, 3072, 32), (4096, 65536, 3072, 64)]      # tokens, F, D, k
+SORT = 1.05
+CORES = {"v4": 2, "v5p": 2}
 
 
 def main(*chips):
@@ -20,6 +40,11 @@ def main(*chips):
         for kernel in ("nf4", "nf4 transposed", "int8"):
             if (chip, kernel) != ("v4", "int8"):
                 compare(chip, kernel)
+    print("\n| chip | tokens, F, D, k | dense bfloat16 | dense HIGH | decode: bundles | HBM | gradients: bundles | HBM "
+          "| sort | kernels | dense bfloat16 / kernels | HIGH |\n|---|---|" + "--:|" * 10)
+    for chip in chips or tpu.TOPOLOGIES:
+        for size in SPARSE:
+            sparse(chip, *size)
     print("\n| weight | bfloat16, bytes | nf4 | nested | int8 |\n|---|--:|--:|--:|--:|")
     for n_in, out in SHAPES:
         n = n_in * out
@@ -42,6 +67,37 @@ def compare(chip, kernel):
             continue
         tile = " x ".join(map(str, tile[:3]))
         print(f"| {chip} | {kernel} | {answer['rows']} | {tile} | {n:,} | {plain:,} | {n / plain:.3f} |", flush=True)
+
+
+def sparse(chip, B, F, D, k):
+    answers = tpu.run(chip, [{"kernel": kernel, "rows": B, "size": (F, D), "k": k} for kernel in tpu.SPARSE])
+    if errors := [answer["error"] for answer in answers if "error" in answer]:
+        print(f"| {chip} | {errors[0]} |")
+        return
+    peak = kernels.CHIPS[chip]
+    dense, counts, sort = 3 * B * F * D / peak.macs, [cycles(chip, answer) for answer in answers], 2 * SORT * B * k
+    memory = [4 * (n * F * D + B * D + 4 * B * k) / peak.bandwidth for n in (1, 2)]
+    total = sort + sum(map(max, counts, memory))
+    cells = [dense, 3 * dense, counts[0], memory[0], counts[1], memory[1], sort, total]
+    print(f"| {chip} | {B}, {F}, {D}, {k} | " + " | ".join(f"{cell / 1e6:.2f} M" for cell in cells)
+          + f" | {dense / total:.1f} | {3 * dense / total:.1f} |", flush=True)
+
+
+def cycles(chip, answer):
+    """Bundles x trips of a sparse kernel on the busiest core."""
+    (F, _), entries, tiles = answer["size"], answer["rows"] * answer["k"], answer["tiles"]
+    chunks, blocks, tokens = (-(-n // size) for n, size in (
+        (entries, kernels.ENTRIES), (F, kernels.ROWS), (answer["rows"], kernels.ROWS)))
+    visits, tile = chunks + blocks - 1, kernels.ROWS // 8
+    zeros = kernels.ROWS * tiles["pitch"] / 128                  # for one block of rows
+    apart = (kernels.GROUP - 1) / 2 * visits                     # before whole groups, and after
+    walk = [apart, (entries - 2 * apart) / kernels.GROUP, apart]
+    if answer["kernel"] == tpu.SPARSE[0]:
+        trips = [tokens * zeros, blocks * tile, *walk, tokens * tile]
+    else:
+        trips = [tokens * tile, blocks * zeros, blocks * tile, *walk, blocks * tile, chunks * kernels.ENTRIES / 128]
+    one = sum(n * body for n, body in zip(trips, answer["loops"], strict=True)) + (visits + tokens) * answer["step"]
+    return one * -(-tiles["slices"] // CORES.get(chip, 1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
 """The sparse kernels against their dense references, and against the promise to build nothing of [B, F] backwards."""
 
 import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -32,7 +38,7 @@ def assert_close(actual, expected):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() <= 1e-5 * max(1.0, np.abs(np.asarray(b)).max())
 
 
-def compare_decoders(values, indices, W_dec):
+def compare_decoders(values, indices, W_dec, mesh=None):
     target = normal(9, values.shape[0], W_dec.shape[1])
 
     def loss(decode, values, W_dec):
@@ -42,7 +48,8 @@ def compare_decoders(values, indices, W_dec):
     def run(decode):
         return jax.jit(jax.value_and_grad(loss, (1, 2), has_aux=True), static_argnums=0)(decode, values, W_dec)
 
-    assert_close(run(kernels.sparse_decode), run(kernels.sparse_decode_dense))
+    ours = partial(kernels.sparse_decode, mesh=mesh)
+    assert_close(run(ours), run(kernels.sparse_decode_dense))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -80,6 +87,97 @@ def test_sparse_encode_equals_dense(size):
     assert_close(run(kernels.sparse_encode), run(kernels.sparse_encode_dense))
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """A mesh on which everything is done by the TPU kernels, in Pallas' interpreter. MiB of VMEM may be set."""
+    def plan(mesh, values, rows):
+        chip = kernels.Chip(plan.vmem, 1, 1)
+        return kernels.cut(chip, values.shape[0], rows.shape[1])._replace(interpret=True)
+
+    plan.vmem = 100
+    monkeypatch.setattr(kernels, "plan", plan)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "tensor")
+    return lambda vmem=100: setattr(plan, "vmem", vmem) or mesh
+
+
+# B, F, D, k, MiB of VMEM: one row and one feature; blocks, chunks and groups that are not full; rows of 3, 8, 9 and
+# 2 x 8 registers' parts; more entries than a chunk; D in slices
+@pytest.mark.parametrize("size", [(1, 1, 128, 1, 100), (61, 777, 384, 5, 100), (300, 515, 1024, 11, 100),
+                                  (37, 300, 1152, 33, 100), (37, 515, 2048, 64, 20)])
+def test_tpu_kernels_equal_dense(one_device, size):
+    b, f, d, k, vmem = size
+    mesh = one_device(vmem)
+    assert kernels.plan(mesh, np.zeros((b, k)), np.zeros((f, d))).slices == (2 if d == 2048 else 1)
+    compare_decoders(normal(0, b, k), some(1, b, f, k), normal(2, f, d), mesh)
+
+
+def test_tpu_kernels_add_repeated_indices(one_device):
+    """Within a row and across rows, in one group and over the ends of groups and chunks."""
+    indices = np.random.default_rng(1).integers(0, 3, (61, 40)) * 255
+    compare_decoders(normal(0, 61, 40), indices, normal(1, 777, 128), one_device())
+
+
+def test_tpu_kernels_give_the_encoders_gradient(one_device):
+    compare_encoders(777, one_device())
+
+
+def compare_encoders(f, mesh):
+    args, weight = (normal(0, 61, 256), normal(1, f, 256) / 16, normal(2, f) * 0.1), normal(3, 61, 8)
+
+    def loss(encode, *args):
+        values, indices = encode(*args, 8)
+        return jnp.sum(weight * values**2 + values), (values, indices)
+
+    def run(encode):
+        return jax.jit(jax.value_and_grad(loss, (1, 2, 3), has_aux=True), static_argnums=0)(encode, *args)
+
+    assert_close(run(partial(kernels.sparse_encode, mesh=mesh)), run(kernels.sparse_encode_dense))
+
+
+def test_features_split_over_devices():
+    """By all three ways, on four devices, which need a process of their own."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    path = os.pathsep.join([str(Path(kernels.__file__).parent), *sys.path])
+    subprocess.run([sys.executable, __file__], env=environment | {"PYTHONPATH": path}, check=True, timeout=600)
+
+
+def on_four_devices():
+    mesh, split = jax.sharding.Mesh(np.array(jax.devices()), "tensor"), jax.sharding.PartitionSpec(None, "tensor")
+    assert mesh.size == 4
+    check_topk(partial(kernels.topk, mesh=mesh))
+    x = jax.ShapeDtypeStruct((61, 772), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, split))
+    sent = jax.jit(lambda x: kernels.topk(x, 5, mesh)).lower(x).compile().as_text()
+    assert set(re.findall(r"\[([0-9,]+)\][^ ]* all-gather\(", sent)) <= {"61,20"}  # four times five, not all of x
+    for plan in (kernels.plan, lambda *_: "dense", lambda mesh, values, rows: kernels.cut(
+            kernels.CHIPS["v5e"], values.shape[0], rows.shape[1])._replace(interpret=True)):
+        kernels.plan = plan
+        compare_decoders(normal(0, 61, 5), some(1, 61, 772, 5), normal(2, 772, 128), mesh)
+        compare_encoders(772, mesh)
+
+
+def test_plan():
+    """Few active features of many are the kernels', many of few dense; what a kernel cannot hold is dense as well."""
+    def ask(kind, k, D=3072, F=65536, dtype=jnp.float32):
+        device = SimpleNamespace(platform="cpu" if kind == "cpu" else "tpu", device_kind=kind)
+        mesh = SimpleNamespace(devices=np.array([device]), size=1)
+        how = kernels.plan(mesh, jax.ShapeDtypeStruct((4096, k), dtype), jax.ShapeDtypeStruct((F, D), dtype))
+        return how if isinstance(how, str) else how.slices
+
+    assert ask("cpu", 32) == "scan" and kernels.plan(None, None, None) == "scan"
+    assert ask("TPU v5 lite", 64) == 1 and ask("TPU v6 lite", 64) == 1 and ask("TPU v5", 64) == 2
+    assert ask("TPU v5 lite", 2048, F=4096) == "dense"
+    assert ask("TPU v5 lite", 32, D=3000) == "dense" and ask("TPU v5 lite", 32, dtype=jnp.bfloat16) == "dense"
+    assert ask("TPU v4", 64) == 8
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_dense_products_equal_the_sparse_ones(monkeypatch, size):
+    """Those of TPUs without kernels."""
+    b, f, d, k = size
+    monkeypatch.setattr(kernels, "plan", lambda *args: "dense")
+    compare_decoders(normal(0, b, k), some(1, b, f, k), normal(2, f, d))
+
+
 def test_selecting_from_masked_preactivations():
     """Fewer candidates than k: the rest has value 0, and neither value nor gradient becomes NaN."""
     x, W, b = normal(0, 8, 5), normal(1, 12, 5), np.ones(12, np.float32)
@@ -97,20 +195,26 @@ def test_selecting_from_masked_preactivations():
 
 
 def test_topk_is_exact_and_checks_k():
-    x = np.random.default_rng(0).standard_normal((17, 301)).astype(np.float32)
-    values, indices = kernels.topk(x, 23)
-    np.testing.assert_array_equal(values, -np.sort(-x, axis=1)[:, :23])
-    np.testing.assert_array_equal(np.take_along_axis(x, np.asarray(indices), 1), values)
+    check_topk(kernels.topk)
     np.testing.assert_array_equal(kernels.topk(jnp.asarray([[1.0, 3, 3, 3, 2]]), 2)[1], [[1, 2]])
-    for f in (1024, 1027):  # in two stages, and not; most values are equal, so that their order counts
-        coarse = np.round(normal(f, 37, f) * 2)
-        values, indices = jax.jit(kernels.topk, static_argnums=1)(coarse, 5)
-        order = np.argsort(-coarse, axis=1, kind="stable")[:, :5]
-        np.testing.assert_array_equal(indices, order)
-        np.testing.assert_array_equal(values, np.take_along_axis(coarse, order, 1))
     for k in (0, 302):
         with pytest.raises(ValueError, match=f"k = {k} of F = 301"):
-            kernels.topk(x, k)
+            kernels.topk(normal(0, 17, 301), k)
+
+
+@pytest.mark.parametrize("size", [16, 128])
+def test_topk_of_blocks(size):
+    check_topk(partial(kernels._topk_of_blocks, size=size))
+
+
+def check_topk(topk):
+    """In two stages, and not; most values are equal, so that their order counts."""
+    for f, k in [(1024, 5), (1028, 5), (2048, 5), (4096, 16), (772, 200), (772, 772)]:
+        coarse = np.round(normal(f, 37, f) * 2) + 0.0  # no negative zeros, which top_k holds for less
+        values, indices = jax.jit(topk, static_argnums=1)(coarse, k)
+        order = np.argsort(-coarse, axis=1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(indices, order)
+        np.testing.assert_array_equal(values, np.take_along_axis(coarse, order, 1))
 
 
 def test_bfloat16_is_summed_in_float32():
@@ -171,3 +275,7 @@ def test_by_rows_is_the_function_itself(features):
 
     ours = jax.jit(lambda rows: kernels.by_rows(unit, rows))(rows)
     np.testing.assert_allclose(ours, unit(rows), rtol=1e-6)
+
+
+if __name__ == "__main__":
+    on_four_devices()

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import tpu
 
+import kernels
+
 SIZE = (3072, 1024)
 
 
@@ -18,6 +20,19 @@ def test_kernels_compile_and_fit(chip):
     answers = tpu.run(chip, jobs)
     assert not [answer for answer in answers if "error" in answer]
     assert all(answer["bundles"] > 100 for answer in answers)
+
+
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v6e"])
+def test_sparse_kernels_compile_and_fit(chip):
+    """With as many tokens as a large step has, which fill VMEM; v4 has to cut D into slices. Both kernels on one chip,
+    on the others the larger one."""
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with jax[tpu]")
+    wanted = tpu.SPARSE if chip == "v5e" else tpu.SPARSE[1:]
+    answers = tpu.run(chip, [{"kernel": kernel, "rows": 4096, "size": (1000, 3072), "k": 8} for kernel in wanted])
+    assert not [answer for answer in answers if "error" in answer]
+    assert all(answer["tiles"]["slices"] == (8 if chip == "v4" else 1) for answer in answers)
+    assert [len(answer["loops"]) for answer in answers] == [6, 8][-len(answers):]
+    assert all(max(answer["loops"][3:6]) < 8 * kernels.GROUP for answer in answers)     # bundles for as many entries
 
 
 @pytest.mark.parametrize("program, arguments", [("v4-8:nf4:step at 256", 1.7), ("v5e-1:nf4:capture at 18", 6)])

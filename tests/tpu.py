@@ -1,9 +1,10 @@
 """Compile for TPUs that are not there, in a process of its own: `python tests/tpu.py v5e '[{"kernel": "nf4", ...}]'`.
 
 The wheel libtpu, which jax[tpu] brings, is the whole TPU compiler. Each job is one kernel on one chip: its product
-x [rows, in] @ w [in, out], and optionally the tiles. A line of JSON answers each: how many VLIW bundles the compiler
-scheduled for one step of the grid (cycles without stalls for memory: the tile is one straight piece of code), the
-tiles, and the seconds it took; or the compiler's error.
+x [rows, in] @ w [in, out], and optionally the tiles; or, with k, a sparse product of kernels.py for `rows` tokens and
+w [F, D]. A line of JSON answers each: how many VLIW bundles the compiler scheduled for one step of the grid (cycles
+without stalls for memory: the tile is one straight piece of code; of a sparse product those of each loop, and of all
+else in a step), the tiles, and the seconds it took; or the compiler's error.
 """
 import glob
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+SPARSE = ("sparse decode", "sparse gradients")
 # What must be set before jax is imported.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                "TPU_ACCELERATOR_TYPE": "v4-8", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -49,7 +51,7 @@ def main(chip, jobs, dump):
             function, shapes, answer["tiles"] = program(chip, **job)
             placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
             jax.jit(function, out_shardings=here).lower(*placed).compile()
-            answer["bundles"] = bundles(dump, start)
+            answer |= loops(dump, start) if "k" in job else {"bundles": bundles(dump, start)}
         except Exception as error:
             answer["error"] = str(error).splitlines()[0][:300]
         print(json.dumps(answer | {"seconds": round(time.time() - start, 1)}), flush=True)
@@ -62,12 +64,14 @@ def devices(topology):
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **pairs).devices
 
 
-def program(chip, kernel, rows, size, tiles=None):
+def program(chip, kernel, rows, size, tiles=None, k=None):
     """(function, shapes of its arguments, tiles) of one kernel."""
     import jax
     import jax.numpy as jnp
 
     import quant
+    if k:
+        return sparse_program(chip, kernel, rows, size, k)
     n_in, out = size
     weight = quant.int8 if kernel == "int8" else quant.nf4
     q = weight_like(weight, n_in, out, chip)
@@ -78,6 +82,24 @@ def program(chip, kernel, rows, size, tiles=None):
         return partial(matmul, tiles=chosen, chip=quant.CHIPS[chip], transposed=transposed), (x, w), vars(chosen)
     function = {"nf4": quant.nf4_kernel, "nf4 transposed": quant.nf4_transposed_kernel, "int8": quant.int8_kernel}
     return partial(function[kernel], tiles=chosen), (x, q), vars(chosen)
+
+
+def sparse_program(chip, kernel, B, size, k):
+    """Of entries in order: sorting them is another program, which takes longer to compile."""
+    import jax
+    import jax.numpy as jnp
+
+    import kernels
+    (F, D), how, n = size, kernels.cut(kernels.CHIPS[chip], B, size[1]), -(-B * k // kernels.ENTRIES) * kernels.ENTRIES
+    make = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    entries = kernels.Entries(make(n, dtype=jnp.int32), make(n, dtype=jnp.int32), make(n))
+    if kernel == SPARSE[0]:
+        return lambda e, rows: kernels.spmm_kernel(e, rows, (B, k), how), (entries, make(F, D)), how._asdict()
+
+    def gradients(e, x, rows):
+        return kernels.outer_kernel(e, x, rows, F, k, how)
+
+    return gradients, (entries, make(B, D), make(F, D)), how._asdict()
 
 
 def weight_like(quantize, n_in, out, chip):
@@ -118,6 +140,24 @@ def bundles(dump, since):
     counts = [re.search(r"total scheduled bundles:\s+(\d+)", Path(file).read_text())
               for file in glob.glob(f"{dump}/*schedule-analysis_final_bundles*") if os.path.getmtime(file) >= since - 1]
     return max(int(count[1]) for count in counts if count)
+
+
+def loops(dump, since):
+    """{"loops": bundles in the body of each loop of a step, in order, "step": bundles of all else in a step} of the
+    kernel compiled since then, as its final schedule shows them: `>` marks a bundle's depth, LB the first of a loop."""
+    files = [file for file in glob.glob(f"{dump}/*final_bundles.txt")
+             if os.path.getmtime(file) >= since - 1 and not re.search("schedule-analysis|-TLP-|<late|fusion", file)]
+    text = max((Path(file).read_text() for file in files), key=lambda text: text.count(": >"))
+    found, step, depth = [], 0, 0
+    for label, marks, empty in re.findall(r"^ *(?:0x[0-9a-f]+|0) +([A-Z]{2})? *: (>*) *(\{\})?", text, re.MULTILINE):
+        depth = depth if empty and not marks else len(marks)     # empty ones carry no marks
+        if label == "LB" and depth == 2:
+            found.append(0)
+        if depth == 1:
+            step += 1
+        elif depth > 1:
+            found[-1] += 1
+    return {"loops": found, "step": step}
 
 
 if __name__ == "__main__":
