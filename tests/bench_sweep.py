@@ -254,7 +254,7 @@ def plan(what, layers, steps):
         return [job | {"layer": layer} for layer in layers]
 
     if what == "sites":
-        kinds = [{"trainer": "fae", "site": site} for site in ("txt", "img")]
+        kinds = [{"trainer": "fae", "site": "txt", "lr": 2 * sae.default_lr(2048)}, {"trainer": "fae"}]
     elif what == "sweep":
         sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 32) for features in (1024, 4096, 8192, 16384)]
         kinds = [{"trainer": "fae", "features": features, "k": k} for features, k in sizes]
