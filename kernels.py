@@ -35,9 +35,9 @@ def topk(x: Array, k: int, mesh: Mesh | None = None) -> tuple[Array, Array]:
     """
     if not 1 <= k <= x.shape[-1]:
         raise ValueError(f"k = {k} of F = {x.shape[-1]} features; it must lie in 1..F")
-    if mesh is None or mesh.size == 1:
+    axis = _axis(mesh)
+    if axis is None:
         return tuple(_topk(x, k, mesh))
-    (axis,) = mesh.axis_names
 
     def here(x):
         values, indices = _topk(x, min(k, x.shape[-1]), mesh)
@@ -206,11 +206,12 @@ _attach.defvjp(_attach_forward, _attach_backward)
 def _decode(values, indices, rows, mesh):
     """-> [B, D]; and, where kernels do it, the entries in order, which the gradients need as well."""
     def here(values, indices, rows):
-        how, values, indices = _prepared(mesh, values, indices, rows)
+        how, values, indices, _ = _prepared(mesh, values, indices, rows)
         if isinstance(how, Kernels):
             entries = _entries(values, indices, len(rows))
             return _summed(mesh, spmm_kernel(entries, rows, values.shape, how)), entries
-        return _summed(mesh, (_spmm_dense if how == "dense" else _spmm)(values, indices, rows)), None
+        spmm, _, _ = PLAIN[how]
+        return _summed(mesh, spmm(values, indices, rows)), None
 
     return _on_each(mesh, here, (WHOLE, WHOLE, SPLIT), (WHOLE, SPLIT))(values, indices, rows)
 
@@ -218,15 +219,14 @@ def _decode(values, indices, rows, mesh):
 def _decode_gradients(values, indices, rows, entries, g, mesh):
     """-> those of values, [B, k], and rows, [F, D]."""
     def here(values, indices, rows, entries, g):
-        mine = _mine(mesh, indices, rows)
-        how, values, indices = _prepared(mesh, values, indices, rows)
+        how, values, indices, mine = _prepared(mesh, values, indices, rows)
         if isinstance(how, Kernels):
             d_rows, dots = outer_kernel(entries, g, rows, len(rows), values.shape[1], how)
             return _summed(mesh, _in_place(entries, dots, values.shape)), d_rows
-        sddmm, outer = (_sddmm_dense, _outer_dense) if how == "dense" else (_sddmm, _outer)
+        _, sddmm, outer = PLAIN[how]
         d_values = sddmm(g, rows, indices)
-        return _summed(mesh, d_values if mine is None else jnp.where(mine, d_values, 0)), outer(
-            values, indices, g, len(rows))
+        d_values = d_values if mine is None else jnp.where(mine, d_values, 0)
+        return _summed(mesh, d_values), outer(values, indices, g, len(rows))
 
     specs = (WHOLE, WHOLE, SPLIT, SPLIT, WHOLE), (WHOLE, SPLIT)
     return _on_each(mesh, here, *specs)(values, indices, rows, entries, g)
@@ -235,12 +235,12 @@ def _decode_gradients(values, indices, rows, entries, g, mesh):
 def _encode_gradients(g, indices, x, rows, mesh):
     """g, indices [B, k], x [B, D], rows [F, D] -> those of x and rows."""
     def here(g, indices, x, rows):
-        how, g, indices = _prepared(mesh, g, indices, rows)
+        how, g, indices, _ = _prepared(mesh, g, indices, rows)
         if isinstance(how, Kernels):
             entries = _entries(g, indices, len(rows))
             d_x = spmm_kernel(entries, rows, g.shape, how)
             return _summed(mesh, d_x), outer_kernel(entries, x, None, len(rows), g.shape[1], how)
-        spmm, outer = (_spmm_dense, _outer_dense) if how == "dense" else (_spmm, _outer)
+        spmm, _, outer = PLAIN[how]
         return _summed(mesh, spmm(g, indices, rows)), outer(g, indices, x, len(rows))
 
     return _on_each(mesh, here, (WHOLE, WHOLE, WHOLE, SPLIT), (WHOLE, SPLIT))(g, indices, x, rows)
@@ -249,37 +249,38 @@ def _encode_gradients(g, indices, x, rows, mesh):
 WHOLE, SPLIT = False, True                                       # how an array lies on a mesh: on axis 0, if at all
 
 
+def _axis(mesh):
+    """Of the mesh, over which features are split; None where one device has them all."""
+    if mesh is None or mesh.size == 1:
+        return None
+    (axis,) = mesh.axis_names
+    return axis
+
+
 def _on_each(mesh, function, inputs, outputs):
     """`function` of each device's own rows. Left to the compiler, a kernel could not be split at all, and each of k
     gathers would be followed by a sum over all devices."""
-    if mesh is None or mesh.size == 1:
+    axis = _axis(mesh)
+    if axis is None:
         return function
-    (axis,) = mesh.axis_names
     specs = [tuple(PartitionSpec(axis) if split else PartitionSpec() for split in ways) for ways in (inputs, outputs)]
     return jax.shard_map(function, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
 
 def _summed(mesh, array):
-    return array if mesh is None or mesh.size == 1 else lax.psum(array, mesh.axis_names[0])
-
-
-def _mine(mesh, indices, rows):
-    """Which indices [B, k] are of rows that this device has; None: all of them."""
-    if mesh is None or mesh.size == 1:
-        return None
-    index = indices - lax.axis_index(mesh.axis_names[0]) * len(rows)
-    return (index >= 0) & (index < len(rows))
+    return array if _axis(mesh) is None else lax.psum(array, _axis(mesh))
 
 
 def _prepared(mesh, values, indices, rows):
-    """-> how it is done, values, and indices into this device's rows: of other rows F for kernels, else 0, with 0 as
-    their values."""
-    how, mine = plan(mesh, values, rows), _mine(mesh, indices, rows)
-    if mine is None:
-        return how, values, indices
-    index = indices - lax.axis_index(mesh.axis_names[0]) * len(rows)
+    """-> how it is done, values, indices into this device's rows, and which of them are its own, or None for all. Of
+    another's rows the value is 0, and the index F for kernels, else 0."""
+    how, axis = plan(mesh, values, rows), _axis(mesh)
+    if axis is None:
+        return how, values, indices, None
+    index = indices - lax.axis_index(axis) * len(rows)
+    mine = (index >= 0) & (index < len(rows))
     nowhere = len(rows) if isinstance(how, Kernels) else 0
-    return how, jnp.where(mine, values, 0), jnp.where(mine, index, nowhere)
+    return how, jnp.where(mine, values, 0), jnp.where(mine, index, nowhere), mine
 
 
 def sparse_decode_dense(values: Array, indices: Array, W_dec: Array) -> Array:
@@ -308,6 +309,9 @@ def _sddmm_dense(x, rows, indices):
 
 def _outer_dense(values, indices, x, F):
     return jnp.matmul(_scattered(values, indices, F).T, x, precision=lax.Precision.HIGH)
+
+
+PLAIN = {"scan": (_spmm, _sddmm, _outer), "dense": (_spmm_dense, _sddmm_dense, _outer_dense)}
 
 
 # ---- the three operations on TPUs, in Pallas ------------------------------------------------------------------------
@@ -415,7 +419,7 @@ def _visits(features: Array, F: int, before: int = 0, after: int = 0) -> list[Ar
     """Entries' features [n] -> block, chunk, first, last of each visit: the entries first..last of a chunk that lie in
     a block of rows. Blocks and chunks rise one at a time, and every one of them is visited. With so many steps before
     and after as are asked for, which have no entries."""
-    chunks, blocks = len(features) // ENTRIES, -(-F // ROWS)
+    chunks, blocks = len(features) // ENTRIES, _blocks(F)
     edges = jnp.minimum(jnp.arange(blocks + 1) * ROWS, F)
     starts = jnp.sum(features[None, :] < edges[:, None], axis=1, dtype=jnp.int32)
     starts, total = starts[:-1], starts[-1]
