@@ -551,15 +551,8 @@ def swap(new, out):
 
 def read_metrics(path):
     """The lines of metrics.jsonl; [] without the file, and without what is torn or damaged."""
-    def read(line):
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-
-    lines = map(read, path.read_bytes().splitlines() if path.is_file() else ())
-    return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int
-            and all(isinstance(value, (int, float)) for value in line.values())]
+    lines = map(sae.logged, path.read_bytes().splitlines() if path.is_file() else ())
+    return [line for line in lines if line and all(isinstance(value, (int, float)) for value in line.values())]
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ Params = dict[str, Array]
 CONFIG, WEIGHTS, STATE = "cfg.json", "sae_weights.safetensors", "state.safetensors"
 TMP = ".fae-tmp"                                                 # how names of unfinished saves end
 ACTIVATIONS, NORMALIZATIONS = ("topk", "batchtopk", "jumprelu"), ("std", "pca", "scale")
-# Of files, and whether they hold thresholds (or need none)
-ARCHITECTURES = {"topk": True, "jumprelu": True, "standard": False, "jumprelu_transcoder": True, "transcoder": False}
+RELU = ("standard", "transcoder")  # architectures of files that hold no thresholds, which are 0
+ARCHITECTURES = ("topk", "jumprelu", "jumprelu_transcoder", *RELU)
 SAE_LENS_VERSION = "6.54.12"  # the format written; SAELens takes a file that names no version >= 6 for an old one
 
 
@@ -290,8 +290,8 @@ def _updated(state: State, cfg: Config, grads: Params) -> tuple[Params, Any]:
     along = _parallel(grads["dec"], params["dec"])
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()) - jnp.sum(along**2))
     scale = cfg.clip / jnp.maximum(norm, cfg.clip)
+    grads = grads | {"dec": remove_parallel(grads["dec"], params["dec"])}
     grads = {name: scale * g for name, g in grads.items()}
-    grads["dec"] = grads["dec"] - scale * along * params["dec"]
     updates, opt = _optimizer(cfg).update(grads, state.opt, params)
     params = optax.apply_updates(params, updates)
     return params | {"dec": kernels.by_rows(_unit, params["dec"])}, opt
@@ -310,16 +310,19 @@ def _variation(u: Array) -> Array:
 def _reconstruct(params: Params, cfg: Config, u: Array, mesh: Mesh | None = None):
     """-> loss, (FVU, pre-activations [B, F], values, indices, reconstruction).
 
-    An SAE's encoder sees u - b_dec (equation 1). The loss is the FVU or, with nested prefixes, the mean of their FVUs;
-    of JumpReLU SAEs with the penalty on L0.
+    The loss is the FVU or, with nested prefixes, the mean of their FVUs; of JumpReLU SAEs with the penalty on L0.
     """
-    x, y = _parts(cfg, u)
-    x = x - params["b_dec"] if cfg.d_out is None else x
+    x, y = _seen(params, cfg, u), _parts(cfg, u)[1]
     pre = kernels.preactivations(x, params["enc"], params["b_enc"])
     values, indices, penalty = _activate(params, cfg, x, pre, mesh)
     outs = _nested(params, cfg, values, indices, mesh)
     fvus = [jnp.sum((y - out) ** 2) / _variation(y) for out in outs]
     return sum(fvus) / len(fvus) + penalty, (fvus[-1], pre, values, indices, outs[-1])
+
+
+def _seen(params: Params, cfg: Config, u: Array) -> Array:
+    """[B, C] -> what the encoder sees, [B, d_in]: of an SAE u - b_dec (equation 1)."""
+    return u - params["b_dec"] if cfg.d_out is None else _parts(cfg, u)[0]
 
 
 def _nested(params: Params, cfg: Config, values: Array, indices: Array, mesh: Mesh | None) -> list[Array]:
@@ -386,8 +389,7 @@ def _aux_loss(params: Params, cfg: Config, u: Array, pre: Array, dead: Array, er
     After the ReLU, as in the main loss: without it dead features learn to explain the error with negative values,
     which never fire. Its gradient reaches the dead features' rows and biases only.
     """
-    x = _parts(cfg, u)[0]
-    x = lax.stop_gradient(x - params["b_dec"] if cfg.d_out is None else x)
+    x = lax.stop_gradient(_seen(params, cfg, u))
     masked = jnp.where(dead, pre, -jnp.inf)
     values, indices = kernels.select(masked, cfg.k_aux, x, params["enc"], params["b_enc"], mesh)
     return jnp.sum((error - kernels.sparse_decode(values, indices, params["dec"], mesh)) ** 2) / _variation(error)
@@ -472,14 +474,13 @@ def fold(state: State, cfg: Config, group: int = 0) -> Params:
     threshold [F] if it has one, computed in float64."""
     p = {name: np.asarray(value) for name, value in state.params.items()}
     (mean, mean_y), (std, std_y) = (_parts(cfg, np.asarray(a, np.float64)) for a in _of_group(state, cfg, group))
-    turn = (lambda rows: rows) if state.basis is None else (lambda rows: rows @ np.asarray(state.basis, np.float64).T)
-    rows = turn(p["enc"] / std)
-    seen = p["enc"] @ p["b_dec"] if cfg.d_out is None else 0
+    along, back = _turns(state)
+    center = along(mean) / std + (p["b_dec"] if cfg.d_out is None else 0)
     folded = {  # one at a time: in float64 each of the large ones is twice as large
-        "W_enc": lambda: rows.T,
-        "b_enc": lambda: p["b_enc"] - rows @ mean - seen,
-        "W_dec": lambda: turn(p["dec"] * std_y),
-        "b_dec": lambda: turn(p["b_dec"] * std_y) + mean_y,
+        "W_enc": lambda: back(p["enc"] / std).T,
+        "b_enc": lambda: p["b_enc"] - p["enc"] @ center,
+        "W_dec": lambda: back(p["dec"] * std_y),
+        "b_dec": lambda: back(p["b_dec"] * std_y) + mean_y,
     }
     if cfg.activation != "topk":
         log = p.get("log_threshold")
@@ -491,6 +492,14 @@ def _of_group(state: State, cfg: Config, group: int) -> tuple[Array, Array]:
     return (state.mean[group], state.std[group]) if cfg.groups else (state.mean, state.std)
 
 
+def _turns(state: State) -> tuple[Any, Any]:
+    """Functions of rows [..., D]: along the principal axes, and back, in float64; nothing where there are no axes."""
+    if state.basis is None:
+        return (lambda rows: rows), (lambda rows: rows)
+    basis = np.asarray(state.basis, np.float64)
+    return (lambda rows: rows @ basis), (lambda rows: rows @ basis.T)
+
+
 def unfold(params: Params, cfg: Config, state: State) -> State:
     """The state with the parameters of an SAE on raw residuals (of the first group), to train it on: `fold` makes of it
     `params` again, but for decoder rows of unit length in this state's space. Raises ValueError where shapes differ."""
@@ -498,10 +507,10 @@ def unfold(params: Params, cfg: Config, state: State) -> State:
     _check_arrays("the SAE to begin from", {name: np.asarray(params[name]) for name in shapes}, shapes)
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     mean, std = (np.asarray(a, np.float64) for a in _of_group(state, cfg, 0))
-    turn = (lambda rows: rows) if state.basis is None else (lambda rows: rows @ np.asarray(state.basis, np.float64))
-    enc, dec = turn(p["W_enc"].T) * std, turn(p["W_dec"]) / std
+    along, _ = _turns(state)
+    enc, dec = along(p["W_enc"].T) * std, along(p["W_dec"]) / std
     length = np.maximum(np.linalg.norm(dec, axis=1), 1e-30)
-    b_dec, enc = turn(p["b_dec"] - mean) / std, enc * length[:, None]
+    b_dec, enc = along(p["b_dec"] - mean) / std, enc * length[:, None]
     new = {"enc": enc, "b_enc": (p["b_enc"] + mean @ p["W_enc"]) * length + enc @ b_dec, "dec": dec / length[:, None]}
     threshold, new["b_dec"] = state.threshold, b_dec
     if "threshold" in p:
@@ -713,7 +722,7 @@ def load(folder: str | Path) -> tuple[Params, Config]:
     cfg = _config(described)
     arrays, _ = _load_arrays(folder / WEIGHTS)
     arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
-    if not ARCHITECTURES[described["architecture"]]:
+    if described["architecture"] in RELU:
         arrays.setdefault("threshold", np.zeros(cfg.features, np.float32))
     _check_arrays(folder / WEIGHTS, arrays, _shapes(cfg))
     p = {name: value.astype(np.float64) for name, value in arrays.items()}
@@ -733,7 +742,7 @@ def _config(described: Mapping[str, Any]) -> Config:
     shape = {"d_in": described["d_in"], "features": described["d_sae"], "d_out": described.get("d_out")}
     k = {"k": described["k"] if topk else training.get("k", min(32, described["d_sae"]))}
     said = training.get("activation", "topk")
-    activation = said if topk == (said == "topk") else ("topk" if topk else "jumprelu")
+    activation = "topk" if topk else "jumprelu" if said == "topk" else said
     found = {name: value for name, value in training.items() if name in known}
     return Config(**found | shape | k | {"activation": activation})
 
@@ -777,6 +786,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not whole:
         raise ValueError(f"{path} is damaged: its digest is another (if it was edited on purpose, remove the digest)")
     return described
+
+
+def logged(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl: a dict with an int as `step`. None where it is torn or damaged."""
+    try:
+        read = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return read if isinstance(read, dict) and type(read.get("step")) is int else None
 
 
 def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]]:
@@ -874,7 +892,8 @@ def _write(folder: Path, files: Mapping[str, Any], cfg: Config) -> None:
         shutil.rmtree(building)
         raise OSError(f"cannot save {folder}: {error}; what was there before is as it was") from None
     if new:
-        _sync(building)
+        for parent in {(building / name).parent for name in files}:
+            _sync(parent)
         os.rename(building, folder)
         _sync(folder.parent)
     else:

@@ -26,6 +26,7 @@ from jax import lax
 
 import flux
 import sae
+import train
 
 BATCH, HELD_OUT = 2048, range(10 ** 6, 10 ** 6 + 32)             # tokens; numbers of batches of twice as many
 SHARE = 0.58                                                     # of the variance, along one direction
@@ -84,9 +85,9 @@ def _draw(world, key, tokens, active):
 
 def run(world, normalization, features, steps, k=32):
     """Cells of the table's row."""
-    warmup, since = min(300, steps * 3 // 10), time.monotonic()
-    cfg = sae.Config(d_in=len(world.scale), features=features, k=k, lr=9 * sae.default_lr(features), warmup=warmup,
-                     decay=(warmup, steps + 1), normalization=normalization)
+    since = time.monotonic()
+    cfg = sae.Config(d_in=len(world.scale), features=features, k=k, lr=train.rate(features, "img", small=True),
+                     normalization=normalization, **train.schedule(steps))
     state = sae.init(jax.random.key(0), cfg, np.asarray(world.batch(0, 65536)))
     for i in range(1, steps + 1):
         state, metrics = STEP(state, cfg, world.batch(i, BATCH))

@@ -120,9 +120,8 @@ def batch(x, i):
 
 def config(width, steps, features, **options):
     """train.py's recipe at small models."""
-    warmup = min(300, steps * 3 // 10)
-    return sae.Config(**{"d_in": width, "features": features, "lr": 9 * sae.default_lr(features), "warmup": warmup,
-                         "decay": (warmup, steps + 1)} | options)
+    return sae.Config(**{"d_in": width, "features": features, "lr": train.rate(features, "img", small=True)}
+                      | train.schedule(steps) | options)
 
 
 def ours(x, steps, **options):
@@ -254,12 +253,13 @@ def plan(what, layers, steps):
         return [job | {"layer": layer} for layer in layers]
 
     if what == "sites":
-        kinds = [{"trainer": "fae", "site": "txt", "lr": 2 * sae.default_lr(2048)}, {"trainer": "fae"}]
+        kinds = [{"trainer": "fae", "site": "txt", "lr": train.rate(2048, "txt", small=True)},
+                 {"trainer": "fae"}]
     elif what == "sweep":
         sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 32) for features in (1024, 4096, 8192, 16384)]
         kinds = [{"trainer": "fae", "features": features, "k": k} for features, k in sizes]
     elif what == "beside":
-        lr = 9 * sae.default_lr(2048)
+        lr = train.rate(2048, "img", small=True)
         theirs = [{"trainer": "SAELens"}, {"trainer": "SAELens", "lr": lr}, {"trainer": "sparsify"},
                   {"trainer": "sparsify", "optimizer": "adam"}, {"trainer": "sparsify", "optimizer": "adam", "lr": lr}]
         kinds = [{"trainer": "fae"}, *theirs]
