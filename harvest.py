@@ -1,4 +1,4 @@
-"""Name values inside a JAX function, and collect them from outside: `sow` marks, `reap` gathers.
+"""Name values inside a JAX function, and reach them from outside: `sow` marks, `reap` gathers, `plant` replaces.
 
 Stands alone: copy this one file. It needs `jax` only, and importing it touches no device.
 
@@ -6,22 +6,29 @@ Stands alone: copy this one file. It needs `jax` only, and importing it touches 
         return jax.lax.scan(lambda h, w: (sow(jnp.tanh(h @ w), name="h"), None), x, w)[0]
     y, caught = jax.jit(reap(model))(w, x)                  # caught["h"]: [L, B, D], all L layers
     y, caught = jax.jit(reap(model, {"h": 10}))(w, x)       # caught["h"]: [B, D], costs the memory of one layer
+    y = jax.jit(plant(model, {"h": {10: lambda h: 2 * h}}))(w, x)       # or a value; at layer 10, or without it at all
 
-`reap` traces the function to a jaxpr and runs that equation by equation. Equations without a wanted sow inside are
-bound as they are, so kernels and derivative rules survive; the others are rebuilt with JAX's public functions:
+Both trace the function to a jaxpr and run that equation by equation. Equations without a wanted sow inside are bound
+as they are, so kernels and derivative rules survive; the others are rebuilt with JAX's public functions:
 
-    the sow is inside        what is caught
-    jit, remat               the value. A checkpoint keeps its policy; its recomputation is not caught a second time
+    the sow is inside        what is caught, or planted in the same shape
+    jit, remat               the value. A checkpoint keeps its policy; its recomputation is not caught a second time,
+                             but planted alike
     scan (map, fori_loop     the values stacked on a new axis 0, each at its iteration's index (also if reverse=True);
-      with fixed bounds)     nested scans stack outermost first
-    while                    the last iteration's value; zeros if the body never ran. In the condition: raises
+      with fixed bounds)     nested scans stack outermost first. A planted function sees one iteration's value
+    while                    the last iteration's value; zeros if the body never ran. In the condition: raises.
+                             What is planted is so in every iteration
     cond, switch             the value in the branch taken; zeros if that one does not sow it. Shapes must agree
     vmap                     the value with the mapped axes in front (behind those of scans); none if it is not mapped
-    grad, jvp, vjp           the forward value. Differentiating a reaped function (has_aux=True) works as well
-    shard_map                the device's block, on a new axis 0 over all devices, sharded over the manual mesh axes
+    grad, jvp, vjp           the forward value. Differentiating a reaped function (has_aux=True) works as well.
+                             grad(plant(f)) differentiates what is planted: nothing flows back from a constant.
+                             plant(grad(f)) moves the point at which the derivative of f, sow the identity, is taken
+    shard_map                the device's block, on a new axis 0 over all devices, sharded over the manual mesh axes.
+                             Where check_vma knows devices to agree, the first one's block is planted in all of them
     custom_jvp, custom_vjp   the value, computed beside the call (XLA merges the two), which so keeps its own rule.
                              The derivative of the caught value itself is the ordinary one. Under grad it is the rule's
-                             own forward function that runs, and so that has to sow
+                             own forward function that runs, and so that has to sow. Planting raises: the call would
+                             lose its rule. Under grad it changes the rule's forward function
     anything else            raises NotImplementedError that names the primitive and the sow (pallas_call, ...)
 
 Good to know:
@@ -31,15 +38,17 @@ Good to know:
 - `reap(vmap(f))` sees what vmap made of `f`: a cond with a mapped predicate has become a select whose two branches ran
   for all; a while with a mapped condition raises. `vmap(reap(f))` catches what each lane did.
 - A name sown twice raises, unless in two branches of one cond. Differentiating a checkpoint twice repeats its sows:
-  reap inside, `grad(grad(...))` outside. A reap inside a reaped function takes its names; others stay visible outside.
+  reap inside, `grad(grad(...))` outside. A reap inside a reaped function takes its names; others stay visible outside,
+  and so do planted ones: `reap(plant(f))` catches the new values, and what planted functions sow.
 """
 
 import contextlib
 import contextvars
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +58,20 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
+from jax.tree_util import Partial
 
-Plan = Mapping[str, int | tuple[int, ...] | None]       # name wanted -> iterations of the innermost scan; None is all
+
+class Plan(NamedTuple):
+    """What a walk is to catch or, if there are `plants`, to replace."""
+    picks: Mapping[str, int | tuple[int, ...] | None]       # name -> iterations of the innermost scan; None is all
+    plants: dict[str, list] = {}     # name -> for each pick a value, or a function: a Partial, so without leaves
+    turns: dict[str, Any] = {}       # name -> which pick the current iteration is; none if behind the last
 
 
 def sow(x: Any, name: str) -> Any:
-    """Mark `x`, an array or a pytree of arrays, with `name` for `reap`; returns `x` unchanged.
+    """Mark `x`, an array or a pytree of arrays, with `name` for `reap` and `plant`; returns `x` unchanged.
 
-    Raises ValueError unless `name` is a non-empty string. Outside `reap` it costs nothing in the compiled program.
+    Raises ValueError unless `name` is a non-empty string. By itself it costs nothing in the compiled program.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"sow needs a non-empty string as name, got {name!r}")
@@ -78,16 +93,26 @@ def reap(fn: Callable, names: str | Iterable[str] | Mapping[str, Any] | None = N
     Calling it raises ValueError for a name never sown, dropped by JAX or sown twice, for iterations of a name outside
     any scan and for branches that disagree; IndexError for iterations out of range; NotImplementedError as said above.
     """
-    @functools.wraps(fn)
-    def reaped(*args, **kwargs):
-        jaxpr, arrays, tree, seen = _trace(fn, args, kwargs)
-        plan = _plan(names, jaxpr.jaxpr, seen)
-        if (outer := _seen.get()) is not None:
-            outer |= seen - plan.keys()
-        outs, caught = _walk(jaxpr, arrays, plan)
-        return tree.unflatten(map(jnp.asarray, outs)), {name: caught[name] for name in plan}
+    return functools.wraps(fn)(lambda *args, **kwargs: _run(fn, args, kwargs, names))
 
-    return reaped
+
+def plant(fn: Callable, plants: Mapping[str, Any]) -> Callable:
+    """Make of `fn` a function of the same arguments that runs with sown values replaced, and returns what `fn` then does.
+
+    `plants` holds for each name a value as `reap` catches it, so that `plant(fn, reap(fn)(x)[1])(x)` is `fn(x)`; or a
+    function of the value sown (in a scan: in each iteration); or `{iteration: value or function}`, a mapping with ints
+    as its only keys, for single iterations of the innermost scan, while the others pay nothing. All may close over
+    traced values, and gradients flow into them.
+
+    Structure and shape must be those sown. Dtypes are cast only if they promote to the sown ones (bfloat16 to float32,
+    Python numbers). Calling it raises ValueError where these do not fit, and the errors of `reap`.
+    """
+    static = lambda what: Partial(lambda value: what(value)) if callable(what) else what
+    chosen = {name: what for name, what in plants.items() if isinstance(what, Mapping) and what
+              and all(isinstance(i, int | np.integer) for i in what)}
+    picks = {name: tuple(chosen[name]) if name in chosen else None for name in plants}
+    whats = {name: [*map(static, chosen[name].values() if name in chosen else [plants[name]])] for name in plants}
+    return functools.wraps(fn)(lambda *args, **kwargs: _run(fn, args, kwargs, picks, whats)[0])
 
 
 # The primitive: an identity that carries `name`, the pytree of its operands, and for each operand the axes that vmap
@@ -109,14 +134,14 @@ def _batch_sow(xs, dims, *, axes, **params):
 
 batching.primitive_batchers[sow_p] = _batch_sow
 
-# The names sown while the innermost `reap` traces, to raise where JAX drops a sow since nothing uses what it returned.
+# The names sown while the innermost `reap` or `plant` traces, to raise where JAX drops a sow since nothing uses what it returned.
 _seen = contextvars.ContextVar("_seen", default=None)
 
 
 # What a function sows, and what of it is wanted.
 
-def _trace(fn: Callable, args: tuple, kwargs: dict) -> tuple[ClosedJaxpr, list, Any, set[str]]:
-    """The jaxpr of `fn` over the arrays among its arguments, these arrays, its result's tree, and the names seen."""
+def _run(fn: Callable, args: tuple, kwargs: dict, names: Any, plants: Mapping[str, list] = {}) -> tuple[Any, dict]:
+    """(out, caught) of `fn`, with `names` as `reap` takes them; or (out, {}) with `plants` in their place."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)}
 
@@ -124,15 +149,22 @@ def _trace(fn: Callable, args: tuple, kwargs: dict) -> tuple[ClosedJaxpr, list, 
         args, kwargs = tree.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)])
         return fn(*args, **kwargs)
 
-    token = _seen.set(seen := set())
+    outer, token = _seen.get(), _seen.set(seen := set())
     try:
         jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(arrays)
     finally:
         _seen.reset(token)
-    return jaxpr, list(arrays.values()), jax.tree.structure(out), seen
+    picks = _picks(names, jaxpr.jaxpr, seen)
+    if outer is not None:
+        outer |= seen if plants else seen - picks.keys()
+    shapes = _shapes(jaxpr, Plan({name: picks[name] and picks[name][0] for name in plants if jax.tree.leaves(plants[name])}))
+    plants = {name: [_fit(name, what, shapes[name]) if jax.tree.leaves(what) else what for what in whats]
+              for name, whats in plants.items()}
+    outs, caught = _walk(jaxpr, arrays.values(), Plan(picks, plants))
+    return jax.tree.unflatten(jax.tree.structure(out), map(jnp.asarray, outs)), {n: caught[n] for n in picks if n in caught}
 
 
-def _plan(names: Any, jaxpr: Jaxpr, seen: set[str]) -> Plan:
+def _picks(names: Any, jaxpr: Jaxpr, seen: set[str]) -> dict[str, Any]:
     """Normalize the `names` given to `reap`; raises for those that cannot be had."""
     found, again = _sown(jaxpr.eqns), _sown(jaxpr.eqns, recomputed=True)
     if names is None:
@@ -150,25 +182,25 @@ def _plan(names: Any, jaxpr: Jaxpr, seen: set[str]) -> Plan:
     return plan
 
 
-def _sown(eqns: Iterable[JaxprEqn], *, recomputed: bool = False, in_scan: bool = False) -> dict[str, bool]:
-    """The names sown in `eqns`, at any depth -> whether inside a scan. Recomputed ones count only if asked for."""
-    found = {}
+def _sows(eqns: Iterable[JaxprEqn], recomputed: bool, scans: int = 0) -> Iterator[tuple[JaxprEqn, int]]:
+    """The sows in `eqns`, at any depth, and the number of scans around each."""
     for eqn in eqns:
         if eqn.primitive is sow_p:
-            found[eqn.params["name"]] = in_scan
+            yield eqn, scans
         elif recomputed or not eqn.params.get("differentiated"):    # a checkpoint's backward pass repeats its forward
-            for jaxpr in _jaxprs(eqn.params):
-                found |= _sown(jaxpr.eqns, recomputed=recomputed, in_scan=in_scan or eqn.primitive.name == "scan")
-    return found
+            for x in jax.tree.leaves(eqn.params):
+                if isinstance(x, Jaxpr | ClosedJaxpr):
+                    yield from _sows(x.eqns, recomputed, scans + (eqn.primitive.name == "scan"))
 
 
-def _jaxprs(param: Any) -> Iterator[Jaxpr]:
-    """All jaxprs in an equation's parameters, however they are nested."""
-    if isinstance(param, Jaxpr | ClosedJaxpr):
-        yield _open(param)[0]
-    elif isinstance(param, dict | list | tuple):
-        for value in param.values() if isinstance(param, dict) else param:
-            yield from _jaxprs(value)
+def _sown(eqns: Iterable[JaxprEqn], recomputed: bool = False) -> dict[str, int]:
+    """The names sown in `eqns` -> the number of scans around. Recomputed ones count only if asked for."""
+    return {eqn.params["name"]: scans for eqn, scans in _sows(eqns, recomputed)}
+
+
+def _wanted(eqns: Iterable[JaxprEqn], plan: Plan) -> dict[str, int]:
+    """As `_sown`, of what `plan` is about. What is recomputed has to be replaced as well."""
+    return {name: scans for name, scans in _sown(eqns, bool(plan.plants)).items() if name in plan.picks}
 
 
 # Running a jaxpr. `_RULES`, at the end, says how each primitive with a wanted sow inside is rebuilt.
@@ -178,27 +210,47 @@ def _walk(jaxpr: Jaxpr | ClosedJaxpr, args: Iterable, plan: Plan) -> tuple[list,
     jaxpr, consts = _open(jaxpr)
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
     read = lambda atom: atom.val if isinstance(atom, Literal) else env[atom]
-    caught = {}
+    caught, once = {}, set()
     for eqn in jaxpr.eqns:
-        inputs, wanted = [read(x) for x in eqn.invars], _sown([eqn]).keys() & plan.keys()
+        inputs, wanted = [read(x) for x in eqn.invars], _wanted([eqn], plan)
         if wanted and eqn.primitive.name not in _RULES:
             raise _unhandled(f"`{eqn.primitive.name}`", wanted)
+        if twice := once & (sown := wanted.keys() & _sown([eqn]).keys()):
+            raise ValueError(f"{sorted(twice)}: sown more than once, so which value is meant? Use a name for each")
         with _context(eqn):
             outs, new = _RULES[eqn.primitive.name](eqn, inputs, plan) if wanted else (_bind(eqn, inputs), {})
-        if twice := new.keys() & caught.keys():
-            raise ValueError(f"{sorted(twice)}: sown more than once, so which value is meant? Use a name for each")
+        once |= sown
         caught |= new
         env.update(zip(eqn.outvars, outs))
     return [read(x) for x in jaxpr.outvars], caught
 
 
 def _unhandled(where: str, names: Iterable[str], hint: str = "move the sow out of it") -> NotImplementedError:
-    return NotImplementedError(f"cannot reap {sorted(names)} from inside {where}: {hint}")
+    return NotImplementedError(f"cannot reap or plant {sorted(names)} inside {where}: {hint}")
 
 
 def _shapes(jaxpr: Jaxpr | ClosedJaxpr, plan: Plan) -> dict[str, Any]:
     """What `_walk` would catch, as shape structs."""
+    if plan.plants or not plan.picks:
+        return {}
     return jax.eval_shape(lambda *args: _walk(jaxpr, args, plan)[1], *(v.aval for v in _open(jaxpr)[0].invars))
+
+
+def _fit(name: str, new: Any, old: Any) -> Any:
+    """`new` with the dtypes of `old`, which it is to replace; raises ValueError if it cannot."""
+    def fits(a, b):
+        return jnp.shape(a) == b.shape and (getattr(a, "dtype", None) == b.dtype     # true of keys, which don't promote
+                                            or jnp.result_type(a, b.dtype) == b.dtype)
+
+    def cast(a, b):
+        a = jnp.asarray(a, b.dtype)
+        axes = tuple(_varying(jax.typeof(b)) - _varying(jax.typeof(a)))
+        return lax.pcast(a, axes, to="varying") if axes else a
+
+    if jax.tree.structure(new) != jax.tree.structure(old) or not jax.tree.all(jax.tree.map(fits, new, old)):
+        given, needed = (jax.tree.map(lambda x: f"{getattr(x, 'dtype', type(x).__name__)}{jnp.shape(x)}", x) for x in (new, old))
+        raise ValueError(f"{name!r}: cannot plant {given} where {needed} is sown")
+    return jax.tree.map(cast, new, old)
 
 
 def _zeros(shapes: Any, rows: tuple[int, ...] = ()) -> Any:
@@ -212,9 +264,14 @@ def _open(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, list]:
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, [])
 
 
-def _bind(eqn: JaxprEqn, args: list) -> list:
-    """Run one equation as it stands."""
-    functions, params = (), eqn.primitive.get_bind_params(eqn.params)
+def _varying(kind: Any) -> frozenset[str]:
+    """The mesh axes over which what has this type may differ, as far as a shard_map with check_vma knows."""
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma       # the name before JAX 0.10
+
+
+def _bind(eqn: JaxprEqn, args: list, **changed: Any) -> list:
+    """Run one equation as it stands, but for the parameters `changed`."""
+    functions, params = (), eqn.primitive.get_bind_params({**eqn.params, **changed})
     if isinstance(params, tuple):       # before JAX 0.10
         functions, params = params
     outs = eqn.primitive.bind(*functions, *args, **params)
@@ -232,13 +289,16 @@ def _context(eqn: JaxprEqn):
 # The rules: rule(eqn, inputs, plan) -> (its results, {name: value} of what was sown in it).
 
 def _sow_rule(eqn, args, plan):
-    p = eqn.params
-    values = [jnp.moveaxis(x, axes, range(len(axes))) if axes else jnp.asarray(x) for x, axes in zip(args, p["axes"])]
-    return args, {p["name"]: p["tree"].unflatten(values)}
-
-
-def _call_rule(eqn, args, plan):
-    return _walk(eqn.params["call_jaxpr"], args, plan)
+    name, tree, axes = (eqn.params[key] for key in ("name", "tree", "axes"))
+    front = [jnp.moveaxis(x, a, range(len(a))) if a else jnp.asarray(x) for x, a in zip(args, axes)]
+    value = tree.unflatten(front)
+    if not plan.plants:
+        return args, {name: value}
+    new = [lambda old, what=what: _fit(name, what(old) if isinstance(what, Partial) else what, old)
+           for what in plan.plants[name]]
+    value = lax.switch(plan.turns[name], [*new, lambda old: old], value) if name in plan.turns else new[0](value)
+    back = [jnp.moveaxis(x, range(len(a)), a) if a else x for x, a in zip(jax.tree.leaves(value), axes)]
+    return sow_p.bind(*back, **eqn.params), {}
 
 
 def _jit_rule(eqn, args, plan):
@@ -255,32 +315,34 @@ def _jit_rule(eqn, args, plan):
 
 
 def _remat_rule(eqn, args, plan):
-    p = eqn.params
-    inner = lambda *args: _walk(p["jaxpr"], args, plan)
-    return jax.checkpoint(inner, prevent_cse=p["prevent_cse"], policy=p["policy"])(*args)
+    jaxpr, out = jax.make_jaxpr(lambda *args: _walk(eqn.params["jaxpr"], args, plan), return_shape=True)(*args)
+    lifted = jaxpr.jaxpr.replace(constvars=[], invars=[*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars])
+    return jax.tree.unflatten(jax.tree.structure(out), _bind(eqn, [*jaxpr.consts, *args], jaxpr=lifted))
 
 
 def _scan_rule(eqn, args, plan):
     p, jaxpr = eqn.params, eqn.params["jaxpr"]
     n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
-    slots = {name: _slots(name, plan[name], p["length"]) for name, in_scan in _sown(jaxpr.jaxpr.eqns).items()
-             if plan.get(name) is not None and not in_scan}
+    wanted = _wanted(jaxpr.eqns, plan)
+    slots = {name: _slots(name, plan.picks[name], p["length"]) for name, scans in wanted.items()
+             if plan.picks[name] is not None and not scans}
+    plants = {name: plan.plants[name] for name in plan.plants.keys() & wanted.keys() - slots.keys()}
     shapes = _shapes(jaxpr, plan) if slots else {}
-    kept = {name: _zeros(shapes[name], (np.size(plan[name]),)) for name in slots}
+    kept = {name: _zeros(shapes[name], (np.size(plan.picks[name]),)) for name in slots if name in shapes}
     keep = lambda slot, buffers, values: jax.tree.map(
         lambda buffer, value: buffer.at[slot].set(value, mode="drop", unique_indices=True), buffers, values)
 
     def body(state, x):
-        (carry, kept), (x, slot) = state, x
-        outs, caught = _walk(jaxpr, [*args[:n], *carry, *x], plan)
+        (carry, kept), (x, slot, plants) = state, x
+        outs, caught = _walk(jaxpr, [*args[:n], *carry, *x], Plan(plan.picks, plan.plants | plants, plan.turns | slot))
         kept = {name: keep(slot[name], kept[name], caught.pop(name)) for name in kept}
         return (outs[:m - n], kept), (outs[m - n:], caught)
 
     more = {key: p[key] for key in ("unroll", "_split_transpose") if key in p}
     (carry, kept), (ys, caught) = lax.scan(
-        body, (args[n:m], kept), (args[m:], slots), length=p["length"], reverse=p["reverse"], **more)
+        body, (args[n:m], kept), (args[m:], slots, plants), length=p["length"], reverse=p["reverse"], **more)
     for name, value in kept.items():
-        caught[name] = jax.tree.map(lambda x: x[0], value) if isinstance(plan[name], int) else value
+        caught[name] = jax.tree.map(lambda x: x[0], value) if isinstance(plan.picks[name], int) else value
     return [*carry, *ys], caught
 
 
@@ -300,11 +362,11 @@ def _while_rule(eqn, args, plan):
     p = eqn.params
     n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
     test, body = p["cond_jaxpr"], p["body_jaxpr"]
-    if inside := _sown(test.jaxpr.eqns).keys() & plan.keys():
+    if inside := _wanted(test.eqns, plan):
         raise _unhandled("the condition of a `while`", inside)
     if test.out_avals[0].shape:     # lanes that have stopped would go on sowing
-        raise _unhandled("a `while` whose condition is mapped by vmap", _sown([eqn]), "write vmap(reap(f))")
-    return lax.while_loop(lambda state: _walk(test, [*args[:n], *state[0]], {})[0][0],
+        raise _unhandled("a `while` whose condition is mapped by vmap", _wanted([eqn], plan), "put vmap outside")
+    return lax.while_loop(lambda state: _walk(test, [*args[:n], *state[0]], Plan({}))[0][0],
                           lambda state: _walk(body, [*args[n:m], *state[0]], plan),
                           (args[m:], _zeros(_shapes(body, plan))))
 
@@ -330,20 +392,37 @@ def _shard_map_rule(eqn, args, plan):
     manual = p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]       # the name before JAX 0.10
     axes = tuple(axis for axis in p["mesh"].axis_names if axis in manual)
 
-    def inner(*args):
-        outs, caught = _walk(p["jaxpr"], args, plan)
+    agree = {}      # name -> for each leaf the axes over which what is sown does not vary
+    for sown, _ in _sows(p["jaxpr"].eqns, recomputed=True):
+        new = [set(axes) - _varying(x.aval) if p["check_vma"] else set() for x in sown.outvars]
+        agree[sown.params["name"]] = [a & b for a, b in zip(new, agree.get(sown.params["name"], new))]
+
+    def own(x, agree):
+        for axis in agree:
+            x = lax.psum(jnp.where(lax.axis_index(axis) == 0, x, 0), axis).astype(x.dtype)
+        return x[0]
+
+    def inner(plants, *args):
+        for name, whats in plants.items():
+            blocks = map(own, jax.tree.leaves(whats), itertools.cycle(agree[name]))
+            plants = {**plants, name: jax.tree.unflatten(jax.tree.structure(whats), blocks)}
+        outs, caught = _walk(p["jaxpr"], args, plan._replace(plants=plan.plants | plants))
         return outs, jax.tree.map(lambda x: x[None], caught)
 
-    return jax.shard_map(inner, mesh=p["mesh"], in_specs=tuple(p["in_specs"]), axis_names=set(axes),
-                         out_specs=(list(p["out_specs"]), PartitionSpec(axes)), check_vma=p["check_vma"])(*args)
+    plants = {name: plan.plants[name] for name in plan.plants.keys() & agree.keys()}
+    return jax.shard_map(inner, mesh=p["mesh"], in_specs=(PartitionSpec(axes), *p["in_specs"]), axis_names=set(axes),
+                         out_specs=(list(p["out_specs"]), PartitionSpec(axes)), check_vma=p["check_vma"])(plants, *args)
 
 
 def _custom_rule(eqn, args, plan):
+    if plan.plants:
+        raise _unhandled(f"a `{eqn.primitive.name}`", _wanted([eqn], plan), "planting would lose its derivative rule")
     if eqn.effects:     # they would happen twice
         raise _unhandled(f"a `{eqn.primitive.name}` with side effects", _sown([eqn]))
     return _bind(eqn, args), _walk(eqn.params["call_jaxpr"], args, plan)[1]
 
 
+_call_rule = lambda eqn, args, plan: _walk(eqn.params["call_jaxpr"], args, plan)
 _RULES = {
     "sow": _sow_rule, "scan": _scan_rule, "while": _while_rule, "cond": _cond_rule, "shard_map": _shard_map_rule,
     "jit": _jit_rule, "pjit": _jit_rule, "closed_call": _call_rule, "core_call": _call_rule,

@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 import harvest
-from harvest import reap, sow
+from harvest import plant, reap, sow
 
 L, B, D = 5, 3, 7
 W = jax.random.normal(jax.random.key(0), (L, D, D)) / 2
@@ -44,6 +45,13 @@ def layers(w=W, x=X):
     for i in range(len(w)):
         hs.append(hs[-1] + jnp.tanh(hs[-1] @ w[i]))
     return jnp.stack(hs[1:])
+
+
+def edited(edit, w=W, x=X):
+    """What `stack` returns if layer i's output `h` is replaced by `edit(i, h)`."""
+    for i in range(len(w)):
+        x = edit(i, x + jnp.tanh(x @ w[i]))
+    return x
 
 
 def loss(f):
@@ -432,6 +440,318 @@ def test_side_effects_happen_once(capfd):
     assert text.count("seen 1.0") == 1 and text.count("step") == 2
 
 
+# plant: what it replaces, against the function written anew
+
+def test_plant_values_functions_and_names():
+    f = lambda x: sow({"a": sow(x, "in") + 1, "b": (x * 2,)}, "v")["a"] * 2
+    assert plant(f, {})(X) is not None
+    same(plant(f, {})(X), f(X))
+    same(plant(f, reap(f)(X)[1])(X), f(X))
+    same(plant(f, {"v": {"a": -X, "b": (X,)}})(X), -X * 2)
+    same(plant(f, {"in": jnp.sin})(X), (jnp.sin(X) + 1) * 2)
+    both = {"in": X * 3, "v": lambda v: {"a": v["a"] * v["b"][0], "b": v["b"]}}
+    same(jax.jit(plant(f, both))(X), (X * 3 + 1) * X * 4)
+    same(reap(plant(f, both))(X)[1], {"in": X * 3, "v": {"a": (X * 3 + 1) * X * 2, "b": (X * 2,)}})     # the new values
+    g = plant(lambda p, n, *, mode: {"y": sow(p["w"] * n, "y"), "n": n, "none": None}, {"y": lambda y: -y})
+    same(g({"w": X, "unused": "text"}, 2, mode="m"), {"y": -X * 2, "n": 2, "none": None})
+    by_number = lambda x: sow({0: x, 1: x}, "d")[1]         # a mapping of ints means iterations: give a function
+    same(plant(by_number, {"d": lambda _: {0: X, 1: X * 5}})(X), X * 5)
+
+
+def test_plant_around_plant_and_reap():
+    f = lambda x: sow(sow(x, "a") + 1, "b") * 2
+    two = plant(plant(f, {"a": lambda a: a * 3}), {"a": lambda a: a + 5, "b": jnp.sin})     # the inner one first
+    same(two(X), jnp.sin(X * 3 + 6) * 2)
+    same(reap(two)(X)[1], {"a": X * 3 + 5, "b": jnp.sin(X * 3 + 6)})
+    inside = lambda x: reap(f, "a")(x)
+    with pytest.raises(ValueError, match=r"'a'.*never sown; sown are: \['b'\]"):
+        plant(inside, {"a": X})(X)
+    same(plant(inside, {"b": lambda b: -b})(X), ((X + 1) * -2, {"a": X}))
+    sows = plant(stack(sow), {"h": lambda h: h + sow(h * 2, "twice")})
+    want = reap(sows)(W, X)[1]
+    same(want["h"], want["twice"] * 1.5)
+    assert want["h"].shape == (L, B, D)
+
+
+@pytest.mark.parametrize("what, error, match", [
+    ({"q": X}, ValueError, r"\['q'\]: never sown; sown are: \['h'\]"),
+    ({"h": lambda h: h, "q": {0: X}}, ValueError, "'q'"),
+    ({"h": X}, ValueError, r"'h': cannot plant float32\(3, 7\) where float32\(5, 3, 7\) is sown"),
+    ({"h": {1: layers()}}, ValueError, r"'h'.*\(5, 3, 7\) where float32\(3, 7\)"),
+    ({"h": 1.0}, ValueError, r"float\(\)"),
+    ({"h": lambda h: h[:1]}, ValueError, r"'h'.*\(1, 7\) where float32\(3, 7\)"),
+    ({"h": lambda h: (h,)}, ValueError, "'h'"),
+    ({"h": {2: lambda h: h.sum()}}, ValueError, r"'h'.*\(\)"),
+    ({"h": None}, ValueError, "'h': cannot plant None"),
+    ({"h": lambda h: None}, ValueError, "'h': cannot plant None"),
+    ({"h": {}}, ValueError, "'h'"),
+    ({"h": {"x": X}}, ValueError, "'h'"),
+    ({"h": {L: X}}, IndexError, f"length {L} has no iteration .{L}."),
+    ({"h": {0: X, -L - 1: jnp.sin}}, IndexError, str(-L - 1)),
+    ({"h": {1: X, 1 - L: X}}, ValueError, "twice"),
+])
+def test_plants_that_do_not_fit(what, error, match):
+    with pytest.raises(error, match=match):
+        jax.eval_shape(plant(stack(sow), what), W, X)      # before anything runs
+
+
+def test_plant_dtypes_and_odd_shapes():
+    half = X.astype(jnp.bfloat16)
+    f = lambda x: sow(x, "h") * 2
+    for good in (half, lambda h: h * 2.0, lambda h: h.at[0].set(0)):
+        assert plant(f, {"h": good})(half).dtype == jnp.bfloat16
+    for bad in (X, lambda h: h + X, np.asarray(X)):
+        with pytest.raises(ValueError, match="'h': cannot plant float32.*bfloat16"):
+            plant(f, {"h": bad})(half)
+    same(plant(f, {"h": half})(X), half.astype(jnp.float32) * 2)
+    same(plant(f, {"h": 3})(1.5), jnp.float32(6))
+    with pytest.raises(ValueError, match="int32"):
+        plant(f, {"h": 1.5})(2)
+    key = lambda k: jax.random.key_data(sow(k, "key"))
+    same(plant(key, {"key": jax.random.key(5)})(jax.random.key(0)), jax.random.key_data(jax.random.key(5)))
+    empty = jnp.zeros((0, 3))
+    same(plant(f, {"h": empty})(empty), empty)
+    same(plant(stack(sow), {"h": jnp.zeros((0, B, D))})(W[:0], X), X)
+
+
+@pytest.mark.parametrize("f", [
+    lambda x: sow(sow(x, "h"), "h"),
+    lambda x: jax.jit(lambda x: sow(x, "h"))(sow(x, "h")),
+    lambda x: stack(sow)(W, stack(sow)(W, x)),
+])
+def test_plant_of_a_name_sown_twice(f):
+    with pytest.raises(ValueError, match=r"\['h'\]: sown more than once"):
+        plant(f, {"h": lambda h: h})(X)
+
+
+@pytest.mark.parametrize("where", UNHANDLED)
+def test_plant_raises_where_it_cannot_reach(where):
+    f = UNHANDLED[where]
+    nested = lambda x: lax.scan(lambda c, _: (jax.jit(jax.checkpoint(f))(x).sum(), None), 0.0, length=2)[0]
+    for g in (f, jax.jit(f), nested):
+        with pytest.raises(NotImplementedError, match="plant.*'s'.*" + re.escape(where.split("` with")[0])):
+            plant(g, {"s": lambda s: s})(X)
+
+
+def test_plant_of_a_dropped_or_recomputed_sow_raises():
+    dropped = jax.grad(lambda x: lax.scan(lambda c, _: (sow(c, "lost"), jnp.sin(c))[1:] * 2, x, length=3)[0])
+    with pytest.raises(ValueError, match=r"\['lost'\]: dropped by JAX"):
+        plant(dropped, {"lost": lambda v: v})(1.0)
+    pullback = jax.vjp(jax.checkpoint(lambda x: sow(jnp.sin(x), "s") ** 2), 1.0)[1]
+    with pytest.raises(ValueError, match="only recomputed"):
+        plant(lambda g: pullback(g), {"s": 1.0})(1.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"unroll": 2}])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(f))])
+def test_plant_in_a_scan(options, wrap):
+    """Values and gradients, of the arguments and of what is planted."""
+    f = stack(sow, wrap, **options)
+    flip = (lambda i: L - 1 - i) if options.get("reverse") else lambda i: i
+    w = W[::-1] if options.get("reverse") else W
+    same(jax.jit(plant(f, reap(f)(W, X)[1]))(W, X), f(W, X))
+    whole = jax.random.normal(jax.random.key(2), (L, B, D))
+    for what, edit in [
+        (lambda v: whole * v, lambda v: lambda i, h: whole[flip(i)] * v),
+        (lambda v: lambda h: jnp.sin(h) * v, lambda v: lambda i, h: jnp.sin(h) * v),
+        (lambda v: {2: lambda h: jnp.sin(h) * v}, lambda v: lambda i, h: jnp.sin(h) * v if flip(i) == 2 else h),
+        (lambda v: {-1: lambda h: h + v, 1: X * v},
+         lambda v: lambda i, h: {L - 1: h + v, 1: X * v}.get(flip(i), h)),
+    ]:
+        got = jax.jit(jax.value_and_grad(lambda w, x, v: loss(plant(f, {"h": what(v)}))(w, x), (0, 1, 2)))(W, X, 0.7)
+        want = jax.value_and_grad(lambda w, x, v: (edited(edit(v), w, x) ** 2).sum(), (0, 1, 2))(w, X, 0.7)
+        if options.get("reverse"):
+            want = (want[0], (want[1][0][::-1], *want[1][1:]))
+        same(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_plant_in_nested_scans():
+    def run(sow, x):
+        return lax.scan(lambda h, t: (sow(stack(sow)(W, h + t), "step"), None), x, jnp.arange(3.0))[0]
+
+    def by_hand(edit, step=lambda t, h: h):
+        h = X
+        for t in range(3):
+            h = step(t, edited(lambda i, h: edit(t, i, h), x=h + t))
+        return h
+    f = lambda x: run(sow, x)
+    same(plant(f, reap(f)(X)[1])(X), f(X))
+    whole, steps = jax.random.normal(jax.random.key(2), (3, L, B, D)), layers()[:3]
+    same(plant(f, {"h": whole * 0.1})(X), by_hand(lambda t, i, h: whole[t, i] * 0.1))
+    same(plant(f, {"h": {3: whole[:, 0]}})(X), by_hand(lambda t, i, h: whole[t, 0] if i == 3 else h))
+    same(plant(f, {"h": {3: jnp.sin, 0: whole[:, 0]}, "step": {1: steps[0]}})(X),
+         by_hand(lambda t, i, h: {3: jnp.sin(h), 0: whole[t, 0]}.get(i, h), lambda t, h: steps[0] if t == 1 else h))
+    with pytest.raises(ValueError, match=r"\(5, 3, 7\) where float32\(3, 3, 7\)"):
+        plant(f, {"h": {3: whole[0]}})(X)
+
+
+def test_two_sows_in_a_scan_body():
+    def run(sow, x):
+        return lax.scan(lambda c, t: (sow(sow(c + t, "a") * 2, "b"), None), x, jnp.arange(3.0))[0]
+    f = lambda x: run(sow, x)
+    edits = {"a": {0: jnp.cos}, "b": lambda b: b / 3}
+    c = X
+    for t in range(3):
+        a = jnp.cos(c + t) if t == 0 else c + t
+        c = a * 2 / 3
+    same(jax.jit(plant(f, edits))(X), c)
+    with pytest.raises(ValueError, match="not sown inside a scan"):
+        plant(lambda x: sow(x, "h"), {"h": {0: X}})(X)
+
+
+def test_plant_in_while_and_fori():
+    f = lambda x: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, sow(c[1] * 2, "c") + 1), (0, x))[1]
+    same(jax.jit(plant(f, {"c": lambda c: c * 3}))(X), ((X * 6 + 1) * 6 + 1) * 6 + 1)
+    same(plant(f, {"c": X})(X), X + 1)
+    fixed = lambda x: lax.fori_loop(0, 3, lambda i, c: sow(c + i, "c"), x)
+    same(plant(fixed, {"c": {1: 10.0}})(1.0), jnp.float32(12))
+
+
+def test_plant_in_cond_and_switch():
+    f = lambda p, x: lax.cond(p, lambda x: sow(sow(x * 2, "both") + 1, "yes"), lambda x: sow(x * 3, "both"), x)
+    g = jax.jit(lambda p, x, s: plant(f, {"both": lambda v: v * s, "yes": X})(p, x))
+    same(g(True, X, 7.0), X)
+    same(g(False, X, 7.0), X * 21)
+    same(jax.jit(plant(f, {"both": X}))(True, X), X + 1)
+    h = lambda i, x: lax.switch(i, [lambda x: x, lambda x: sow(x + 1, "a"), lambda x: sow(x + 2, "b")], x)
+    for i, want in enumerate([X, X * 5, X + 2]):
+        same(jax.jit(plant(h, {"a": X * 5}))(i, X), want)
+    same(jax.grad(lambda x: plant(f, {"both": jnp.sin})(x.sum() > 1e9, x).sum())(X), 3 * jnp.cos(X * 3))
+
+
+def test_plant_and_vmap():
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    f = lambda x: sow({"row": jnp.sin(x), "sum": x.sum()}, "v")["row"] * 2
+    odd = jax.vmap(jax.vmap(f, in_axes=1, out_axes=1), in_axes=1, out_axes=1)      # outer maps axis 1, inner axis 2
+    caught = reap(odd)(x)[1]
+    same(plant(odd, caught)(x), odd(x))
+    ramp = jnp.arange(24.0).reshape(3, 4, 2)
+    same(plant(odd, {"v": {"row": ramp, "sum": caught["v"]["sum"]}})(x), ramp.transpose(2, 0, 1) * 2)
+    first = lambda v: {"row": v["row"] * v["sum"][..., None], "sum": v["sum"]}       # the layout that reap catches
+    same(plant(odd, {"v": first})(x), jnp.sin(x) * x.sum(0) * 2)
+    same(jax.vmap(plant(jax.vmap(f), {"v": first}))(x), jnp.sin(x) * x.sum(-1, keepdims=True) * 2)
+    # each lane plants, also values of its own
+    lanes = jax.vmap(lambda v, x: plant(stack(sow), {"h": {1: v, 3: lambda h: h * v}})(W, x))
+    v, xs = jnp.stack([X, X * 2]), jnp.stack([X, -X])
+    want = [edited(lambda i, h: {1: v[j], 3: h * v[j]}.get(i, h), x=xs[j]) for j in range(2)]
+    same(lanes(v, xs), jnp.stack(want))
+    same(jax.vmap(lambda v: plant(stack(sow), {"h": {1: v}})(W, X))(v),
+         jnp.stack([edited(lambda i, h: v[j] if i == 1 else h) for j in range(2)]))
+    whole = jax.vmap(stack(sow), (None, 0))
+    same(plant(whole, reap(whole)(W, xs)[1])(W, xs), whole(W, xs))
+    # not mapped: no axis
+    g = jax.vmap(lambda w, x: sow(w, "w") * x, (None, 0))
+    same(plant(g, {"w": 3.0})(2.0, x), 3 * x)
+    branch = lambda x: lax.cond(x > 2, lambda x: sow(x * 2, "c"), lambda x: x, x)
+    for h in (jax.vmap(plant(branch, {"c": lambda c: -c})), plant(jax.vmap(branch), {"c": lambda c: -c})):
+        same(h(jnp.arange(1.0, 5)), jnp.array([1.0, 2, -6, -8]))
+    loop = lambda x: lax.while_loop(lambda c: c < 7, lambda c: sow(c * 2, "c"), x)
+    same(jax.vmap(plant(loop, {"c": lambda c: c + 1}))(jnp.array([1.0, 3])), jnp.array([7.0, 7]))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(jax.jit(f)))])
+def test_plant_outside_grad(wrap):
+    """The forward pass, and so the point where the derivative is taken, changes; sow's derivative stays the identity."""
+    slope = jax.value_and_grad(loss(stack(sow, wrap)), (0, 1))
+    same(jax.jit(plant(slope, reap(slope)(W, X)[1]))(W, X), slope(W, X))        # recomputed ones are planted, too
+    point = lambda new: lambda h: h + lax.stop_gradient(new - h)        # forward new, backward the identity
+    whole = layers() * 0.7 + 0.1
+    for what, edit in [(whole, lambda i, h: point(whole[i])(h)),
+                       (lambda h: jnp.sin(3 * h), lambda i, h: point(jnp.sin(3 * h))(h)),
+                       ({3: whole[0]}, lambda i, h: point(whole[0])(h) if i == 3 else h),
+                       ({-2: lambda h: h * h}, lambda i, h: point(h * h)(h) if i == L - 2 else h)]:
+        want = jax.value_and_grad(lambda w, x: (edited(edit, w, x) ** 2).sum(), (0, 1))(W, X)
+        same(jax.jit(plant(slope, {"h": what}))(W, X), want, rtol=1e-3, atol=1e-4)
+        new = reap(plant(slope, {"h": what}))(W, X)[1]["h"]         # seen once, not in the recomputation
+        same(new, reap(plant(stack(sow), {"h": what}))(W, X)[1]["h"])
+
+
+def test_plant_cuts_and_carries_gradients():
+    f = lambda x: sow(jnp.sin(x), "s") * x
+    same(jax.grad(plant(f, {"s": 3.0}))(0.5), jnp.float32(3))       # only what does not go through the constant
+    same(jax.grad(lambda v: plant(f, {"s": v})(0.5))(2.0), jnp.float32(0.5))
+    same(jax.jvp(lambda v, x: plant(f, {"s": lambda s: s * v})(x), (2.0, 0.3), (1.0, 0.0))[1], jnp.sin(0.3) * 0.3)
+    same(jax.hessian(plant(f, {"s": lambda s: s ** 2}))(0.3), jax.hessian(lambda x: jnp.sin(x) ** 2 * x)(0.3))
+    through = jax.grad(lambda v: plant(jax.grad(lambda x: sow(x, "s") ** 3), {"s": v})(0.5))(2.0)
+    same(through, jnp.float32(12))
+    same(plant(lambda x: jax.jvp(f, (x,), (1.0,)), {"s": 5.0})(0.3),
+         (jnp.float32(1.5), jnp.float32(5 + 0.3 * jnp.cos(0.3))))
+
+
+def test_plant_under_a_checkpoint_keeps_it_one():
+    policy = jax.checkpoint_policies.dots_saveable
+    f = jax.checkpoint(lambda x: sow(jnp.sin(x @ W[0]), "h") ** 2, policy=policy)
+    slope = plant(jax.grad(lambda x: f(x).sum()), {"h": lambda h: h * 2})
+    eqns = [e for e in jax.make_jaxpr(slope)(X).eqns if "policy" in e.params]
+    assert [e.params["differentiated"] for e in eqns] == [True]
+    assert all(e.params["policy"] is policy for e in eqns)
+    same(reap(slope)(X)[1]["h"], jnp.sin(X @ W[0]) * 2)
+
+
+@pytest.mark.parametrize("rule", [rule_jvp, rule_vjp])
+def test_plant_in_custom_derivatives(rule):
+    f = rule(lambda x: sow(jnp.sin(x), "s") * 2)
+    with pytest.raises(NotImplementedError, match=r"plant \['s'\] inside a `custom_.*_call`.*lose its derivative rule"):
+        plant(f, {"s": X})(X)
+    with pytest.raises(NotImplementedError, match="derivative rule"):
+        jax.grad(lambda x: plant(f, {"s": jnp.sin})(x).sum())(X)
+    same(plant(jax.value_and_grad(lambda x: f(x).sum()), {"s": X})(X), (X.sum() * 2, jnp.full_like(X, 3)))
+    outside = lambda x: f(sow(x * 2, "x"))
+    same(jax.grad(lambda x: plant(outside, {"x": lambda x: x * 5})(x).sum())(X), jnp.full_like(X, 30))
+
+
+def test_plant_closes_over_tracers_and_never_retraces():
+    traces = []
+
+    def model(w, x):
+        traces.append(1)
+        h = stack(sow, jax.checkpoint)(w, x)
+        h = lax.cond(h.sum() > 1e9, lambda h: h, lambda h: sow(h * 2, "c"), h)
+        return lax.while_loop(lambda c: c[1] < 2, lambda c: (sow(c[0] + 1, "n"), c[1] + 1), (h, 0))[0]
+    steer = jax.jit(lambda s, d, x: plant(model, {"h": {2: lambda v: v + s * d}, "c": lambda v: v * s,
+                                                  "n": lambda v: v - s})(W, x))
+    d = jnp.arange(1.0, D + 1)
+    for s in (0.0, 1.5, -2.0):
+        want = edited(lambda i, h: h + s * d if i == 2 else h) * 2 * s + 2 - 2 * s
+        same(steer(s, d * 1, X), want, rtol=1e-4)
+    assert len(traces) == 1
+    jax.make_jaxpr(model)(W, X)
+
+
+def test_plant_leaves_no_state_behind():
+    def fail(_):
+        raise KeyError("mine")
+    for what in (fail, {1: fail}, X[0], {99: X}):
+        with pytest.raises((KeyError, ValueError, IndexError)):
+            jax.jit(plant(stack(sow), {"h": what}))(W, X)
+        assert harvest._seen.get() is None
+        same(stack(sow)(W, X), layers()[-1])
+        same(reap(stack(sow))(W, X)[1], {"h": layers()})
+    barrier, results = threading.Barrier(2), {}
+
+    def run(s):
+        wait = lambda v: (barrier.wait(10), v * s)[1]
+        results[s] = plant(lambda x: sow(sow(x, "a") + 1, "b"), {"a": wait})(X)
+    threads = [threading.Thread(target=run, args=(s,)) for s in (2.0, 3.0)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    same(results, {s: X * s + 1 for s in (2.0, 3.0)})
+
+
+def test_one_planted_layer_of_57():
+    """Costs the memory of one, and the other layers do not run its function."""
+    w, x = jnp.ones((57, 32, 32)), jnp.ones((256, 32))
+
+    def compiled(f):
+        return jax.jit(f).lower(w, x).compile()
+    memory = lambda f: compiled(f).memory_analysis().temp_size_in_bytes / x.nbytes
+    plain = memory(stack(mark))
+    assert memory(plant(stack(sow), {"h": {10: jnp.sin}})) < plain + 3
+    assert memory(lambda w, x: plant(stack(sow), {"h": {10: x * 2, 50: x * 3}})(w, x)) < plain + 4
+    conditional = "conditional("
+    assert conditional in compiled(plant(stack(sow), {"h": {10: jnp.sin}})).as_text()
+    assert conditional not in compiled(stack(sow)).as_text()
+
+
 # what it costs
 
 def hlo(f, *args):
@@ -527,9 +847,39 @@ def check_shard_map(mesh, w, x, check_vma):
     want = jax.grad(loss(stack(mark)))(W, host)
     same(jax.jit(reap(jax.grad(total)))(w, x), (want, {"h": blocks}), rtol=1e-3)
     same(jax.jit(jax.grad(reap(total, {"h": 1}), has_aux=True))(w, x), (want, {"h": blocks[:, 1]}), rtol=1e-3)
+    check_plant(f, mesh, w, x, check_vma)
     inside = jax.shard_map(reap(stack(sow), {"h": [3, 1]}), mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("x")),
                            out_specs=(PartitionSpec("x"), PartitionSpec(None, "x")), check_vma=check_vma)
     same(jax.jit(inside)(w, x)[1], {"h": layers(W, host)[jnp.array([3, 1])]})
+
+
+def check_plant(f, mesh, w, x, check_vma):
+    """`f` sows per-device blocks under h, n, c, sum; the last is the same in all devices along x and y."""
+    out, caught = reap(f)(w, x)
+    same(jax.jit(plant(f, caught))(w, x), out)
+    same(plant(f, {name: caught[name] for name in ("c", "sum")})(w, x), out)
+    steer = jax.jit(lambda s, d, w, x: plant(f, {"sum": lambda v: v * s + d, "h": {1: lambda h: h * s}})(w, x))
+    host = np.asarray(x)
+    for s in (1.0, 2.0):
+        halves = [edited(lambda i, h: h * s if i == 1 else h, W, host[i:i + 2]) for i in (0, 2)]
+        one = sum(halves) * s + jnp.arange(7)
+        same(steer(s, jnp.arange(7.0), w, x), jnp.concatenate([one, one]), rtol=1e-4)
+    new = jnp.arange(4 * 14.0).reshape(4, 2, 7)
+    put = lambda v: jax.device_put(v, NamedSharding(mesh, PartitionSpec(("x", "y"))))
+    if check_vma:
+        same(plant(f, {"sum": put(new)})(w, x), jnp.concatenate([new[0]] * 2))
+
+    total = jax.shard_map(lambda w, x: lax.psum(loss(stack(sow))(w, x), "x"), mesh=mesh, out_specs=PartitionSpec(),
+                          in_specs=(PartitionSpec(), PartitionSpec("x")), check_vma=check_vma)
+    slope = jax.jit(jax.grad(total))
+    same(jax.jit(plant(slope, jax.jit(reap(slope))(w, x)[1]))(w, x), slope(w, x))
+    edit = lambda s: lambda i, h: jnp.sin(h) * s if i == 3 else h
+    want = jax.grad(lambda s, w: (edited(edit(s), w, host) ** 2).sum(), (0, 1))(0.5, W)
+    got = jax.grad(lambda s, w: plant(total, {"h": {3: lambda h: jnp.sin(h) * s}})(w, x), (0, 1))
+    same(jax.jit(got)(0.5, w), want, rtol=1e-3, atol=1e-4)
+    inside = jax.shard_map(plant(stack(sow), {"h": {3: lambda h: jnp.sin(h) * 0.5}}), mesh=mesh, check_vma=check_vma,
+                           in_specs=(PartitionSpec(), PartitionSpec("x")), out_specs=PartitionSpec("x"))
+    same(jax.jit(inside)(w, x), edited(edit(0.5), W, host))
 
 
 def check_nested_shard_map(mesh, x):
@@ -540,6 +890,9 @@ def check_nested_shard_map(mesh, x):
     got = jax.jit(reap(outer))(x)
     blocks = np.asarray(x * 2).reshape(2, 2, 2, 2).transpose(0, 2, 1, 3)    # [x, y, rows, columns]
     same(got, (np.asarray(x * 2), {"s": blocks}))
+    same(jax.jit(plant(outer, got[1]))(x), got[0])
+    same(jax.jit(plant(outer, {"s": got[1]["s"] * 3}))(x), got[0] * 3)
+    same(jax.jit(plant(outer, {"s": lambda s: s + 1}))(x), got[0] + 1)
 
 
 def check_global_sharding(mesh, w, x):
@@ -549,6 +902,9 @@ def check_global_sharding(mesh, w, x):
         want = layers(W, np.asarray(x))
         same(caught["h"], want if pick is None else want[jnp.array(pick)])
         assert caught["h"].sharding.spec[caught["h"].ndim - 2] == "x" and out.sharding.spec[0] == "x"
+        again = jax.jit(plant(stack(sow), {"h": caught["h"] if pick is None else {2: lambda h: h}}))(w, x)
+        same(again, out)
+        assert again.sharding.spec[0] == "x"
     f = jax.jit(lambda x: sow(x, "s") + 1, out_shardings=NamedSharding(mesh, PartitionSpec("y")))
     out, caught = reap(f)(x)
     assert out.sharding.spec[0] == "y" and caught["s"].sharding.spec[0] == "x"
@@ -565,7 +921,7 @@ def test_shard_map_on_four_devices():
 # nested at random: each wrapper changes a pair of functions, one that sows and one in plain Python that returns
 # `(y, {name: (value, number of scan axes)})`
 
-def base(_):
+def base(sow):
     def plain(t, x):
         v = jnp.sin(x) * t
         return v + x, {"v0": (v, 0)}
@@ -662,7 +1018,7 @@ def wrap_grad(rng, f, plain):
     return run, gradient
 
 
-def also_sow(f, plain, name):
+def also_sow(f, plain, name, sow):
     """Sows the result of `f`, too."""
     def both(t, x):
         y, caught = plain(t, x)
@@ -670,17 +1026,22 @@ def also_sow(f, plain, name):
     return (lambda t, x: sow(f(t, x), name)), both
 
 
-@pytest.mark.parametrize("seed", range(16))
-def test_random_nesting(seed):
+def nest(seed, sow):
     rng = random.Random(seed)
-    f, plain = base(rng)
+    f, plain = base(sow)
     chosen = []
     for depth in range(1, rng.choice([2, 3, 3, 3]) + 1):
         wraps = [wrap_call, wrap_scan, wrap_while, wrap_cond, wrap_vmap, wrap_rule, wrap_grad]
         if wrap_grad in chosen or wrap_while in chosen:
             wraps.remove(wrap_grad)     # while loops have no reverse derivative; a checkpoint is reaped under one grad
         chosen.append(rng.choice(wraps))
-        f, plain = also_sow(*chosen[-1](rng, f, plain), f"v{depth}")
+        f, plain = also_sow(*chosen[-1](rng, f, plain), f"v{depth}", sow)
+    return rng, f, plain, chosen
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_nesting(seed):
+    rng, f, plain, chosen = nest(seed, sow)
     t, x = 0.7, jnp.array([0.3, -0.8, 1.1])
     want_y, want = plain(t, x)
     want = {k: v for k, (v, _) in want.items()}
@@ -695,3 +1056,24 @@ def test_random_nesting(seed):
         undo = lambda out: (out[0], {k: v for k, (v, _) in out[1].items()})
         got = jax.jit(jax.grad(lambda x: total(reap(f)(t, x))))(x)
         same(got, jax.grad(lambda x: total(undo(plain(t, x))))(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_nesting_planted(seed):
+    rng, f, _, chosen = nest(seed, sow)
+    t, x = 0.7, jnp.array([0.3, -0.8, 1.1])
+    caught = reap(f)(t, x)[1]
+    for name in caught:
+        depth = int(name[1:])
+        if wrap_rule in chosen[depth:]:     # also under grad: the rule calls the function again
+            with pytest.raises(NotImplementedError, match=f"{name}.*lose its derivative rule"):
+                plant(f, {name: caught[name]})(t, x)
+            continue
+        if wrap_while not in chosen[depth:]:
+            same(jax.jit(plant(f, {name: caught[name]}))(t, x), f(t, x))
+        shift = lambda v: v + jnp.float32(0.25)         # has sow's own derivative: the same inside and outside of grad
+        want = nest(seed, lambda v, n: shift(v) if n == name else v)[1]
+        got = plant(f, {name: shift})
+        same((jax.jit(got) if seed % 2 else got)(t, x), want(t, x))
+        if wrap_while not in chosen:
+            same(jax.grad(lambda x: got(t, x).sum())(x), jax.grad(lambda x: want(t, x).sum())(x), rtol=1e-3, atol=1e-3)
