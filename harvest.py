@@ -6,29 +6,28 @@ Stands alone: copy this one file. It needs `jax` only, and importing it touches 
         return jax.lax.scan(lambda h, w: (sow(jnp.tanh(h @ w), name="h"), None), x, w)[0]
     y, caught = jax.jit(reap(model))(w, x)                  # caught["h"]: [L, B, D], all L layers
     y, caught = jax.jit(reap(model, {"h": 10}))(w, x)       # caught["h"]: [B, D], costs the memory of one layer
-    y = jax.jit(plant(model, {"h": {10: lambda h: 2 * h}}))(w, x)       # or a value; at layer 10, or without it at all
+    y = jax.jit(plant(model, {"h": {10: lambda h: 2 * h}}))(w, x)       # layer 10 puts out twice that; or {10: value}
 
 Both trace the function to a jaxpr and run that equation by equation. Equations without a wanted sow inside are bound
 as they are, so kernels and derivative rules survive; the others are rebuilt with JAX's public functions:
 
-    the sow is inside        what is caught, or planted in the same shape
-    jit, remat               the value. A checkpoint keeps its policy; its recomputation is not caught a second time,
-                             but planted alike
+    the sow is inside        what is caught, and in the same shape planted
+    jit, remat               the value. A checkpoint keeps its policy; what it recomputes is planted, not caught again
     scan (map, fori_loop     the values stacked on a new axis 0, each at its iteration's index (also if reverse=True);
       with fixed bounds)     nested scans stack outermost first. A planted function sees one iteration's value
-    while                    the last iteration's value; zeros if the body never ran. In the condition: raises.
-                             What is planted is so in every iteration
+    while                    the last iteration's value; zeros if the body never ran. Planted is the same in all of
+                             them. In the condition: raises
     cond, switch             the value in the branch taken; zeros if that one does not sow it. Shapes must agree
     vmap                     the value with the mapped axes in front (behind those of scans); none if it is not mapped
     grad, jvp, vjp           the forward value. Differentiating a reaped function (has_aux=True) works as well.
-                             grad(plant(f)) differentiates what is planted: nothing flows back from a constant.
-                             plant(grad(f)) moves the point at which the derivative of f, sow the identity, is taken
+                             grad(plant(f)) differentiates what is planted: a constant cuts off what comes before it.
+                             plant(grad(f)) changes where f is differentiated: a sow's own derivative is the identity
     shard_map                the device's block, on a new axis 0 over all devices, sharded over the manual mesh axes.
-                             Where check_vma knows devices to agree, the first one's block is planted in all of them
+                             Where check_vma proves that devices agree, the first one's block is planted in all
     custom_jvp, custom_vjp   the value, computed beside the call (XLA merges the two), which so keeps its own rule.
                              The derivative of the caught value itself is the ordinary one. Under grad it is the rule's
-                             own forward function that runs, and so that has to sow. Planting raises: the call would
-                             lose its rule. Under grad it changes the rule's forward function
+                             own forward function that runs, so that has to sow, or is planted. Planting in the call
+                             would lose its rule, and raises
     anything else            raises NotImplementedError that names the primitive and the sow (pallas_call, ...)
 
 Good to know:
@@ -39,13 +38,11 @@ Good to know:
   for all; a while with a mapped condition raises. `vmap(reap(f))` catches what each lane did.
 - A name sown twice raises, unless in two branches of one cond. Differentiating a checkpoint twice repeats its sows:
   reap inside, `grad(grad(...))` outside. A reap inside a reaped function takes its names; others stay visible outside,
-  and so do planted ones: `reap(plant(f))` catches the new values, and what planted functions sow.
+  and so do planted ones, as the new values.
 """
 
-import contextlib
 import contextvars
 import functools
-import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -64,8 +61,8 @@ from jax.tree_util import Partial
 class Plan(NamedTuple):
     """What a walk is to catch or, if there are `plants`, to replace."""
     picks: Mapping[str, int | tuple[int, ...] | None]       # name -> iterations of the innermost scan; None is all
-    plants: dict[str, list] = {}     # name -> for each pick a value, or a function: a Partial, so without leaves
-    turns: dict[str, Any] = {}       # name -> which pick the current iteration is; none if behind the last
+    plants: Mapping[str, list]      # name -> for each of its picks a value, or a function (a Partial: it has no leaves)
+    turns: Mapping[str, Any]        # name -> which of its picks the current iteration is; none if behind the last
 
 
 def sow(x: Any, name: str) -> Any:
@@ -93,25 +90,23 @@ def reap(fn: Callable, names: str | Iterable[str] | Mapping[str, Any] | None = N
     Calling it raises ValueError for a name never sown, dropped by JAX or sown twice, for iterations of a name outside
     any scan and for branches that disagree; IndexError for iterations out of range; NotImplementedError as said above.
     """
-    return functools.wraps(fn)(lambda *args, **kwargs: _run(fn, args, kwargs, names))
+    return functools.wraps(fn)(lambda *args, **kwargs: _run(fn, args, kwargs, names, {}))
 
 
 def plant(fn: Callable, plants: Mapping[str, Any]) -> Callable:
-    """Make of `fn` a function of the same arguments that runs with sown values replaced, and returns what `fn` then does.
+    """Make of `fn` a function of the same arguments and results that runs with sown values replaced.
 
-    `plants` holds for each name a value as `reap` catches it, so that `plant(fn, reap(fn)(x)[1])(x)` is `fn(x)`; or a
-    function of the value sown (in a scan: in each iteration); or `{iteration: value or function}`, a mapping with ints
-    as its only keys, for single iterations of the innermost scan, while the others pay nothing. All may close over
-    traced values, and gradients flow into them.
-
-    Structure and shape must be those sown. Dtypes are cast only if they promote to the sown ones (bfloat16 to float32,
-    Python numbers). Calling it raises ValueError where these do not fit, and the errors of `reap`.
+    `plants` gives for each name a value as `reap` catches it, so that `plant(fn, reap(fn)(x)[1])(x)` is `fn(x)`; or a
+    function of the value sown (in a scan: in each iteration); or `{iteration: value or function}`, any mapping with
+    ints alone as keys, for these of the innermost scan, while the others pay nothing. All may close over traced values,
+    and gradients flow into them. Structure and shape have to be those sown; a dtype is cast if it promotes to that sown
+    (bfloat16 to float32, Python numbers). Calling it raises ValueError if they do not fit, and what `reap` raises.
     """
     static = lambda what: Partial(lambda value: what(value)) if callable(what) else what
-    chosen = {name: what for name, what in plants.items() if isinstance(what, Mapping) and what
-              and all(isinstance(i, int | np.integer) for i in what)}
-    picks = {name: tuple(chosen[name]) if name in chosen else None for name in plants}
-    whats = {name: [*map(static, chosen[name].values() if name in chosen else [plants[name]])] for name in plants}
+    chosen = lambda what: isinstance(what, Mapping) and what and all(isinstance(i, int | np.integer) for i in what)
+    split = {name: what if chosen(what) else {None: what} for name, what in plants.items()}
+    picks = {name: None if None in what else tuple(what) for name, what in split.items()}
+    whats = {name: [*map(static, what.values())] for name, what in split.items()}
     return functools.wraps(fn)(lambda *args, **kwargs: _run(fn, args, kwargs, picks, whats)[0])
 
 
@@ -134,41 +129,41 @@ def _batch_sow(xs, dims, *, axes, **params):
 
 batching.primitive_batchers[sow_p] = _batch_sow
 
-# The names sown while the innermost `reap` or `plant` traces, to raise where JAX drops a sow since nothing uses what it returned.
+# The names sown while the innermost `reap` or `plant` traces, to raise where JAX drops a sow that nothing uses.
 _seen = contextvars.ContextVar("_seen", default=None)
 
 
-# What a function sows, and what of it is wanted.
-
-def _run(fn: Callable, args: tuple, kwargs: dict, names: Any, plants: Mapping[str, list] = {}) -> tuple[Any, dict]:
+def _run(fn: Callable, args: tuple, kwargs: dict, names: Any, plants: dict[str, list]) -> tuple[Any, dict[str, Any]]:
     """(out, caught) of `fn`, with `names` as `reap` takes them; or (out, {}) with `plants` in their place."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)}
 
-    def flat(arrays):
-        args, kwargs = tree.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)])
-        return fn(*args, **kwargs)
-
+    call = lambda args, kwargs: fn(*args, **kwargs)
+    flat = lambda arrays: call(*tree.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)]))
     outer, token = _seen.get(), _seen.set(seen := set())
     try:
         jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(arrays)
     finally:
         _seen.reset(token)
-    picks = _picks(names, jaxpr.jaxpr, seen)
+    picks = _picks(names, jaxpr.eqns, seen)
     if outer is not None:
         outer |= seen if plants else seen - picks.keys()
-    shapes = _shapes(jaxpr, Plan({name: picks[name] and picks[name][0] for name in plants if jax.tree.leaves(plants[name])}))
+    for name in plants:
+        if picks[name] and len({scans for eqn, scans in _sows(jaxpr.eqns, True) if eqn.params["name"] == name}) > 1:
+            raise _unhandled("scans at several depths", [name], "plant in all their iterations, or outside of grad")
+    values = [name for name in plants if jax.tree.leaves(plants[name])]
+    shapes = _shapes(jaxpr, Plan({name: picks[name] and picks[name][0] for name in values}, {}, {}))
     plants = {name: [_fit(name, what, shapes[name]) if jax.tree.leaves(what) else what for what in whats]
               for name, whats in plants.items()}
-    outs, caught = _walk(jaxpr, arrays.values(), Plan(picks, plants))
-    return jax.tree.unflatten(jax.tree.structure(out), map(jnp.asarray, outs)), {n: caught[n] for n in picks if n in caught}
+    outs, caught = _walk(jaxpr, arrays.values(), Plan(picks, plants, {}))
+    caught = {name: caught[name] for name in picks if name in caught}
+    return jax.tree.unflatten(jax.tree.structure(out), map(jnp.asarray, outs)), caught
 
 
-def _picks(names: Any, jaxpr: Jaxpr, seen: set[str]) -> dict[str, Any]:
+def _picks(names: Any, eqns: list[JaxprEqn], seen: set[str]) -> dict[str, Any]:
     """Normalize the `names` given to `reap`; raises for those that cannot be had."""
-    found, again = _sown(jaxpr.eqns), _sown(jaxpr.eqns, recomputed=True)
-    if names is None:
-        names = [*found, *sorted((seen | again.keys()) - found.keys())]
+    found, again = _sown(eqns), _sown(eqns, recomputed=True)
+    names = [*found, *sorted((seen | again.keys()) - found.keys())] if names is None else names
     plan = dict(names) if isinstance(names, Mapping) else dict.fromkeys([names] if isinstance(names, str) else names)
     if lost := plan.keys() - found.keys():
         why = ("only recomputed, in the backward pass of a checkpoint" if lost & again.keys() else
@@ -193,14 +188,10 @@ def _sows(eqns: Iterable[JaxprEqn], recomputed: bool, scans: int = 0) -> Iterato
                     yield from _sows(x.eqns, recomputed, scans + (eqn.primitive.name == "scan"))
 
 
-def _sown(eqns: Iterable[JaxprEqn], recomputed: bool = False) -> dict[str, int]:
-    """The names sown in `eqns` -> the number of scans around. Recomputed ones count only if asked for."""
-    return {eqn.params["name"]: scans for eqn, scans in _sows(eqns, recomputed)}
-
-
-def _wanted(eqns: Iterable[JaxprEqn], plan: Plan) -> dict[str, int]:
-    """As `_sown`, of what `plan` is about. What is recomputed has to be replaced as well."""
-    return {name: scans for name, scans in _sown(eqns, bool(plan.plants)).items() if name in plan.picks}
+def _sown(eqns: Iterable[JaxprEqn], plan: Plan | None = None, recomputed: bool = False) -> dict[str, int]:
+    """The names sown in `eqns`, or those of `plan` -> the number of scans around. Plants are recomputed, too."""
+    found = {eqn.params["name"]: scans for eqn, scans in _sows(eqns, bool(plan.plants) if plan else recomputed)}
+    return {name: found[name] for name in found if plan is None or name in plan.picks}
 
 
 # Running a jaxpr. `_RULES`, at the end, says how each primitive with a wanted sow inside is rebuilt.
@@ -212,15 +203,15 @@ def _walk(jaxpr: Jaxpr | ClosedJaxpr, args: Iterable, plan: Plan) -> tuple[list,
     read = lambda atom: atom.val if isinstance(atom, Literal) else env[atom]
     caught, once = {}, set()
     for eqn in jaxpr.eqns:
-        inputs, wanted = [read(x) for x in eqn.invars], _wanted([eqn], plan)
+        inputs, wanted = [read(x) for x in eqn.invars], _sown([eqn], plan)
         if wanted and eqn.primitive.name not in _RULES:
             raise _unhandled(f"`{eqn.primitive.name}`", wanted)
         if twice := once & (sown := wanted.keys() & _sown([eqn]).keys()):
             raise ValueError(f"{sorted(twice)}: sown more than once, so which value is meant? Use a name for each")
-        with _context(eqn):
+        names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+        with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
             outs, new = _RULES[eqn.primitive.name](eqn, inputs, plan) if wanted else (_bind(eqn, inputs), {})
-        once |= sown
-        caught |= new
+        caught, once = caught | new, once | sown
         env.update(zip(eqn.outvars, outs))
     return [read(x) for x in jaxpr.outvars], caught
 
@@ -231,26 +222,24 @@ def _unhandled(where: str, names: Iterable[str], hint: str = "move the sow out o
 
 def _shapes(jaxpr: Jaxpr | ClosedJaxpr, plan: Plan) -> dict[str, Any]:
     """What `_walk` would catch, as shape structs."""
-    if plan.plants or not plan.picks:
-        return {}
-    return jax.eval_shape(lambda *args: _walk(jaxpr, args, plan)[1], *(v.aval for v in _open(jaxpr)[0].invars))
+    args = [x.aval for x in _open(jaxpr)[0].invars]
+    return jax.eval_shape(lambda *args: _walk(jaxpr, args, plan)[1], *args) if plan.picks and not plan.plants else {}
 
 
 def _fit(name: str, new: Any, old: Any) -> Any:
     """`new` with the dtypes of `old`, which it is to replace; raises ValueError if it cannot."""
-    def fits(a, b):
-        return jnp.shape(a) == b.shape and (getattr(a, "dtype", None) == b.dtype     # true of keys, which don't promote
-                                            or jnp.result_type(a, b.dtype) == b.dtype)
-
-    def cast(a, b):
+    def fit(a, b):
+        if jnp.shape(a) != b.shape or getattr(a, "dtype", None) != b.dtype != jnp.result_type(a, b.dtype):
+            raise ValueError
         a = jnp.asarray(a, b.dtype)
         axes = tuple(_varying(jax.typeof(b)) - _varying(jax.typeof(a)))
         return lax.pcast(a, axes, to="varying") if axes else a
 
-    if jax.tree.structure(new) != jax.tree.structure(old) or not jax.tree.all(jax.tree.map(fits, new, old)):
-        given, needed = (jax.tree.map(lambda x: f"{getattr(x, 'dtype', type(x).__name__)}{jnp.shape(x)}", x) for x in (new, old))
-        raise ValueError(f"{name!r}: cannot plant {given} where {needed} is sown")
-    return jax.tree.map(cast, new, old)
+    try:
+        return jax.tree.map(fit, new, old)
+    except (ValueError, TypeError, AttributeError) as error:
+        new, old = jax.tree.map(jax.typeof, (new, old))
+        raise ValueError(f"{name!r}: cannot plant {new} where {old} is sown") from error
 
 
 def _zeros(shapes: Any, rows: tuple[int, ...] = ()) -> Any:
@@ -258,32 +247,16 @@ def _zeros(shapes: Any, rows: tuple[int, ...] = ()) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(lax.full_like(x, 0), rows + x.shape), shapes)
 
 
-# The corners of JAX that are not quite public, all of them.
+# With `_walk`'s last lines and the parameters in the rules, all corners of JAX that are not quite public.
 
-def _open(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, list]:
-    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, [])
-
-
-def _varying(kind: Any) -> frozenset[str]:
-    """The mesh axes over which what has this type may differ, as far as a shard_map with check_vma knows."""
-    return kind.mat.varying if hasattr(kind, "mat") else kind.vma       # the name before JAX 0.10
+_open = lambda jaxpr: (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, [])
+_varying = lambda kind: kind.mat.varying     # the axes over which a value of this type may differ, for check_vma
 
 
 def _bind(eqn: JaxprEqn, args: list, **changed: Any) -> list:
     """Run one equation as it stands, but for the parameters `changed`."""
-    functions, params = (), eqn.primitive.get_bind_params({**eqn.params, **changed})
-    if isinstance(params, tuple):       # before JAX 0.10
-        functions, params = params
-    outs = eqn.primitive.bind(*functions, *args, **params)
+    outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params({**eqn.params, **changed}))
     return list(outs) if eqn.primitive.multiple_results else [outs]
-
-
-@contextlib.contextmanager
-def _context(eqn: JaxprEqn):
-    """The mesh, the named scopes and the source line under which an equation was traced."""
-    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
-        yield
 
 
 # The rules: rule(eqn, inputs, plan) -> (its results, {name: value} of what was sown in it).
@@ -323,24 +296,24 @@ def _remat_rule(eqn, args, plan):
 def _scan_rule(eqn, args, plan):
     p, jaxpr = eqn.params, eqn.params["jaxpr"]
     n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
-    wanted = _wanted(jaxpr.eqns, plan)
+    wanted = _sown(jaxpr.eqns, plan)
     slots = {name: _slots(name, plan.picks[name], p["length"]) for name, scans in wanted.items()
              if plan.picks[name] is not None and not scans}
     plants = {name: plan.plants[name] for name in plan.plants.keys() & wanted.keys() - slots.keys()}
     shapes = _shapes(jaxpr, plan) if slots else {}
     kept = {name: _zeros(shapes[name], (np.size(plan.picks[name]),)) for name in slots if name in shapes}
-    keep = lambda slot, buffers, values: jax.tree.map(
-        lambda buffer, value: buffer.at[slot].set(value, mode="drop", unique_indices=True), buffers, values)
+    keep = lambda slot: lambda buffer, value: buffer.at[slot].set(value, mode="drop", unique_indices=True)
 
     def body(state, x):
         (carry, kept), (x, slot, plants) = state, x
-        outs, caught = _walk(jaxpr, [*args[:n], *carry, *x], Plan(plan.picks, plan.plants | plants, plan.turns | slot))
-        kept = {name: keep(slot[name], kept[name], caught.pop(name)) for name in kept}
+        inner = Plan(plan.picks, {**plan.plants, **plants}, {**plan.turns, **slot})
+        outs, caught = _walk(jaxpr, [*args[:n], *carry, *x], inner)
+        kept = {name: jax.tree.map(keep(slot[name]), kept[name], caught.pop(name)) for name in kept}
         return (outs[:m - n], kept), (outs[m - n:], caught)
 
-    more = {key: p[key] for key in ("unroll", "_split_transpose") if key in p}
     (carry, kept), (ys, caught) = lax.scan(
-        body, (args[n:m], kept), (args[m:], slots, plants), length=p["length"], reverse=p["reverse"], **more)
+        body, (args[n:m], kept), (args[m:], slots, plants), length=p["length"], reverse=p["reverse"],
+        **{key: p[key] for key in ("unroll", "_split_transpose") if key in p})
     for name, value in kept.items():
         caught[name] = jax.tree.map(lambda x: x[0], value) if isinstance(plan.picks[name], int) else value
     return [*carry, *ys], caught
@@ -362,11 +335,11 @@ def _while_rule(eqn, args, plan):
     p = eqn.params
     n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
     test, body = p["cond_jaxpr"], p["body_jaxpr"]
-    if inside := _wanted(test.eqns, plan):
+    if inside := _sown(test.eqns, plan):
         raise _unhandled("the condition of a `while`", inside)
     if test.out_avals[0].shape:     # lanes that have stopped would go on sowing
-        raise _unhandled("a `while` whose condition is mapped by vmap", _wanted([eqn], plan), "put vmap outside")
-    return lax.while_loop(lambda state: _walk(test, [*args[:n], *state[0]], Plan({}))[0][0],
+        raise _unhandled("a `while` whose condition is mapped by vmap", _sown([eqn], plan), "put vmap outside")
+    return lax.while_loop(lambda state: _walk(test, [*args[:n], *state[0]], Plan({}, {}, {}))[0][0],
                           lambda state: _walk(body, [*args[n:m], *state[0]], plan),
                           (args[m:], _zeros(_shapes(body, plan))))
 
@@ -389,9 +362,7 @@ def _cond_rule(eqn, args, plan):
 
 def _shard_map_rule(eqn, args, plan):
     p = eqn.params
-    manual = p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]       # the name before JAX 0.10
-    axes = tuple(axis for axis in p["mesh"].axis_names if axis in manual)
-
+    axes = tuple(axis for axis in p["mesh"].axis_names if axis in p["newly_manual_axes"])
     agree = {}      # name -> for each leaf the axes over which what is sown does not vary
     for sown, _ in _sows(p["jaxpr"].eqns, recomputed=True):
         new = [set(axes) - _varying(x.aval) if p["check_vma"] else set() for x in sown.outvars]
@@ -403,10 +374,9 @@ def _shard_map_rule(eqn, args, plan):
         return x[0]
 
     def inner(plants, *args):
-        for name, whats in plants.items():
-            blocks = map(own, jax.tree.leaves(whats), itertools.cycle(agree[name]))
-            plants = {**plants, name: jax.tree.unflatten(jax.tree.structure(whats), blocks)}
-        outs, caught = _walk(p["jaxpr"], args, plan._replace(plants=plan.plants | plants))
+        plants = {name: jax.tree.unflatten(jax.tree.structure(x), map(own, jax.tree.leaves(x), agree[name] * len(x)))
+                  for name, x in plants.items()}
+        outs, caught = _walk(p["jaxpr"], args, Plan(plan.picks, {**plan.plants, **plants}, plan.turns))
         return outs, jax.tree.map(lambda x: x[None], caught)
 
     plants = {name: plan.plants[name] for name in plan.plants.keys() & agree.keys()}
@@ -416,8 +386,8 @@ def _shard_map_rule(eqn, args, plan):
 
 def _custom_rule(eqn, args, plan):
     if plan.plants:
-        raise _unhandled(f"a `{eqn.primitive.name}`", _wanted([eqn], plan), "planting would lose its derivative rule")
-    if eqn.effects:     # they would happen twice
+        raise _unhandled(f"a `{eqn.primitive.name}`", _sown([eqn], plan), "planting would lose its derivative rule")
+    if eqn.effects:     # that would happen twice
         raise _unhandled(f"a `{eqn.primitive.name}` with side effects", _sown([eqn]))
     return _bind(eqn, args), _walk(eqn.params["call_jaxpr"], args, plan)[1]
 
@@ -425,7 +395,6 @@ def _custom_rule(eqn, args, plan):
 _call_rule = lambda eqn, args, plan: _walk(eqn.params["call_jaxpr"], args, plan)
 _RULES = {
     "sow": _sow_rule, "scan": _scan_rule, "while": _while_rule, "cond": _cond_rule, "shard_map": _shard_map_rule,
-    "jit": _jit_rule, "pjit": _jit_rule, "closed_call": _call_rule, "core_call": _call_rule,
-    "remat2": _remat_rule, "remat": _remat_rule, "checkpoint": _remat_rule,
-    "custom_jvp_call": _custom_rule, "custom_vjp_call": _custom_rule,
+    "jit": _jit_rule, "closed_call": _call_rule, "core_call": _call_rule, "remat2": _remat_rule,
+    "checkpoint": _remat_rule, "custom_jvp_call": _custom_rule, "custom_vjp_call": _custom_rule,
 }
