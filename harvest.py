@@ -15,8 +15,7 @@ as they are, so kernels and derivative rules survive; the others are rebuilt wit
     jit, remat               the value. A checkpoint keeps its policy; what it recomputes is planted, not caught again
     scan (map, fori_loop     the values stacked on a new axis 0, each at its iteration's index (also if reverse=True);
       with fixed bounds)     nested scans stack outermost first. A planted function sees one iteration's value
-    while                    the last iteration's value; zeros if the body never ran. Planted is the same in all of
-                             them. In the condition: raises
+    while                    the last iteration's value, planted in all; zeros if none ran. In the condition: raises
     cond, switch             the value in the branch taken; zeros if that one does not sow it. Shapes must agree
     vmap                     the value with the mapped axes in front (behind those of scans); none if it is not mapped
     grad, jvp, vjp           the forward value. Differentiating a reaped function (has_aux=True) works as well.
@@ -37,8 +36,7 @@ Good to know:
 - `reap(vmap(f))` sees what vmap made of `f`: a cond with a mapped predicate has become a select whose two branches ran
   for all; a while with a mapped condition raises. `vmap(reap(f))` catches what each lane did.
 - A name sown twice raises, unless in two branches of one cond. Differentiating a checkpoint twice repeats its sows:
-  reap inside, `grad(grad(...))` outside. A reap inside a reaped function takes its names; others stay visible outside,
-  and so do planted ones, as the new values.
+  reap inside, `grad(grad(...))` outside. An inner reap takes its names; others, also planted, stay visible outside.
 """
 
 import contextvars
@@ -137,7 +135,6 @@ def _run(fn: Callable, args: tuple, kwargs: dict, names: Any, plants: dict[str, 
     """(out, caught) of `fn`, with `names` as `reap` takes them; or (out, {}) with `plants` in their place."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)}
-
     call = lambda args, kwargs: fn(*args, **kwargs)
     flat = lambda arrays: call(*tree.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)]))
     outer, token = _seen.get(), _seen.set(seen := set())
@@ -148,16 +145,16 @@ def _run(fn: Callable, args: tuple, kwargs: dict, names: Any, plants: dict[str, 
     picks = _picks(names, jaxpr.eqns, seen)
     if outer is not None:
         outer |= seen if plants else seen - picks.keys()
-    for name in plants:
-        if picks[name] and len({scans for eqn, scans in _sows(jaxpr.eqns, True) if eqn.params["name"] == name}) > 1:
-            raise _unhandled("scans at several depths", [name], "plant in all their iterations, or outside of grad")
     values = [name for name in plants if jax.tree.leaves(plants[name])]
     shapes = _shapes(jaxpr, Plan({name: picks[name] and picks[name][0] for name in values}, {}, {}))
+    depths = lambda name: {scans for eqn, scans in _sows(jaxpr.eqns, True) if eqn.params["name"] == name}
+    if uneven := [name for name in plants if (picks[name] or name in values) and len(depths(name)) > 1]:
+        raise _unhandled("scans at several depths", uneven, "plant one function for all, or outside of grad")
     plants = {name: [_fit(name, what, shapes[name]) if jax.tree.leaves(what) else what for what in whats]
               for name, whats in plants.items()}
     outs, caught = _walk(jaxpr, arrays.values(), Plan(picks, plants, {}))
-    caught = {name: caught[name] for name in picks if name in caught}
-    return jax.tree.unflatten(jax.tree.structure(out), map(jnp.asarray, outs)), caught
+    outs = jax.tree.unflatten(jax.tree.structure(out), map(jnp.asarray, outs))
+    return outs, {name: caught[name] for name in picks if not plants}
 
 
 def _picks(names: Any, eqns: list[JaxprEqn], seen: set[str]) -> dict[str, Any]:
@@ -238,8 +235,8 @@ def _fit(name: str, new: Any, old: Any) -> Any:
     try:
         return jax.tree.map(fit, new, old)
     except (ValueError, TypeError, AttributeError) as error:
-        new, old = jax.tree.map(jax.typeof, (new, old))
-        raise ValueError(f"{name!r}: cannot plant {new} where {old} is sown") from error
+        given, needed = jax.tree.map(jax.typeof, (new, old))
+        raise ValueError(f"{name!r}: cannot plant {given} where {needed} is sown") from error
 
 
 def _zeros(shapes: Any, rows: tuple[int, ...] = ()) -> Any:
@@ -289,8 +286,10 @@ def _jit_rule(eqn, args, plan):
 
 def _remat_rule(eqn, args, plan):
     jaxpr, out = jax.make_jaxpr(lambda *args: _walk(eqn.params["jaxpr"], args, plan), return_shape=True)(*args)
+    cse = cse if isinstance(cse := eqn.params["prevent_cse"], bool) else (False,) * len(jaxpr.consts) + cse
     lifted = jaxpr.jaxpr.replace(constvars=[], invars=[*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars])
-    return jax.tree.unflatten(jax.tree.structure(out), _bind(eqn, [*jaxpr.consts, *args], jaxpr=lifted))
+    outs = _bind(eqn, [*jaxpr.consts, *args], jaxpr=lifted, prevent_cse=cse)
+    return jax.tree.unflatten(jax.tree.structure(out), outs)
 
 
 def _scan_rule(eqn, args, plan):
