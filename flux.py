@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ import numpy as np
 
 import text as text_encoders
 import vae
-from harvest import reap, sow
+from harvest import plant, reap, sow
 
 REPOS = {"schnell": "black-forest-labs/FLUX.1-schnell", "dev": "black-forest-labs/FLUX.1-dev"}
 SITES = ("img", "txt", "both")
@@ -64,30 +65,43 @@ class Config:
 # ---------------------------------------------------------------- the model
 
 
-def velocity(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, walk=None):
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What to put in the place of values that block `layer` sows: function(name, value, each, shared) for each of
+    `names`. each: a pytree of arrays [B, ...], split as the batch is; shared: one of others. The same function object
+    is compiled once, whatever its arrays hold."""
+    layer: int
+    names: tuple[str, ...]
+    function: Callable
+    each: Any = None
+    shared: Any = None
+
+
+def velocity(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, walk=None, edits=()):
     """The flow's velocity [B, I, C] at packed `latents` [B, I, C]; d latents / d timestep, as FLUX.1 predicts it.
 
     text [B, T, joint_attention_dim]: T5 states. pooled [B, pooled_projection_dim]: CLIP's vector. timestep [B] in 0…1
     (1 is pure noise). guidance [B]: the scale itself (3.5), for models with `guidance_embeds` only.
     grid: (rows, columns) of packed tokens, rows * columns = I. walk: how the blocks are run (see `scan_blocks`).
-    Raises ValueError where these do not fit the model.
+    edits: of what blocks put out, each an `Edit`. Raises ValueError where these do not fit the model.
     """
     inputs = latents, text, pooled, timestep, guidance
-    return _run(params, cfg, inputs, grid, walk)[0]
+    return _run(params, cfg, inputs, grid, walk, edits=edits)[0]
 
 
-def residual(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, layer, site, walk=None):
+def residual(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, layer, site, walk=None,
+             edits=()):
     """The residual stream that leaves block `layer`, and nothing computed after it: [B, I, D] for site "img",
     [B, T, D] for "txt", [B, T + I, D] for "both" (text first). Other arguments as for `velocity`."""
     inputs, names = (latents, text, pooled, timestep, guidance), residual_names(cfg, layer, site)
-    caught = _run(params, cfg, inputs, grid, walk, layer + 1, layer, names)[1]
+    caught = _run(params, cfg, inputs, grid, walk, layer + 1, layer, names, edits)[1]
     return jnp.concatenate(list(caught.values()), 1)
 
 
-def catch(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, layer, names, walk=None):
+def catch(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, layer, names, walk=None, edits=()):
     """(`velocity`, {name: what block `layer` sows under it}), for example of "double.img.neurons" or "single.txt"."""
     inputs = latents, text, pooled, timestep, guidance
-    return _run(params, cfg, inputs, grid, walk, None, layer, tuple(names))
+    return _run(params, cfg, inputs, grid, walk, None, layer, tuple(names), edits)
 
 
 def residual_names(cfg, layer, site):
@@ -111,7 +125,7 @@ def token_groups(site, timesteps, text_tokens):
             for t, time in enumerate(times) for stream, part in streams]
 
 
-def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=()):
+def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=(), edits=()):
     """(velocity, values `names` of block `layer`) of all blocks, or (None, values) of the first `stop`."""
     _check_inputs(cfg, *inputs, grid)
     loaded = sum(jax.tree.leaves(params[kind])[0].shape[0] for kind in ("double", "single"))
@@ -124,11 +138,15 @@ def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=()):
 
     def blocks(kind, x, first, last):
         n = min(stop, last) - first
-        cuts = [0, n, *((layer - first, layer - first + 1) if names else ())]
-        cuts = sorted({min(max(cut, 0), n) for cut in cuts})
-        for a, b in pairwise(cuts):
+        alone = {edit.layer for edit in edits} | ({layer} if names else set())
+        cuts = {0, n, *(cut - first for one in alone for cut in (one, one + 1))}
+        for a, b in pairwise(sorted(cut for cut in cuts if 0 <= cut <= n)):
             wanted = names if first + a == layer else ()
-            x, found = walk(_block(kind, cfg, T, wanted), x, params[kind], range(a, b), rope)
+            here = [edit for edit in edits if edit.layer == first + a]
+            block = _block(kind, cfg, T, wanted, tuple((edit.function, edit.names) for edit in here))
+            x, context = (x, rope) if not here else ((x, [e.each for e in here]), (rope, [e.shared for e in here]))
+            x, found = walk(block, x, params[kind], range(a, b), context)
+            x = x[0] if here else x
             caught.update({name: found[name][0] for name in wanted})
         return x
 
@@ -156,9 +174,10 @@ def _end(params, img, vec):
 
 
 @lru_cache
-def _block(kind, cfg, T, names):
+def _block(kind, cfg, T, names, edits):
     """(x, parameters of one layer, rope) → (x, {name: value sown}) of one kind of block; the same object for the same
-    arguments, so that it is compiled once."""
+    arguments, so that it is compiled once. With edits, (function, names) each, x is (x, each of them) and rope (rope,
+    what they share)."""
     def double(x, p, rope):
         img, txt, mod = x
         return (*_double_block(p, cfg, img, txt, mod, rope), mod)
@@ -167,7 +186,15 @@ def _block(kind, cfg, T, names):
         return _single_block(p, cfg, *x, rope, T), x[1]
 
     block = {"double": double, "single": single}[kind]
-    return reap(block, names) if names else lambda *args: (block(*args), {})     # then a reap from outside sees all
+    def edited(x, p, context):
+        (x, each), (rope, shared), planted = x, context, block
+        for (function, changed), *arrays in zip(edits, each, shared):
+            of = lambda name, f=function, arrays=arrays: lambda value: f(name, value, *arrays)
+            planted = plant(planted, {name: of(name) for name in changed})
+        return planted(x, p, rope), each
+
+    run = edited if edits else block
+    return reap(run, names) if names else lambda *args: (run(*args), {})         # then a reap from outside sees all
 
 
 def _double_block(p, cfg, img, txt, mod, rope):
@@ -568,23 +595,31 @@ def sigmas(scheduler, steps, tokens):
     return np.append(s, 0).astype(np.float32)
 
 
-def generate(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, text_tokens=None, progress=None):
+def generate(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, text_tokens=None, progress=None,
+             edits=None):
     """Draw one image per prompt: uint8 [B, H, W, 3].
 
     size: pixels, an int or (height, width). noise: packed initial latents [B, I, C]; without it they are drawn from
     `seed` and the prompt's place in the list. guidance: for models with a guidance embedding (default 3.5).
-    progress: called with each step's number when it is done. Raises ValueError where an argument does not fit.
+    progress: called with each step's number when it is done. edits: called with each step's number, from 0, before it
+    is done, for its `Edit`s. Raises ValueError where an argument does not fit.
     """
     start = prepare(model, prompts, steps=steps, size=size, seed=seed, noise=noise, guidance=guidance,
                     text_tokens=text_tokens)
+    return decode(model, sample(model, start, progress=progress, edits=edits), start.grid)
+
+
+def sample(model, start, *, progress=None, edits=None):
+    """The packed latents [B, I, C] in which sampling ends that begins at `start` (see `generate`)."""
     latents = start.latents
-    for i in range(steps):
-        v = velocity(model.params, model.cfg, latents, *at(start, i), grid=start.grid, walk=model.walk)
+    for i in range(len(start.sigmas) - 1):
+        v = velocity(model.params, model.cfg, latents, *at(start, i), grid=start.grid, walk=model.walk,
+                     edits=edits(i) if edits else ())
         latents = _euler(latents, v, *start.sigmas[i:i + 2])
         if progress:
             jax.block_until_ready(latents)
             progress(i + 1)
-    return decode(model, latents, start.grid)
+    return latents
 
 
 def residuals(model, prompts, *, layer, site, seed=0, steps=1, size=None, noise=None, guidance=None, text_tokens=None):
