@@ -1,10 +1,11 @@
 """SAEs over layers, k and features on nano, beside other trainers and baselines on the same saved tokens, as Markdown.
 
     python tests/bench_sweep.py results.jsonl --what sites           # texts and images (--steps 1000: train.py's)
-    python tests/bench_sweep.py results.jsonl --what sweep           # k = 8 … 64, F = 1,024 … 16,384
+    python tests/bench_sweep.py results.jsonl --what sweep           # k = 8 … 64; F = 1,024 … 16,384 at k = 8
     python tests/bench_sweep.py results.jsonl --what beside          # SAELens and sparsify (pip install eai-sparsify)
     python tests/bench_sweep.py results.jsonl --what baselines       # PCA, MLP neurons, dictionaries by pursuit
     python tests/bench_sweep.py results.jsonl --what kinds           # BatchTopK, JumpReLU, nested prefixes
+    python tests/bench_sweep.py results.jsonl --what dense           # F = 1,024 … 4,096 at k = 32 = D / 4
     python tests/bench_sweep.py results.jsonl --what tables          # only print what is there
 
 200 passes of the model give the tokens of every layer (--passes; 1.6 million of images, 0.8 million of texts), which
@@ -118,9 +119,9 @@ def batch(x, i):
 # ---------------------------------------------------------------- trainers: tokens → (State, Config, silent features)
 
 
-def config(width, steps, features, **options):
+def config(width, steps, features, k, **options):
     """train.py's recipe at small models."""
-    return sae.Config(**{"d_in": width, "features": features, "lr": train.rate(features, "img", small=True)}
+    return sae.Config(**{"d_in": width, "features": features, "k": k, "lr": train.rate(features, k, "img", small=True)}
                       | train.schedule(steps) | options)
 
 
@@ -253,24 +254,28 @@ def plan(what, layers, steps):
         return [job | {"layer": layer} for layer in layers]
 
     if what == "sites":
-        kinds = [{"trainer": "fae", "site": "txt", "lr": train.rate(2048, "txt", small=True)},
+        kinds = [{"trainer": "fae", "site": "txt", "lr": train.rate(2048, 32, "txt", small=True)},
                  {"trainer": "fae"}]
     elif what == "sweep":
-        sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 32) for features in (1024, 4096, 8192, 16384)]
+        sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 8) for features in (1024, 4096, 8192, 16384)]
         kinds = [{"trainer": "fae", "features": features, "k": k} for features, k in sizes]
+    elif what == "dense":
+        kinds = [{"trainer": "fae", "features": features} for features in (1024, 2048, 4096)]
     elif what == "beside":
-        lr = train.rate(2048, "img", small=True)
-        theirs = [{"trainer": "SAELens"}, {"trainer": "SAELens", "lr": lr}, {"trainer": "sparsify"},
-                  {"trainer": "sparsify", "optimizer": "adam"}, {"trainer": "sparsify", "optimizer": "adam", "lr": lr}]
-        kinds = [{"trainer": "fae"}, *theirs]
-        kinds += [kind | {"normalization": "scale"} for kind in kinds]
+        kinds = []
+        for k in (8, 32):
+            lr = train.rate(2048, k, "img", small=True)
+            theirs = [{"trainer": "fae"}, {"trainer": "SAELens"}, {"trainer": "SAELens", "lr": lr},
+                      {"trainer": "sparsify"}, {"trainer": "sparsify", "optimizer": "adam", "lr": lr}]
+            kinds += [kind | {"k": k} for kind in theirs]
+        kinds += [kind | {"normalization": "scale"} for kind in theirs]
     elif what == "kinds":
         kinds = [{"trainer": "fae", "activation": name} for name in sae.ACTIVATIONS] + [
             {"trainer": "fae", "activation": "topk", "matryoshka": [512, 2048]}]
     elif what == "baselines":
         kinds = [{"trainer": trainer} for trainer in ("fae", *BASELINES)] + [{"trainer": "fae", "steps": 0}]
     else:
-        raise ValueError(f"--what {what}: it is sites, sweep, beside, baselines, kinds or tables")
+        raise ValueError(f"--what {what}: it is sites, sweep, dense, beside, baselines, kinds or tables")
     return [job for kind in kinds for job in jobs(**kind)]
 
 

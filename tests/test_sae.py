@@ -141,7 +141,7 @@ def test_update_is_clipped_adam(clip):
     params, opt = state.params, optimizer.init(state.params)
     for _ in range(4):
         grads = {name: r.standard_normal(p.shape).astype(np.float32) for name, p in state.params.items()}
-        ours, moments = jax.jit(sae._updated, static_argnums=1)(state, cfg, grads)
+        ours, moments = jax.jit(sae._updated, static_argnums=1)(state, cfg, grads, jnp.zeros(cfg.features, int))
         state = state._replace(params=ours, opt=moments)
         along = np.sum(grads["dec"] * params["dec"], axis=1, keepdims=True)
         updates, opt = optimizer.update(grads | {"dec": grads["dec"] - along * params["dec"]}, opt, params)
@@ -179,7 +179,8 @@ def test_aux_makes_dead_features_point_at_the_error():
 @pytest.mark.parametrize("coefficient", [0.0, 1 / 32])
 def test_auxk_revives_dead_features(coefficient):
     """30 of 50 features whose encoder is too weak to reach any top-k, long silent, with and without AuxK."""
-    cfg = dataclasses.replace(CFG, aux_coefficient=coefficient, lr=1e-2, dead_after=640, k_aux=6, warmup=1)
+    cfg = dataclasses.replace(CFG, aux_coefficient=coefficient, lr=1e-2, dead_after=640, k_aux=6, warmup=1,
+                              restraint=0.15 if coefficient else 1e9)       # without AuxK the living shall move freely
     state, dead = sae.init(jax.random.key(0), cfg, residuals()), np.arange(50) < 30
     weak = state.params["enc"] * np.where(dead, 0.1, 1.0)[:, None].astype(np.float32)
     state = state._replace(params=state.params | {"enc": weak}, idle=jnp.asarray(dead * 10**6, jnp.int32))
@@ -200,6 +201,29 @@ def test_idle_counts_tokens_since_a_feature_fired():
     state, _ = STEP(state._replace(idle=jnp.full(CFG.features, 5, jnp.int32)), CFG, x)
     np.testing.assert_array_equal(state.idle, np.where(fired, 0, 5 + 64))
     assert int(state.step) == 1
+
+
+def test_learning_rate_gives_way_while_features_fall_silent():
+    """As many of them as cfg.restraint halve the steps of the living; the dead, and those that never fired, do not
+    count as falling, or are AuxK's, which keeps its rate."""
+    cfg, x = dataclasses.replace(CFG, aux_coefficient=0.0, dead_after=6400), residuals(8, seed=1)
+    state = trained(0)
+    values, indices = map(np.asarray, sae.encode(sae.fold(state, cfg), cfg, x))
+    silent = np.flatnonzero(~np.isin(np.arange(cfg.features), indices[values > 0]))
+    assert len(silent) > 4
+
+    def moved(idle, restraint):
+        mine = dataclasses.replace(cfg, restraint=restraint)
+        new, _ = STEP(state._replace(idle=jnp.asarray(idle, jnp.int32)), mine, x)
+        return {name: np.asarray(new.params[name]) - np.asarray(state.params[name]) for name in ("enc", "b_dec")}
+
+    idle = np.zeros(cfg.features)
+    free = moved(idle, 1e9)
+    for tokens, share in ((0, 1.0), (1600, 0.5), (6400, 0.5), (sae.NEVER, 1.0)):
+        idle[silent[:3]] = tokens
+        held = moved(idle, 3 / cfg.features)
+        for name in free:
+            np.testing.assert_allclose(held[name], share * free[name], rtol=1e-4, atol=1e-7)
 
 
 def test_recovers_a_known_dictionary():
