@@ -703,9 +703,10 @@ def _sae_files(params: Params, cfg: Config, metadata: Mapping[str, Any] | None) 
     """Name -> a function that writes that file. cfg.json last: without it a folder is not taken for an SAE."""
     arrays = {name: np.asarray(params[name], np.float32) for name in _shapes(cfg)}
     _check_arrays("params", arrays, _shapes(cfg))
-    text = json.dumps(_sealed(_description(cfg, metadata or {})), indent=2) + "\n"
+    described = _sealed(_description(cfg, metadata or {}))
+    text = json.dumps(described, indent=2) + "\n"
     return {
-        WEIGHTS: lambda path: _save_arrays(path, arrays, {}),
+        WEIGHTS: lambda path: _save_arrays(path, arrays, {"origin": _origin(described)}),
         CONFIG: lambda path: path.write_text(text),
     }
 
@@ -744,6 +745,12 @@ def _digest(described: dict[str, Any], shape: list[str], origin: list[str]) -> s
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
+def _origin(described: Mapping[str, Any]) -> list[Any]:
+    """What weights belong to, in their own file too: the same in every checkpoint of a run, so that a kill between the
+    replacing of one file and of the other leaves a pair that fits."""
+    return [described["metadata"].get(name) for name in ("model", "layer", "site", "seed", "group")]
+
+
 def _shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     d, f, out = cfg.d_in, cfg.features, cfg.d_out or cfg.d_in
     return {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, out), "b_dec": (out,)} | (
@@ -761,7 +768,10 @@ def load(folder: str | Path) -> tuple[Params, Config]:
     folder = Path(folder)
     described = _read_config(folder / CONFIG)
     cfg = _config(described)
-    arrays, _ = _load_arrays(folder / WEIGHTS)
+    arrays, header = _load_arrays(folder / WEIGHTS)
+    if header.get("origin", origin := _origin(described)) != origin:
+        raise ValueError(f"{folder / WEIGHTS} is of another run than {folder / CONFIG}: its model, layer, site, seed, "
+                         f"group are {header['origin']}, not {origin}")
     arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
     if described["architecture"] in RELU:
         arrays.setdefault("threshold", np.zeros(cfg.features, np.float32))

@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -474,6 +475,21 @@ def test_damage_is_an_error_or_does_not_matter(tmp_path, name):
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert harmless < 40                                         # spaces, versions, names of what is not needed
+
+
+def test_weights_of_another_run_are_refused(tmp_path):
+    """Of the same shapes, whole, and yet not those that cfg.json tells of."""
+    state = trained(0)
+    for layer in (3, 4):
+        sae.checkpoint(tmp_path / f"{layer}", state, CFG, metadata={"layer": layer})
+    weights = "sae_weights.safetensors"
+    shutil.copy(tmp_path / "3" / weights, tmp_path / "4" / weights)
+    with pytest.raises(ValueError, match="is of another run"):
+        sae.load(tmp_path / "4")
+    before = (tmp_path / "3" / weights).read_bytes()
+    sae.checkpoint(tmp_path / "3", trained(1), CFG, metadata={"layer": 3, "evaluation": {}})
+    (tmp_path / "3" / weights).write_bytes(before)                # killed between the two: an earlier step's weights
+    sae.load(tmp_path / "3")
 
 
 def test_foreign_files(tmp_path):
