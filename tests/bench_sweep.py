@@ -1,6 +1,6 @@
 """SAEs over layers, k and features on nano, beside other trainers and baselines on the same saved tokens, as Markdown.
 
-    python tests/bench_sweep.py results.jsonl --what sites           # texts and images (--steps 1000: train.py's)
+    python tests/bench_sweep.py results.jsonl --what sites           # texts, images, both (--steps 1000: train.py's)
     python tests/bench_sweep.py results.jsonl --what sweep           # k = 8 … 64; F = 1,024 … 16,384 at k = 8
     python tests/bench_sweep.py results.jsonl --what beside          # SAELens and sparsify (pip install eai-sparsify)
     python tests/bench_sweep.py results.jsonl --what baselines       # PCA, MLP neurons, dictionaries by pursuit
@@ -42,6 +42,7 @@ import train
 from harvest import reap
 
 BATCH, FIT, TEST = 2048, 8, 16                                  # tokens of a step; passes to fit baselines on, held out
+GROUPS = "txt", "img"                                           # with means and stds of their own, as in train.py
 STEP = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
 
 
@@ -53,7 +54,17 @@ def saved(folder, layer, site):
     neurons are of image tokens only."""
     names = {name: f"{name}.{site}" for name in ("train", "fit", "test")}
     names |= {f"{name}_neurons": f"{name}.neurons" for name in ("fit", "test")}
+    if site == "both":
+        return mixed(*(saved(folder, layer, site) for site in GROUPS))
     return {name: np.load(folder / f"{file}.{layer}.npy", mmap_mode="r") for name, file in names.items()}
+
+
+def mixed(*sites):
+    """Of the sites in GROUPS: the tokens of all, shuffled together, and the number of each one's site."""
+    rows = np.concatenate([site["train"] for site in sites])
+    group = np.repeat(np.arange(len(sites)), [len(site["train"]) for site in sites])
+    order = np.random.default_rng(0).permutation(len(rows))
+    return {"train": rows[order], "group": group[order], "test": [site["test"] for site in sites]}
 
 
 def harvest(folder, passes):
@@ -110,10 +121,10 @@ def _all_layers(params, cfg, latents, text, pooled, sigma, grid, neurons):
     return {name: jnp.concatenate(pair).astype(jnp.float16) for name, pair in pairs.items()}
 
 
-def batch(x, i):
-    """The tokens of step i, in float32; after the last ones, the first again."""
+def batch(x, i, dtype=np.float32):
+    """The tokens of step i; after the last ones, the first again."""
     i %= len(x) // BATCH
-    return np.asarray(x[i * BATCH:(i + 1) * BATCH], np.float32)
+    return np.asarray(x[i * BATCH:(i + 1) * BATCH], dtype)
 
 
 # ---------------------------------------------------------------- trainers: tokens → (State, Config, silent features)
@@ -125,10 +136,10 @@ def config(width, steps, features, k, **options):
                       | train.schedule(steps) | options)
 
 
-def ours(x, steps, **options):
-    state, cfg = begun(x, steps, **options)
+def ours(x, steps, group=None, **options):
+    state, cfg = begun(x, steps, group, **options)
     for i in range(steps):
-        state, metrics = STEP(state, cfg, batch(x, i))
+        state, metrics = STEP(state, cfg, batch(x, i), None if group is None else batch(group, i, int))
     return state, cfg, float(metrics["dead"]) if steps else None
 
 
@@ -190,10 +201,11 @@ def sparsify(x, steps, optimizer="signum", lr=None, **options):
     return start._replace(params={name: p.detach().numpy() for name, p in params.items()}), cfg, None
 
 
-def begun(x, steps, **options):
+def begun(x, steps, group=None, **options):
     """(State, Config) of fae before its first step: the others get its normalization, and give their weights to it."""
-    cfg = config(x.shape[1], steps, **options)
-    return sae.init(jax.random.key(0), cfg, np.asarray(x[:65536], np.float32)), cfg
+    cfg = config(x.shape[1], steps, **options | ({} if group is None else {"groups": GROUPS}))
+    sample = np.asarray(x[:65536], np.float32), None if group is None else group[:65536]
+    return sae.init(jax.random.key(0), cfg, *sample), cfg
 
 
 def units(state, x, i):
@@ -255,7 +267,7 @@ def plan(what, layers, steps):
 
     if what == "sites":
         kinds = [{"trainer": "fae", "site": "txt", "lr": train.rate(2048, 32, "txt", small=True)},
-                 {"trainer": "fae"}]
+                 {"trainer": "fae", "site": "both"}, {"trainer": "fae"}]
     elif what == "sweep":
         sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 8) for features in (1024, 4096, 8192, 16384)]
         kinds = [{"trainer": "fae", "features": features, "k": k} for features, k in sizes]
@@ -287,10 +299,11 @@ def measure(layer, trainer, site, steps, **options):
         _, _, test = units_of(layer)
         fvu = np.mean(np.sum((test - found) ** 2, 0) / np.sum((test - test.mean(0)) ** 2, 0))
         return {"fvu_standardized": float(fvu), "seconds": time.monotonic() - since}
+    options |= {"group": layer["group"]} if site == "both" else {}
     state, cfg, silent = TRAINERS[trainer](layer["train"], steps, **options)
     seconds = time.monotonic() - since
-    found = sae.evaluate(sae.fold(state, cfg), cfg, layer["test"])._asdict()
-    return {name: value for name, value in found.items() if name != "density"} | {"silent": silent, "seconds": seconds}
+    found = train.mean_score(train.scores(state, cfg, layer["test"] if site == "both" else [layer["test"]]))
+    return found | {"silent": silent, "seconds": seconds}
 
 
 # ---------------------------------------------------------------- results
