@@ -269,7 +269,7 @@ def plan(what, layers, steps):
         kinds = [{"trainer": "fae", "site": "txt", "lr": train.rate(2048, 32, "txt", small=True)},
                  {"trainer": "fae", "site": "both"}, {"trainer": "fae"}]
     elif what == "sweep":
-        sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 8) for features in (1024, 4096, 8192, 16384)]
+        sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 8) for features in (1024, 4096, 16384)]
         kinds = [{"trainer": "fae", "features": features, "k": k} for features, k in sizes]
     elif what == "dense":
         kinds = [{"trainer": "fae", "features": features} for features in (1024, 2048, 4096)]
