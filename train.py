@@ -242,10 +242,10 @@ def schedule(steps):
 
 
 def rate(features, k, site, small):
-    """The learning rate. Short runs on a small model bear, and need, more than the SAE's default: 24 times it on nano's
+    """The learning rate. Short runs on a small model bear, and need, more than the SAE's default: 18 times it on nano's
     image tokens with k = 32, half as much with k = 8. Of text tokens few differ: at 9 times it 34 % of layer 0's
     features die, at twice 4 %."""
-    times = (2 if site == "txt" else 24) * (k / 32) ** 0.5 if small else 1
+    times = (2 if site == "txt" else 18) * (k / 32) ** 0.5 if small else 1
     return times * sae.default_lr(features)
 
 

@@ -135,7 +135,7 @@ def test_metadata_says_how_to_make_it_again(trained, nano):
     assert (metadata["model"], metadata["layer"], metadata["site"], metadata["seed"]) == (str(nano), 2, "img", 0)
     assert metadata["versions"].keys() >= {"jax", "numpy"} and "normalization" in metadata and "revision" in metadata
     assert metadata["run"] == TINY | {"model": str(nano), "site": "img", "prompts": "scenes", "prompt_field": None,
-                                      "timesteps": 1, "lr": 12 * sae.default_lr(256), "seed": 0, "dtype": "float32",
+                                      "timesteps": 1, "lr": 9 * sae.default_lr(256), "seed": 0, "dtype": "float32",
                                       "quant": "none", "activation": "topk", "matryoshka": None,
                                       "transcoder": None, "normalization": "std", "init": None}
     rows = metadata["evaluation"]
