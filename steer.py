@@ -514,7 +514,7 @@ def write(out, images, files, about):
     (out / "steer.json").write_text(json.dumps(about | {"files": names}, indent=1), encoding="utf-8")
     for name, image in zip(files, flat):
         Image.fromarray(image).save(out / name)
-    titles = ["unsteered" if strength == 0 else f"× {strength:g}" for strength in about["strengths"]]
+    titles = ["unsteered" if strength == 0 else f"x {strength:g}" for strength in about["strengths"]]
     sheet(images, titles, about["prompts"], about["set"]).save(out / "steer.png")
 
 
