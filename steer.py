@@ -1,17 +1,17 @@
 """Change an SAE's features while FLUX.1 draws: a checkpoint, a prompt, and what each feature shall be.
 
-    python steer.py ckpt/ "a red cube" --set "123+8, 77*0" --steps 8 --out out
+    python steer.py ckpt/ "a red cube" --set "123+8, 77*0" --steps 8      # → steer/steer.png
     python steer.py ckpt/ "a red cube" "a cone" --set "123*4" --grid 0,1,2,4 --during 0:5 --box 2,2,6,6
     python steer.py layer3/ layer8/ "a red cube" --set "layer3:123+8, layer8:9*0"
 
     model = flux.load("nano")
-    ours = steer.load("ckpt", model)                                      # the SAE, and its features' typical activations
+    ours = steer.load("ckpt", model)                                      # the SAE, and its features' typical values
     images = steer.draw(model, "a red cube", [steer.Change(ours, 123, add=8)], steps=8)     # uint8 [1, 128, 128, 3]
 
 `123*4` multiplies what feature 123 is at each token, `123*0` ablates it, `123+8` (also written `123*+8`) adds eight times
-its typical activation, `123-2` takes two away, and `123*0+8` first does the one, then the other: its value v becomes
-scale * v + add * typical. Typical is the mean of the feature's values above zero on prompts like those it was trained on.
-Only decoder rows times what the values change by are added to the residual stream, so what the SAE leaves out stays.
+its typical activation, `123-2` takes two away, and `123*0+8` does both: its value v becomes scale * v + add * typical.
+Typical is the mean of the feature's values above zero, on prompts like those that the SAE was trained on. Only decoder
+rows times what the values change by are added to the residual stream, so what the SAE leaves out of it stays.
 
 Copy it with `prompts.py`, `flux.py`, `sae.py`, `shard.py` and what these import.
 
@@ -141,8 +141,8 @@ def examples(place, n):
 
 
 def calibrated(model, dictionary, prompts, *, seed=0, batch=16, progress=None):
-    """The dictionary with `typical`: the mean of each feature's values above zero on `prompts`, in all groups of tokens;
-    of a feature that never fires there, the median of the others. Raises ValueError where none fires."""
+    """The dictionary with `typical`: the mean of each feature's values above zero on `prompts`, over all groups of
+    tokens; of a feature that never fires there, the median of the others. Raises ValueError where none fires."""
     place, cfg = dictionary.place, dictionary.cfg
     size, tokens = place.size or min(256, model.size), place.text_tokens or model.text_tokens
     grid = flux.token_grid(model, size)
@@ -197,7 +197,7 @@ def edits(model, start, changes, *, strength=1.0, during=None, boxes=()):
     edit_of = []
     for dictionary in {id(c.of): c.of for c in changes}.values():
         if boxes and dictionary.place.site == "txt":
-            raise ValueError(f"{dictionary.name} is of text tokens: a box, which lies in the image, means nothing there")
+            raise ValueError(f"{dictionary.name} is of text tokens, which lie in no box of the image")
         if dictionary.typical is None:
             raise ValueError(f"{dictionary.name} has no typical activations yet (see `calibrated`)")
         if rows := amounts([c for c in changes if c.of is dictionary], strength):
@@ -208,9 +208,7 @@ def edits(model, start, changes, *, strength=1.0, during=None, boxes=()):
 
 def amounts(changes, strength):
     """[(feature, scale, what to add)] of one SAE's changes, without those that change nothing."""
-    named = [c.feature for c in changes]
-    if twice := [f for f in named if named.count(f) > 1]:
-        raise ValueError(f"feature {twice[0]} is changed twice; say it once, as in {twice[0]}*0+8")
+    check_once(changes)
     rows = [(c.feature, 1 + strength * (c.scale - 1), strength * c.add * float(c.of.typical[c.feature]))
             for c in changes]
     return [row for row in rows if row[1:] != (1, 0)]
@@ -293,6 +291,12 @@ def _changing(cfg):
     return change
 
 
+def check_once(changes):
+    named = [c.feature for c in changes]
+    if twice := [f for f in named if named.count(f) > 1]:
+        raise ValueError(f"feature {twice[0]} is changed twice; say it once, as in {twice[0]}*0+8")
+
+
 def check_during(during, steps):
     """(first, end) of sampling steps; all where during is None. Raises ValueError outside of them."""
     first, end = (0, steps) if during is None else during
@@ -306,7 +310,7 @@ def check_box(box, grid):
     row, column, row_end, column_end = box
     if not (0 <= row < row_end <= grid[0] and 0 <= column < column_end <= grid[1]):
         raise ValueError(f"box {','.join(map(str, box))}: the image has {grid[0]} rows and {grid[1]} columns of tokens; "
-                         f"give row,column,row_end,column_end inside, the ends not included (all: 0,0,{grid[0]},{grid[1]})")
+                         f"give row,column,row_end,column_end, half open (all of it: 0,0,{grid[0]},{grid[1]})")
     return box
 
 
@@ -331,9 +335,7 @@ def parsed(text, dictionaries):
         except ValueError as error:
             raise ValueError(f"--set {part}: {error}") from None
     for dictionary in dictionaries:
-        named = [c.feature for c in changes if c.of is dictionary]
-        if twice := [f for f in named if named.count(f) > 1]:
-            raise ValueError(f"--set {text}: feature {twice[0]} is there twice; say it once, as in {twice[0]}*0+8")
+        check_once([c for c in changes if c.of is dictionary])
     if not changes:
         raise ValueError('--set says no feature to change; as in --set "123+8, 77*0"')
     return changes
@@ -411,7 +413,7 @@ def told_apart(words):
 
 
 def same_model(dictionaries):
-    """(name, folder, Config) of the one model of all. Raises ValueError where there are two, or where they do not fit."""
+    """(name, folder, Config) of the one model of all. Raises ValueError where there are two, or one does not fit."""
     named = {flux.REPOS.get(d.place.model, d.place.model): d for d in dictionaries}
     if len(named) > 1:
         said = " and ".join(f"{d.name} of {model}" for model, d in named.items())
@@ -424,8 +426,7 @@ def same_model(dictionaries):
 
 
 def load_model(dictionaries, name, quant):
-    runs = [d.cfg and d.place for d in dictionaries]
-    print(f"model: {name} (of {', '.join(d.name for d in dictionaries)}); layers {', '.join(str(p.layer) for p in runs)}")
+    print(f"model: {name}; " + ", ".join(f"{d.name}: layer {d.place.layer} ({d.place.site})" for d in dictionaries))
     options = shard.arguments(shard.several(), flux.quantized(quant or flux.default_quant(flux.resolve(name))))
     dtype = "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
     return flux.load(name, dtype=jnp.dtype(dtype), **options)

@@ -1,10 +1,10 @@
 """Is steering true? Images of nano steered toward a colour or a shape, judged, as Markdown tables and a picture.
 
-    python tests/bench_steering.py ckpt3 ckpt5 ckpt8 --out docs/steering.webp     # SAEs of image tokens, a layer each
+    python tests/bench_steering.py ckpt3 ckpt5 ckpt8 --out docs/steering.webp     # SAEs of image tokens
 
 For each colour and shape, the feature whose maximum in an image tells it best (AUROC on held-out scenes of one to three
-objects, activations of a single step) is added at every image token in every step, while captions of one object are drawn that
-state another colour or shape. nano's judge says what the images show. Beside it, with vectors of the same norm: a random
+objects, activations of a single step) is added at every image token in every step, while captions of one object are
+drawn that state another colour or shape. nano's judge says what the images show. Beside it, with vectors of the same norm: a random
 feature, the block's MLP neuron with the best AUROC (its row of the output weights, through the mean gate), and, as what
 a probe that is given the labels would do, the difference of the mean residuals with and without the attribute.
 Strengths, for each of these its own, and the layer are chosen on captions that are not those reported.
@@ -18,13 +18,13 @@ os.environ |= {"TQDM_DISABLE": "1", "JAX_PLATFORMS": "cpu"}
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "nano")]
 
+import evaluate
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 import dash
-import evaluate
 import flux
 import prompts
 import sae
@@ -136,9 +136,9 @@ class Pictures:
 
     def __init__(self, model, first, n, steps):
         world, self.model, self.judge = prompts.scenes(), model, evaluate.load_judge()
-        stating = ((world.caption(scene), scene) for scene in (world.sample(i, objects=1) for i in range(first, 10_000)))
         self.captions, self.said = [], []
-        for caption, scene in stating:
+        for scene in (world.sample(i, objects=1) for i in range(first, first + 20 * n)):
+            caption = world.caption(scene)
             if all(evaluate.stated(caption, scene.solids[0])) and len(self.captions) < n:
                 self.captions.append(caption)
                 self.said.append(evaluate.labels_of(scene))
@@ -153,8 +153,8 @@ class Pictures:
         images = []
         for i in range(0, len(which), BATCH):
             part = np.resize(which[i:i + BATCH], BATCH)          # one shape, one program
-            edit = flux.Edit(layer, name, added, jnp.asarray(np.resize(vectors[i:i + BATCH], (BATCH, vectors.shape[1])),
-                                                             jnp.float32))
+            by = np.resize(vectors[i:i + BATCH], (BATCH, vectors.shape[1]))
+            edit = flux.Edit(layer, name, added, jnp.asarray(by, jnp.float32))
             text, pooled, _ = self.start.condition
             start = flux.Start(self.start.latents[part], (text[part], pooled[part], None), self.start.sigmas,
                                self.start.grid)

@@ -68,7 +68,7 @@ def answers(model):
 
 
 def edited(model):
-    """The latents after two steps in which two layers' image tokens are changed, each example by a factor of its own."""
+    """The latents after two steps with two layers' image tokens changed, each example by a factor of its own."""
     def change(name, x, each, shared):
         return each[:, None, None] * x + shared
 

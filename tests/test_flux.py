@@ -420,7 +420,7 @@ def test_edits_replace_what_blocks_put_out(case, layers):
     pairs = quick(all_of)(params)
     for ours, expected in pairs:
         assert error(ours, np.asarray(expected)) <= 1e-5
-    assert error(run(params, cfg, **inputs, grid=case[6]), np.asarray(pairs[0][1])) > 1e-2     # it does change something
+    assert error(run(params, cfg, **inputs, grid=case[6]), np.asarray(pairs[0][1])) > 1e-2     # they do change it
 
 
 @pytest.mark.parametrize("walk", [flux.scan_blocks, shard.sliced(), shard.scan()], ids=["flux", "sliced", "scan"])
