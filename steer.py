@@ -8,8 +8,8 @@
     ours = steer.load("ckpt", model)                                      # the SAE, and its features' typical values
     images = steer.draw(model, "a red cube", [steer.Change(ours, 123, add=8)], steps=8)     # uint8 [1, 128, 128, 3]
 
-`123*4` multiplies what feature 123 is at each token, `123*0` ablates it, `123+8` (also written `123*+8`) adds eight times
-its typical activation, `123-2` takes two away, and `123*0+8` does both: its value v becomes scale * v + add * typical.
+`123*4` multiplies what feature 123 is at each token, `123*0` ablates it, `123+8` (or `123*+8`) adds eight times its
+typical activation, `123-2` takes two away, and `123*0+8` does both: its value v becomes scale * v + add * typical.
 Typical is the mean of the feature's values above zero, on prompts like those that the SAE was trained on. Only decoder
 rows times what the values change by are added to the residual stream, so what the SAE leaves out of it stays.
 
@@ -37,7 +37,6 @@ import sae
 import shard
 
 HELD_OUT = 1_500_000_000                                         # number of the first noise: no training step sees it
-PADDED = 8                                                       # changes are filled up to a multiple: fewer programs
 
 
 # ---------------------------------------------------------------- an SAE and what its features typically are
@@ -254,8 +253,8 @@ def _params_of(dictionary, stream, t):
 
 
 def _padded(params, rows):
-    """The arrays of `sae.change`, filled up with changes to nothing."""
-    rows = rows + [(0, 1.0, 0.0)] * (-len(rows) % PADDED)
+    """The arrays of `sae.change`, filled up to a power of two with changes to nothing: fewer programs."""
+    rows = rows + [(0, 1.0, 0.0)] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
     features, scale, add = (np.array(column, kind) for column, kind in zip(zip(*rows), "iff"))
     return {"params": params, "features": features, "scale": scale, "add": add}
 
@@ -309,8 +308,8 @@ def check_during(during, steps):
 def check_box(box, grid):
     row, column, row_end, column_end = box
     if not (0 <= row < row_end <= grid[0] and 0 <= column < column_end <= grid[1]):
-        raise ValueError(f"box {','.join(map(str, box))}: the image has {grid[0]} rows and {grid[1]} columns of tokens; "
-                         f"give row,column,row_end,column_end, half open (all of it: 0,0,{grid[0]},{grid[1]})")
+        raise ValueError(f"box {','.join(map(str, box))}: the image has {grid[0]} rows and {grid[1]} columns of "
+                         f"tokens; give row,column,row_end,column_end, half open (all of it: 0,0,{grid[0]},{grid[1]})")
     return box
 
 

@@ -4,9 +4,9 @@
 
 For each colour and shape, the feature whose maximum in an image tells it best (AUROC on held-out scenes of one to three
 objects, activations of a single step) is added at every image token in every step, while captions of one object are
-drawn that state another colour or shape. nano's judge says what the images show. Beside it, with vectors of the same norm: a random
-feature, the block's MLP neuron with the best AUROC (its row of the output weights, through the mean gate), and, as what
-a probe that is given the labels would do, the difference of the mean residuals with and without the attribute.
+drawn that state another colour or shape. nano's judge says what the images show. Beside it, with vectors of the same
+norm: a random feature, the block's MLP neuron with the best AUROC (its row of the output weights, through the mean gate), and, as
+what a probe that is given the labels would do, the difference of the mean residuals with and without the attribute.
 Strengths, for each of these its own, and the layer are chosen on captions that are not those reported.
 """
 import os
@@ -33,7 +33,7 @@ import steer
 COLORS, SHAPES, SIZE, BATCH = evaluate.COLORS, evaluate.SHAPES, evaluate.SIZE, 32
 TARGETS = [(f"color: {word}", 1, i) for i, word in enumerate(COLORS)]
 TARGETS += [(f"shape: {word}", 0, i) for i, word in enumerate(SHAPES)]           # name, column of verdicts, index
-CHOOSE, REPORT = 5_000, 6_000                                    # first seeds of captions; all below 10,000 are held out
+CHOOSE, REPORT = 5_000, 6_000                                    # first seeds of captions: all held out
 METHODS = ("feature", "random feature", "neuron", "difference of means")
 
 
@@ -52,8 +52,8 @@ def main(*folders, n=40, few=12, scenes=512, steps=4, strengths="4,8,16,32", out
               f"{say[3:]}; {time.monotonic() - start:.0f} s", flush=True)
     directions, chosen, _ = max(found.values(), key=lambda row: row[2][2] + row[2][5])
     chosen = {"feature": chosen} | {m: best(chooser, directions, m, strengths)[0] for m in METHODS[1:]}
-    print(f"\nlayer {directions.layer}, {n} captions, {steps} steps, jax {jax.__version__}\n\n| along | strength | colour "
-          "becomes it | shape stays | both | shape becomes it | colour stays | both |\n|---|" + "--:|" * 7)
+    print(f"\nlayer {directions.layer}, {n} captions, {steps} steps, jax {jax.__version__}\n\n| along | strength "
+          "| colour becomes it | shape stays | both | shape becomes it | colour stays | both |\n|---|" + "--:|" * 7)
     for method, strength in chosen.items():
         cells = [f"{x:.0%}" for x in reporter.score(directions, method, strength)]
         print(f"| {method} | {strength:g} | {' | '.join(cells)} |", flush=True)
