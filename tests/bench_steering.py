@@ -5,8 +5,9 @@
 For each colour and shape, the feature whose maximum in an image tells it best (AUROC on held-out scenes of one to three
 objects, activations of a single step) is added at every image token in every step, while captions of one object are
 drawn that state another colour or shape. nano's judge says what the images show. Beside it, with vectors of the same
-norm: a random feature, the block's MLP neuron with the best AUROC (its row of the output weights, through the mean gate), and, as
-what a probe that is given the labels would do, the difference of the mean residuals with and without the attribute.
+norm: a random feature, the block's MLP neuron with the best AUROC (its row of the output weights, through the mean
+gate), and, as what a probe that is given the labels would do, the difference of the mean residuals with and without the
+attribute. The judge has to name something: it sees a colour also where no object is left, and then "stays" is chance.
 Strengths, for each of these its own, and the layer are chosen on captions that are not those reported.
 """
 import os

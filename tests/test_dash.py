@@ -370,7 +370,7 @@ def test_mistakes_end_in_one_line(built, model, tmp_path, flags, message):
 
 
 def test_strips_are_drawn_once_and_stay(built, model, tmp_path, monkeypatch):
-    """--steer: what flux draws with the feature's values multiplied by hand; drawn again only where they are missing."""
+    """--steer: what flux draws with the feature's values multiplied by hand; drawn again only where it is missing."""
     from PIL import Image
     folder, ckpt = built
     out = tmp_path / "dash"
