@@ -3,6 +3,7 @@
     python dash.py ckpt/                                   # → dash/index.html: open it in a browser, no server needed
     python dash.py ckpt/ --n 5000 --prompts captions.txt --out pages
     python dash.py ckpt/ --pages_only                      # the pages once more, from what was collected before
+    python dash.py ckpt/ --steer 20                        # and what images become with a feature ablated, doubled, …
 
 Copy it with `pages.py`, `dash.css`, `dash.js`, `prompts.py`, `flux.py`, `sae.py` and what these import. From Python,
 without pages:
@@ -23,6 +24,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -328,12 +330,17 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     labels = np.zeros((len(prompts), 0), bool) if labels is None else np.asarray(labels, bool)
     info = {**(info or {}), "kind": "fae dashboard", "layer": layer, "site": site, "layout": asdict(layout),
             "size": size, "steps": steps, "seed": seed, "first_noise": HELD_OUT, "images": len(prompts),
+            "text_tokens": text_tokens,
             "attributes": list(attributes), "prompts": prompts, "features": cfg.features, "edges": EDGES.tolist(),
             "words": words(model, prompts, layout.text_tokens) if layout.text_tokens else []}
     counts = Counts(cfg.features, layout)
     counts.a["maxima"] = np.zeros((len(prompts) if labels.shape[1] else 0, cfg.features), np.float32)
     partial = Partial(folder, {**info, "weights": digest(params), "batch": batch})
+    if (ended := partial.ended()) is not None:
+        return ended
     done = partial.restore(counts.a)
+    if not done:
+        shutil.rmtree(folder / "steer", ignore_errors=True)      # strips of other images
     (folder / "images").mkdir(parents=True, exist_ok=True)
     shape = (grid[0] * grid[1], model.cfg.in_channels)
     while done < len(prompts):
@@ -356,7 +363,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
         partial.save(counts.a, done)
         if progress:
             progress(done)
-    found = counts.finish(params[0]["W_dec"], labels, counts.a["maxima"], info)
+    found = counts.finish(params[0]["W_dec"], labels, counts.a["maxima"], info | {"arguments": partial.arguments})
     save(folder / "collect", found)
     partial.remove()
     return found
@@ -381,8 +388,17 @@ class Partial:
     """The state of an unfinished pass, in `folder`/partial.safetensors; it counts only for the same arguments."""
 
     def __init__(self, folder, arguments, seconds=60):
-        self.arrays, self.seconds, self.saved = folder / "partial.safetensors", seconds, time.monotonic()
+        self.folder, self.arrays = folder, folder / "partial.safetensors"
+        self.seconds, self.saved = seconds, time.monotonic()
         self.arguments = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+
+    def ended(self):
+        """What a run with the same arguments collected, which was stopped only behind that, or None."""
+        try:
+            found = load(self.folder / "collect")
+        except ValueError:
+            return None
+        return found if found.info.get("arguments") == self.arguments else None
 
     def restore(self, state):
         """Fill `state` with what was saved; returns the number of prompts done, 0 where nothing fits."""
@@ -450,46 +466,135 @@ def scene_attributes(scenes, drawn):
     return list(rows[0]), np.array([list(row.values()) for row in rows])
 
 
+# ---------------------------------------------------------------- strips
+
+
+def draw_strips(model, params, cfg, found, folder, n, progress=lambda: None):
+    """For each of the n liveliest features, those that fire on the most images, its best example once more, from the
+    same noise, with its values multiplied by all of `pages.SCALES` but 1, as `folder`/7-2.webp. What is there stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scales = [scale for scale in pages.SCALES if scale != 1]
+    for f in liveliest(found, n):
+        if not (folder / f"{f}-{scales[-1]}.webp").is_file():    # the last one says that all are there
+            for scale, image in zip(scales, strip(model, params, cfg, found, f, scales)):
+                new = folder / ".new.webp"
+                save_image(new, image)
+                os.replace(new, folder / f"{f}-{scale}.webp")
+        progress()
+
+
+def liveliest(found, n):
+    """The n features that fire on the most images; of these on the most tokens."""
+    order = np.lexsort((-found.fired, -found.images))[:n]
+    return [int(f) for f in order if found.fired[f]]
+
+
+def strip(model, params, cfg, found, f, scales):
+    """The images uint8 [scales, H, W, 3] of a feature's best example with its values multiplied, in every step."""
+    info, image, n = found.info, int(found.top_image[f, 0]), len(scales)
+    grid = flux.token_grid(model, info["size"])
+    noise = flux.draw_noise(info["seed"], np.full(n, info["first_noise"] + image),
+                            (grid[0] * grid[1], model.cfg.in_channels))
+    start = flux.prepare(model, [info["prompts"][image]] * n, steps=info["steps"], size=info["size"], noise=noise,
+                         text_tokens=info.get("text_tokens"))
+    names = flux.residual_names(model.cfg, info["layer"], info["site"])
+    trained = flux.sigmas(model.scheduler, info["layout"]["timesteps"], grid[0] * grid[1])[:-1]
+    scale, feature = jnp.asarray(scales, jnp.float32)[:, None, None], jnp.array([f])
+
+    def edits(step):
+        t = int(np.abs(trained - start.sigmas[step]).argmin())   # the timestep whose noise level is nearest
+        of = [params[min(t * len(names) + s, len(params) - 1)] for s in range(len(names))]
+        shared = {name: (p, feature) for name, p in zip(names, of)}
+        return [flux.Edit(info["layer"], names, scaling(cfg), scale, shared)]
+
+    return flux.decode(model, flux.sample(model, start, edits=edits), start.grid)
+
+
+@lru_cache
+def scaling(cfg):
+    """A `flux.Edit`'s function that multiplies a feature's values; one object for an SAE, so that it compiles once."""
+    def scaled(name, x, scale, shared):
+        params, feature = shared[name]
+        return sae.change(params, cfg, x, feature, scale, jnp.zeros(1))
+
+    return scaled
+
+
 # ---------------------------------------------------------------- the command line
 
 
 def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, steps=None, features="", model="", seed=0,
-         batch=None, quant="", pages_only=False, **unknown):
+         batch=None, quant="", pages_only=False, steer=None, **unknown):
     """Write a dashboard of the SAE in the folder `checkpoint` into the folder --out.
 
     --n: prompts. --steps: in which images are drawn. --features 0:200,512: pages of these only. --pages_only: pages
-    from what an earlier run collected. --model: where the checkpoint's own is not to be found.
+    from what an earlier run collected. --steer 20: for the 20 features that fire on the most images, their best example
+    with the feature ablated, as it is, and times 2, 4 and 8; with --pages_only for a dashboard that is there.
+    --model: where the checkpoint's own is not to be found.
     """
     flux.no_unknown_flags(unknown)
     out = Path(out)
     check_out(out, pages_only)
-    given = {"n": n, "seed": seed, "steps": steps, "batch": batch}
+    given = {"n": n, "seed": seed, "steps": steps, "batch": batch, "steer": steer}
     flux.check_whole({name: value for name, value in given.items() if value is not None})
     params, cfg = sae.load_groups(checkpoint)
     wanted = feature_range(features, cfg.features)
+    if steer and cfg.d_out is not None:
+        raise ValueError(f"--steer: {checkpoint} is a transcoder, which writes what belongs to another layer")
     building = out.resolve().with_name(f".{out.resolve().name}.{'pages' if pages_only else 'building'}")
+    loader = lru_cache(lambda: load_model(checkpoint, cfg, model, quant))
     if pages_only:
         found = load(out / "collect")
+        strips_for(checkpoint, loader, params, cfg, found, out, steer)
         shutil.rmtree(building, ignore_errors=True)              # of a stopped run; a stopped pass has another name
-        for part in ("collect", "images"):
-            shutil.copytree(out / part, building / part)
+        for part in ("collect", "images", "steer"):
+            if (out / part).exists() or part != "steer":
+                shutil.copytree(out / part, building / part)
     else:
-        found = collect_from(checkpoint, params, cfg, building, prompts, prompt_field, n, steps, model, seed, batch,
-                             quant)
+        found = collect_from(checkpoint, loader, params, cfg, building, prompts, prompt_field, n, steps, model, seed,
+                             batch)
+        strips_for(checkpoint, loader, params, cfg, found, building, steer)
     pages.write(found, building, wanted)
     swap(building, out.resolve())
     print(f"dashboard: {out / 'index.html'}")
 
 
-def collect_from(checkpoint, params, cfg, folder, source, field, n, steps, model, seed, batch, quant):
-    """What the checkpoint says of itself, and the flags → `collect`."""
+def strips_for(checkpoint, loader, params, cfg, found, folder, n):
+    """`draw_strips` of n features, where any are asked for. Raises ValueError for another checkpoint's dashboard."""
+    if not n:
+        return
+    if found.info.get("checkpoint") != json.loads((Path(checkpoint) / "cfg.json").read_text(encoding="utf-8")):
+        raise ValueError(f"--steer: the dashboard in {folder} is of another checkpoint than {checkpoint}")
+    loaded = loader()
+    with tqdm(total=min(n, found.features), unit="feature", desc="steering", dynamic_ncols=True) as bar:
+        draw_strips(loaded, params, cfg, found, folder / "steer", n, progress=bar.update)
+
+
+def model_name(checkpoint, cfg, model):
+    """The model that the checkpoint, or the flag, names. Raises ValueError where that is unknown or does not fit."""
     about = sae.load_metadata(checkpoint)
-    run = about.get("run") or {}
     missing = [name for name in ("model", "layer", "site") if name not in about]
     if missing:
         raise ValueError(f"{checkpoint} does not say its {' or '.join(missing)} (it was not written by train.py)")
-    name, source = model or about["model"], source or run.get("prompts", "scenes")
-    labels = {}
+    name = model or about["model"]
+    described = flux.read_config(name)[1]
+    flux.residual_names(described, about["layer"], about["site"])
+    if described.width != cfg.d_in:
+        raise ValueError(f"the SAE in {checkpoint} is for width {cfg.d_in}, but {name} has width {described.width}")
+    return name
+
+
+def load_model(checkpoint, cfg, model, quant):
+    run = sae.load_metadata(checkpoint).get("run") or {}
+    options = shard.arguments(shard.several(), flux.quantized(quant or run.get("quant", "none")))
+    return flux.load(model_name(checkpoint, cfg, model), dtype=jnp.dtype(run.get("dtype", "float32")), **options)
+
+
+def collect_from(checkpoint, loader, params, cfg, folder, source, field, n, steps, model, seed, batch):
+    """What the checkpoint says of itself, and the flags → `collect`. loader() → the model."""
+    about, name = sae.load_metadata(checkpoint), model_name(checkpoint, cfg, model)
+    run = about.get("run") or {}
+    source, labels = source or run.get("prompts", "scenes"), {}
     if source == "scenes":
         scenes = prompt_sources.scenes()
         drawn = [scenes.sample(i) for i in range(n)]             # train.py begins behind the first 10,000
@@ -497,12 +602,7 @@ def collect_from(checkpoint, params, cfg, folder, source, field, n, steps, model
         labels = dict(zip(("attributes", "labels"), scene_attributes(scenes, drawn)))
     else:
         texts = prompt_sources.take(source, field or run.get("prompt_field"), n)
-    described = flux.read_config(name)[1]
-    flux.residual_names(described, about["layer"], about["site"])
-    if described.width != cfg.d_in:
-        raise ValueError(f"the SAE in {checkpoint} is for width {cfg.d_in}, but {name} has width {described.width}")
-    options = shard.arguments(shard.several(), flux.quantized(quant or run.get("quant", "none")))
-    loaded = flux.load(name, dtype=jnp.dtype(run.get("dtype", "float32")), **options)
+    loaded = loader()
     steps = steps or (28 if loaded.cfg.guidance_embeds else 4)
     info = {"model": str(name), "source": source,
             "checkpoint": json.loads((Path(checkpoint) / "cfg.json").read_text(encoding="utf-8")),

@@ -131,6 +131,8 @@ def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=(), edits
     loaded = sum(jax.tree.leaves(params[kind])[0].shape[0] for kind in ("double", "single"))
     if loaded < (stop or cfg.layers) or (stop is None and "out" not in params):
         raise ValueError(f"the model was loaded only up to layer {loaded - 1}")
+    for edit in edits:
+        residual_names(cfg, edit.layer, "both")                  # raises for a layer that there is not
     whole, stop = stop is None, stop or cfg.layers
     ends = {name: p for name, p in params.items() if name not in ("double", "single")}
     (img, txt), vec, mod, rope = _begin(ends, cfg, *inputs, grid=grid)
@@ -527,8 +529,8 @@ def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None, 
         vae=(vae.load(folder / "vae", put=part("vae"), dtype=dtype) if last is None
              else (vae.config(folder / "vae"), None)),
         scheduler=text_encoders.read_json(folder / "scheduler" / "scheduler_config.json"),
-        source=folder, text_tokens=min(tokens, 512 if cfg.guidance_embeds else 256),
-        size=text_encoders.read_json(folder / "vae" / "config.json").get("sample_size", 1024), walk=walk)
+        source=folder, text_tokens=min(tokens, 512 if cfg.guidance_embeds else 256), size=default_size(folder),
+        walk=walk)
 
 
 PARTS = ["model_index.json", *(f"{part}/*" for part in (
@@ -705,8 +707,14 @@ def token_grid(model, size):
 
 
 def check_size(folder, size):
-    """`token_grid`'s ValueError for a size that does not fit, from the folder of `read_config`, before a long load."""
-    _grid(vae.config(folder / "vae"), size)
+    """`token_grid`, and its ValueError for a size that does not fit, from the folder of `read_config`, before a long
+    load."""
+    return _grid(vae.config(folder / "vae"), size)
+
+
+def default_size(folder):
+    """Pixels a side of the model in that folder where nobody says."""
+    return text_encoders.read_json(folder / "vae" / "config.json").get("sample_size", 1024)
 
 
 def _grid(cfg, size):

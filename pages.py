@@ -5,6 +5,7 @@ Copy it with `dash.css` and `dash.js`; it needs numpy and tqdm. `found` is a `da
     index.html        headline numbers, training curves, a scatter, and the table of all features
     feature/7.html    a feature: examples under their heatmaps, statistics, neighbours
     run.html          configuration, definitions, how to load the SAE
+    steer/            the images of strips, where `dash.py --steer` drew some
     images/, maps/    each image once; the index's heatmaps in chunks, as scripts, since pages from disk cannot fetch
 """
 import html
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+SCALES = (0, 1, 2, 4, 8)                                         # of a strip: what a feature is multiplied by
 CHUNK = 256                                                      # features whose thumbnails' maps share a file
 CSP = "default-src 'none'; img-src 'self' file:; style-src 'self' file: 'unsafe-inline'; script-src 'self' file:"
 CONTROLS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\t\n"} | {127: "\u2421"}
@@ -41,7 +43,8 @@ def write(found, folder, wanted=None):
     linked = set(wanted)
     for place, f in enumerate(tqdm(wanted, unit="page", desc="writing", dynamic_ncols=True)):
         around = [wanted[i] if 0 <= i < len(wanted) else None for i in (place - 1, place + 1)]
-        write_text(folder / "feature" / f"{f}.html", feature_page(found, f, *around, linked))
+        drawn = (folder / "steer" / f"{f}-{SCALES[-1]}.webp").is_file()
+        write_text(folder / "feature" / f"{f}.html", feature_page(found, f, *around, linked, drawn))
 
 
 def text(value):
@@ -174,7 +177,8 @@ def curves(metrics):
 # ---- a feature
 
 
-def feature_page(found, f, before, after, linked):
+def feature_page(found, f, before, after, linked, steered=False):
+    """steered: whether the images of its strip are in the folder steer."""
     turn = "".join(f'<a rel="{rel}" href="{other}.html" title="{key}">{label}</a>' if other is not None else
                    f'<span class="off">{label}</span>'
                    for rel, other, label, key in (("prev", before, "← Previous", "left arrow key"),
@@ -190,7 +194,8 @@ def feature_page(found, f, before, after, linked):
     if not found.fired[f]:
         content = '<p class="dead">This feature never fired on these prompts.</p>'
     else:
-        content = "\n".join((overview(found, f), examples(found, f), quantiles(found, f)))
+        parts = overview(found, f), strip(found, f) if steered else "", examples(found, f), quantiles(found, f)
+        content = "\n".join(filter(None, parts))
     body = f"""{header(found, "../", turn)}
 <main id="main"><h1>Feature {f}</h1>
 {figures(facts)}
@@ -242,6 +247,21 @@ def examples(found, f):
              if item[1] >= 0]
     return (f'<section aria-labelledby="top"><h2 id="top">Top examples</h2><div class="grid">{"".join(shown)}</div>'
             "</section>")
+
+
+def strip(found, f):
+    """The best example with the feature's values multiplied, in the same noise."""
+    image = found.top_image[f, 0]
+    prompt, shown = found.info["prompts"][image], []
+    for scale in SCALES:
+        name = "ablated" if scale == 0 else f"×{scale}" + (", as it is" if scale == 1 else "")
+        file = f"images/{image}.webp" if scale == 1 else f"steer/{f}-{scale}.webp"
+        shown.append(f'<figure><button type="button" class="pic" aria-label="Enlarge: {name}"><img src="../{file}" '
+                     f'alt="{name}: {text(prompt[:200])}" {pixels(found)} loading="lazy"></button>'
+                     f"<figcaption><b>{name}</b></figcaption></figure>")
+    return ('<section aria-labelledby="steer"><h2 id="steer">Steered</h2><p class="hint">The best example drawn again '
+            f"from the same noise, the feature's values multiplied in every step: <bdi>{text(prompt)}</bdi></p>"
+            f'<div class="grid small">{"".join(shown)}</div></section>')
 
 
 def quantiles(found, f):

@@ -34,11 +34,13 @@ def main(folder, work):
         return flux.load(folder, dtype=jnp.float32, **options | ({"walk": walk} if walk else {}))
 
     plain = load("nf4")
+    expected_edited = edited(plain)
     expected, expected_sae = answers(plain), train_sae(plain, None, work)
     for name, mesh in meshes.items():
         model = load("nf4", shard.sliced(mesh), mesh)
         ours = answers(model)
         tell(f"{name}: activations", [error(a, b) for a, b in zip(ours, expected)])
+        tell(f"{name}: edited", error(edited(model), expected_edited))
         if name in ("one device", "fsdp 8"):
             scan = answers(replace(model, walk=shard.scan(mesh)))
             tell(f"{name}: scan - sliced", [float(np.abs(a - b).max()) for a, b in zip(scan, ours)])
@@ -63,6 +65,18 @@ def answers(model):
     """The text encoding of 8 prompts, and residuals in two sampling steps, for which every block runs."""
     encoded = flux.encode_text(model, PROMPTS)
     return [np.asarray(x) for x in (*encoded, flux.residuals(model, PROMPTS, layer=5, site="img", steps=2))]
+
+
+def edited(model):
+    """The latents after two steps with two layers' image tokens changed, each example by a factor of its own."""
+    def change(name, x, each, shared):
+        return each[:, None, None] * x + shared
+
+    names = [flux.residual_names(model.cfg, layer, "img") for layer in (2, 6)]
+    edits = [flux.Edit(layer, name, change, jnp.linspace(0.5, 1.5, len(PROMPTS)), jnp.arange(model.cfg.width) / 100)
+             for layer, name in zip((2, 6), names)]
+    start = flux.prepare(model, PROMPTS, steps=2, size=128)
+    return np.asarray(flux.sample(model, start, edits=lambda i: edits))
 
 
 def train_sae(model, mesh, work):

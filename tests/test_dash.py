@@ -369,6 +369,46 @@ def test_mistakes_end_in_one_line(built, model, tmp_path, flags, message):
     assert (tmp_path / "something").read_text() == "else" and not (tmp_path / "dash").exists()
 
 
+def test_strips_are_drawn_once_and_stay(built, model, tmp_path, monkeypatch):
+    """--steer: what flux draws with the feature's values multiplied by hand; drawn again only where it is missing."""
+    from PIL import Image
+    folder, ckpt = built
+    out = tmp_path / "dash"
+    shutil.copytree(folder, out)
+    monkeypatch.setattr(flux, "load", lambda *a, **k: model)
+    dash.main(str(ckpt), out=str(out), pages_only=True, steer=2)
+    found = dash.load(out / "collect")
+    wanted = dash.liveliest(found, 2)
+    assert found.images[wanted].min() >= np.sort(found.images)[-2]
+    assert {p.name for p in (out / "steer").iterdir()} == {f"{f}-{s}.webp" for f in wanted for s in (0, 2, 4, 8)}
+    params, f = sae.load(ckpt)[0], wanted[0]
+    values = lambda x: jnp.maximum(x @ params["W_enc"] + params["b_enc"], 0)
+    def scaled(name, x, each, shared):
+        v = values(x)
+        v = jnp.where(v >= jnp.sort(v, -1)[..., -6, None], v, 0)[..., f, None]
+        return x + 3 * v * params["W_dec"][f]                    # times 4
+
+    edit = flux.Edit(2, ("double.img",), scaled)
+    image = int(found.top_image[f, 0])
+    expected = flux.generate(model, [found.info["prompts"][image]], steps=1, size=64, text_tokens=12, edits=lambda i: [
+        edit], noise=flux.draw_noise(0, dash.HELD_OUT + np.array([image]), (16, 64)))[0]
+    stored = np.asarray(Image.open(out / "steer" / f"{f}-4.webp").convert("RGB"), float)
+    assert np.abs(stored - expected).mean() < 6
+    page = (out / "feature" / f"{f}.html").read_text()
+    assert page.count("../steer/") == 4 and f"../images/{image}.webp" in page and "ablated" in page
+    before = {p: p.read_bytes() for p in (out / "steer").iterdir()}
+    monkeypatch.setattr(dash, "strip", lambda *a: pytest.fail("drawn again"))
+    dash.main(str(ckpt), out=str(out), pages_only=True, steer=1)
+    dash.main(str(ckpt), out=str(out), pages_only=True)
+    assert {p: p.read_bytes() for p in (out / "steer").iterdir()} == before
+    other = json.loads((ckpt / "cfg.json").read_text())
+    shutil.copytree(ckpt, tmp_path / "other")
+    other["metadata"]["note"] = "another"
+    (tmp_path / "other" / "cfg.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="is of another checkpoint"):
+        dash.main(str(tmp_path / "other"), out=str(out), pages_only=True, steer=1)
+
+
 # ---------------------------------------------------------------- in Chromium
 
 

@@ -2,6 +2,7 @@
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.numpy import load_file, save_file
 
 import flux
+import shard
 import text
 from harvest import reap
 
@@ -343,6 +345,149 @@ def test_gradients_reach_every_weight():
         assert np.isfinite(g).all() and np.abs(g).max() > 0, path
     for name, g in jax.tree_util.tree_leaves_with_path((grads[0]["double"], grads[0]["single"])):
         assert np.abs(g).max(tuple(range(1, g.ndim))).all(), name                  # in every layer of the stack
+
+
+# ---------------------------------------------------------------- edits
+
+
+def plainly(params, cfg, inputs, grid, change, last=None):
+    """The velocity, or {"img", "txt"} that leave block `last`: block after block, without a walk, a sow or a plant.
+    change(layer, stream, x) → what stands in the place of what block `layer` puts out."""
+    ends = {name: p for name, p in params.items() if name not in ("double", "single")}
+    (img, txt), vec, mod, rope = flux._begin(ends, cfg, *inputs.values(), grid=grid)
+    T = txt.shape[1]
+    for layer in range(cfg.layers):
+        n = layer - cfg.num_layers
+        p = jax.tree.map(lambda w: w[layer if n < 0 else n], params["double" if n < 0 else "single"])
+        if n < 0:
+            img, txt = flux._double_block(p, cfg, img, txt, mod, rope)
+        else:
+            x = flux._single_block(p, cfg, jnp.concatenate([txt, img], 1), mod, rope, T)
+            txt, img = x[:, :T], x[:, T:]
+        txt, img = change(layer, "txt", txt), change(layer, "img", img)
+        if layer == last:
+            return {"img": img, "txt": txt}
+    return flux._end(params["out"], img, vec)
+
+
+def scaled(name, x, each, shared):
+    """An edit that no other commutes with, and that knows which stream it is in, and which example."""
+    return (each["factor"][:, None, None] * x + shared[name.split(".")[1]] * x[:, ::-1]).astype(x.dtype)
+
+
+def negated(name, x, each, shared):
+    return (shared - x).astype(x.dtype)
+
+
+def some_edits(cfg, layers, B, seed=0):
+    """At each of `layers` an edit of both streams, then one of the image's, whose order tells."""
+    rng, edits = np.random.default_rng(seed), []
+    for layer in layers:
+        each = {"factor": jnp.asarray(rng.uniform(0.5, 1.5, B), jnp.float32)}
+        shared = {s: jnp.asarray(rng.standard_normal(cfg.width), jnp.float32) for s in ("img", "txt")}
+        kind = "double" if layer < cfg.num_layers else "single"
+        edits += [flux.Edit(layer, (f"{kind}.img", f"{kind}.txt"), scaled, each, shared),
+                  flux.Edit(layer, (f"{kind}.img",), negated, shared=jnp.float32(rng.standard_normal()))]
+    return edits
+
+
+def by_hand(edits):
+    def change(layer, stream, x):
+        for edit in edits:
+            for name in edit.names:
+                if edit.layer == layer and name.endswith(stream):
+                    x = edit.function(name, x, edit.each, edit.shared)
+        return x
+    return change
+
+
+@pytest.mark.parametrize("case, layers", [(CASES[0], [0, 2]), (CASES[1], [1, 2, 3]), (CASES[4], [1])])
+def test_edits_replace_what_blocks_put_out(case, layers):
+    """And what `catch` and `residual` bring out of an edited block is what it puts out."""
+    cfg, params = random_params(case)
+    inputs, edits, layer = random_inputs(case), some_edits(cfg, layers, case[8]), layers[-1]
+    where = {**inputs, "grid": case[6], "edits": edits}
+    names = flux.residual_names(cfg, layer, "both")
+
+    def all_of(params):
+        caught, alone = (f(params, cfg, **where, layer=layer, **of) for f, of in (
+            (flux.catch, {"names": names}), (flux.residual, {"site": "both"})))
+        expected, out = (plainly(params, cfg, inputs, case[6], by_hand(edits), last=last) for last in (None, layer))
+        pairs = [(flux.velocity(params, cfg, **where), expected), (caught[0], expected)]
+        pairs += [(caught[1][name], out[name.split(".")[1]]) for name in names]
+        return [*pairs, (alone, jnp.concatenate([out["txt"], out["img"]], 1))]
+
+    pairs = quick(all_of)(params)
+    for ours, expected in pairs:
+        assert error(ours, np.asarray(expected)) <= 1e-5
+    assert error(run(params, cfg, **inputs, grid=case[6]), np.asarray(pairs[0][1])) > 1e-2     # they do change it
+
+
+@pytest.mark.parametrize("walk", [flux.scan_blocks, shard.sliced(), shard.scan()], ids=["flux", "sliced", "scan"])
+def test_edits_with_every_walk_compile_nothing_when_only_arrays_change(walk):
+    case = CASES[0]
+    cfg, params = random_params(case)
+    inputs = random_inputs(case)
+    sizes = []
+    for seed in range(2):
+        edits = some_edits(cfg, [0, 2], case[8], seed)
+        ours = flux.velocity(params, cfg, **inputs, grid=case[6], walk=walk, edits=edits)
+        expected = quick(lambda p: plainly(p, cfg, inputs, case[6], by_hand(edits)))(params)
+        assert error(ours, np.asarray(expected)) <= 1e-5
+        sizes.append((flux._scan._cache_size(), shard.sliced().run._cache_size(), flux._block.cache_info().misses))
+    assert sizes[0] == sizes[1]
+
+
+def test_edits_in_half_precision_keep_the_dtype():
+    case = CASES[0]
+    cfg, params = random_params(case)
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    inputs, edits = random_inputs(case), some_edits(cfg, [0, 1], case[8])
+    ours = flux.velocity(params, cfg, **inputs, grid=case[6], edits=edits)
+    expected = plainly(params, cfg, inputs, case[6], by_hand(edits))
+    assert ours.dtype == expected.dtype == jnp.bfloat16
+    assert error(ours, np.asarray(expected, np.float32)) <= 0.05
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_an_edit_that_changes_nothing_changes_no_bit(dtype, layer):
+    case = CASES[0]
+    cfg, params = random_params(case)
+    params = jax.tree.map(lambda w: w.astype(dtype), params)
+    inputs, kind = random_inputs(case), ("double", "single")[layer]
+    edit = flux.Edit(layer, (f"{kind}.img",), lambda name, x, each, on: jnp.where(on, 2 * x, x), None, jnp.array(False))
+    plain, edited = (flux.velocity(params, cfg, **inputs, grid=case[6], edits=edits) for edits in ((), [edit]))
+    np.testing.assert_array_equal(np.asarray(edited), np.asarray(plain))
+
+
+def test_sampling_asks_for_the_edits_of_each_step():
+    case = CASES[0]
+    cfg, params = random_params(case)
+    model = SimpleNamespace(params=params, cfg=cfg, walk=None)
+    x = {name: jnp.asarray(value) for name, value in random_inputs(case).items() if value is not None}
+    start = flux.Start(x["latents"], (x["text"], x["pooled"], None), np.array([1, 0.7, 0.4, 0], np.float32), case[6])
+    by_step, asked = {1: some_edits(cfg, [1], 2), 2: some_edits(cfg, [0], 2, seed=1)}, []
+    ours = flux.sample(model, start, edits=lambda i: asked.append(i) or by_step.get(i, ()))
+    latents = x["latents"]
+    for i in range(3):
+        inputs = dict(zip(("latents", "text", "pooled", "timestep", "guidance"), (latents, *flux.at(start, i))))
+        v = plainly(params, cfg, inputs, case[6], by_hand(by_step.get(i, ())))
+        latents = latents + (start.sigmas[i + 1] - start.sigmas[i]) * v
+    assert asked == [0, 1, 2] and error(ours, np.asarray(latents)) <= 1e-5
+
+
+@pytest.mark.parametrize("edit, message", [
+    (flux.Edit(3, ("single.img",), negated), "unknown layer 3: the model has layers 0 to 2"),
+    (flux.Edit(-1, ("single.img",), negated), "unknown layer -1"),
+    (flux.Edit(0, ("single.img",), negated, shared=jnp.float32(0)), "single.img"),
+    (flux.Edit(1, ("double.img",), negated, shared=jnp.float32(0)), "double.img"),
+    (flux.Edit(1, ("single.img",), lambda name, x, each, shared: x[:, 1:]), "single.img"),
+])
+def test_edits_that_do_not_fit(edit, message):
+    cfg, params = random_params(CASES[0])
+    with pytest.raises(ValueError, match=message):
+        flux.velocity(params, cfg, **random_inputs(CASES[0]), grid=CASES[0][6], edits=[edit])
 
 
 # ---------------------------------------------------------------- attention

@@ -264,6 +264,58 @@ def test_sharp_errors_for_shapes():
         sae.Config(d_in=4, features=8, k=2, k_aux=0)
 
 
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
+def test_change_and_splice_against_brute_force(activation):
+    """Also of features that are not active, that are equal, and of scales and sums of each token's own."""
+    cfg, r = dataclasses.replace(CFG, activation=activation), np.random.default_rng(0)
+    x, params = residuals(60, seed=3).reshape(3, 20, 12), sae.fold(trained(cfg=cfg), cfg)
+    params["W_enc"], params["b_enc"] = params["W_enc"].at[:, 7].set(params["W_enc"][:, 3]), params["b_enc"].at[7].set(
+        params["b_enc"][3])
+    values, indices = map(np.asarray, sae.encode(params, cfg, x, cfg.features if activation != "topk" else None))
+    dense = np.zeros((3, 20, 50))
+    np.put_along_axis(dense, indices, values, -1)
+    dense = np.where(dense > 0, dense, 0)
+    features = np.array([*np.argsort(-(dense > 0).sum((0, 1)))[:4], 3, 7])
+    assert (dense[..., features] > 0).any() and (dense[..., features] == 0).any()
+    W_dec = np.asarray(params["W_dec"], np.float64)
+    for shape in ((6,), (3, 1, 6)):
+        scale, add = r.uniform(-1, 3, shape).astype(np.float32), r.standard_normal(shape).astype(np.float32)
+        by = ((scale - 1.0) * dense[..., features] + add) @ W_dec[features]
+        ours = jax.jit(sae.change, static_argnums=1)(params, cfg, x, features, scale, add)
+        np.testing.assert_allclose(ours, x + by, rtol=2e-5, atol=1e-4 * np.abs(by).max())
+    expected = dense @ W_dec + np.asarray(params["b_dec"], np.float64)
+    np.testing.assert_allclose(sae.splice(params, cfg, x), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_change_to_nothing_changes_no_bit(dtype):
+    x = jnp.asarray(residuals(40), dtype).at[0, 0].set(-0.0)
+    params, features = sae.fold(trained(), CFG), jnp.arange(8)
+    run = jax.jit(sae.change, static_argnums=1)
+    assert_same(run(params, CFG, x, features, jnp.ones(8), jnp.zeros(8)), x)
+    here = jnp.arange(40)[:, None] < 5                           # elsewhere nothing is asked
+    some = run(params, CFG, x, features, jnp.ones(8), jnp.where(here, 100.0, 0.0))
+    assert_same(some[5:], x[5:])
+    assert some.dtype == dtype and (some[:5] != x[:5]).any(1).all()
+
+
+def test_a_change_is_differentiated():
+    """The derivative along the encoder of what is active, and through x itself, against differences in float64."""
+    params, features = sae.fold(trained(), CFG), jnp.arange(10)
+    x, scale, add = residuals(6, seed=5), jnp.linspace(0, 2, 10), jnp.linspace(-1, 1, 10)
+    out = np.random.default_rng(0).standard_normal((6, 12))
+    loss = lambda x, add: jnp.sum(out * sae.change(params, CFG, x, features, scale, add))
+    by_x, by_add = jax.grad(loss, (0, 1))(x, add)
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    pre = x @ p["W_enc"] + p["b_enc"]
+    on = (pre > 0) & (pre >= np.sort(pre, 1)[:, [-CFG.k]])
+    pull = (out @ p["W_dec"][:10].T)
+    expected = out + ((np.asarray(scale) - 1) * on[:, :10] * pull) @ p["W_enc"][:, :10].T
+    np.testing.assert_allclose(by_x, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(by_add, pull.sum(0), rtol=1e-4, atol=1e-3)
+
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,11 @@ def test_same_activations_wherever_they_are_computed(answers, mesh):
     assert max(answers[f"{mesh}: activations"]) <= 1e-5
 
 
+@pytest.mark.parametrize("mesh", ["one device", *MESHES])
+def test_same_edits_wherever_they_are_made(answers, mesh):
+    assert answers[f"{mesh}: edited"] <= 1e-5
+
+
 def test_without_quantization(answers):
     assert max(answers["fsdp 8, not quantized"]) <= 1e-5
 

@@ -1,0 +1,195 @@
+"""Is steering true? Images of nano steered toward a colour or a shape, judged, as Markdown tables and a picture.
+
+    python tests/bench_steering.py ckpt3 ckpt5 ckpt8 --out docs/steering.webp     # SAEs of image tokens
+
+For each colour and shape, the feature whose maximum in an image tells it best (AUROC on held-out scenes of one to three
+objects, activations of a single step) is added at every image token in every step, while captions of one object are
+drawn that state another colour or shape. nano's judge says what the images show. Beside it, with vectors of the same
+norm: a random feature, the block's MLP neuron with the best AUROC (its row of the output weights, through the mean
+gate), and, as what a probe that is given the labels would do, the difference of the mean residuals with and without the
+attribute. The judge has to name something: it sees a colour also where no object is left, and then "stays" is chance.
+Strengths, for each of these its own, and the layer are chosen on captions that are not those reported.
+"""
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ |= {"TQDM_DISABLE": "1", "JAX_PLATFORMS": "cpu"}
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "nano")]
+
+import evaluate
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+import dash
+import flux
+import prompts
+import sae
+import steer
+
+COLORS, SHAPES, SIZE, BATCH = evaluate.COLORS, evaluate.SHAPES, evaluate.SIZE, 32
+TARGETS = [(f"color: {word}", 1, i) for i, word in enumerate(COLORS)]
+TARGETS += [(f"shape: {word}", 0, i) for i, word in enumerate(SHAPES)]           # name, column of verdicts, index
+CHOOSE, REPORT = 5_000, 6_000                                    # first seeds of captions: all held out
+METHODS = ("feature", "random feature", "neuron", "difference of means")
+
+
+def main(*folders, n=40, few=12, scenes=512, steps=4, strengths="4,8,16,32", out="", **unknown):
+    """--n captions are reported, --few others choose layer and strengths; --scenes choose features and neurons."""
+    flux.no_unknown_flags(unknown)
+    model, start = flux.load("nano", dtype=jnp.float32), time.monotonic()
+    strengths = [float(s) for s in strengths.split(",")]
+    chooser, reporter = (Pictures(model, first, count, steps) for first, count in ((CHOOSE, few), (REPORT, n)))
+    found = {}
+    for folder in folders:
+        directions = Directions(model, folder, scenes)
+        found[folder] = directions, *best(chooser, directions, "feature", strengths)
+        say = [f"{100 * x:.0f}" for x in found[folder][2]]
+        print(f"layer {directions.layer}: strength {found[folder][1]:g}; became, stayed, both: colour {say[:3]}, shape "
+              f"{say[3:]}; {time.monotonic() - start:.0f} s", flush=True)
+    directions, chosen, _ = max(found.values(), key=lambda row: row[2][2] + row[2][5])
+    chosen = {"feature": chosen} | {m: best(chooser, directions, m, strengths)[0] for m in METHODS[1:]}
+    print(f"\nlayer {directions.layer}, {n} captions, {steps} steps, jax {jax.__version__}\n\n| along | strength "
+          "| colour becomes it | shape stays | both | shape becomes it | colour stays | both |\n|---|" + "--:|" * 7)
+    for method, strength in chosen.items():
+        cells = [f"{x:.0%}" for x in reporter.score(directions, method, strength)]
+        print(f"| {method} | {strength:g} | {' | '.join(cells)} |", flush=True)
+    print("\n" + "\n".join(f"{name}: feature {f}, AUROC {a:.2f}; neuron {j}, {b:.2f}" for (name, *_), f, a, j, b in zip(
+        TARGETS, directions.features, directions.aurocs, directions.neurons, directions.neuron_aurocs)))
+    if out:
+        picture(reporter, directions, chosen["feature"], out)
+    print(f"\n{time.monotonic() - start:.0f} seconds")
+
+
+def best(pictures, directions, method, strengths):
+    """(strength, its scores) at which most images change and keep the rest, colours and shapes alike."""
+    scores = {s: pictures.score(directions, method, s) for s in strengths}
+    return max(scores.items(), key=lambda item: item[1][2] + item[1][5])
+
+
+class Directions:
+    """Vectors [targets, D] to add for strength 1 along each of METHODS, of one norm for each target: that of the
+    feature's decoder row times its typical activation."""
+
+    def __init__(self, model, folder, n):
+        world = prompts.scenes()
+        drawn = [world.sample(i) for i in range(n)]
+        texts = [world.caption(scene) for scene in drawn]
+        loaded = steer.load(folder, model, prompts=texts[:128])
+        (W_dec,), self.layer = [np.asarray(p["W_dec"]) for p in loaded.params], loaded.place.layer
+        names, labels = dash.scene_attributes(world, drawn)
+        labels = labels[:, [names.index(name) for name, *_ in TARGETS]]
+        features, neurons, means, gate = activations(model, loaded, texts)
+        tell = [dash.auroc(values, labels) for values in (features, neurons)]      # [F, targets], [4 D, targets]
+        self.features, self.neurons = (a.argmax(0) for a in tell)
+        self.aurocs, self.neuron_aurocs = (a.max(0) for a in tell)
+        alive = np.flatnonzero(loaded.fired)
+        random = np.random.default_rng(0).choice(alive, len(TARGETS), replace=False)
+        along = {"feature": W_dec[self.features], "random feature": W_dec[random],
+                 "neuron": gate * output_rows(model, self.layer)[self.neurons],
+                 "difference of means": np.stack([means[on].mean(0) - means[~on].mean(0) for on in labels.T])}
+        norm = loaded.typical[self.features, None] * np.linalg.norm(W_dec[self.features], axis=1, keepdims=True)
+        self.of = {name: norm * v / np.linalg.norm(v, axis=1, keepdims=True) for name, v in along.items()}
+
+
+def activations(model, loaded, texts):
+    """Maxima over image tokens of features [N, F] and of the block's neurons [N, 4 D], mean residuals [N, D], and the
+    MLP's mean gate [D], at pure noise."""
+    cfg, layer = model.cfg, loaded.place.layer
+    double = layer < cfg.num_layers
+    stream, name = ("double.img", "double.img.neurons") if double else ("single.img", "single.neurons")
+    p = model.params["double"]["img"] if double else model.params["single"]
+    place = layer if double else layer - cfg.num_layers
+    rows, ends = [], {k: v for k, v in model.params.items() if k not in ("double", "single")}
+    for i in range(0, len(texts), BATCH):
+        noise = flux.draw_noise(0, steer.HELD_OUT + i + np.arange(BATCH), (64, cfg.in_channels))
+        start = flux.prepare(model, texts[i:i + BATCH], steps=1, size=SIZE, noise=noise)
+        _, caught = flux.catch(model.params, cfg, start.latents, *flux.at(start, 0), grid=start.grid, layer=layer,
+                               names=(stream, name))
+        x, neurons = caught[stream], caught[name][:, -64:]
+        values, indices = sae.encode(loaded.params[0], loaded.cfg, x)
+        top = jnp.zeros((BATCH, loaded.cfg.features)).at[jnp.arange(BATCH)[:, None, None], indices].max(values)
+        mod = flux._begin(ends, cfg, start.latents, *flux.at(start, 0), grid=start.grid)[2]
+        modulation = mod @ p["mod"]["w"][place] + p["mod"]["b"][place]                # its last D are the MLP's gate
+        rows.append([np.asarray(a) for a in (top, neurons.max(1), x.mean(1), modulation[:, -cfg.width:])])
+    features, neurons, means, gates = (np.concatenate(part) for part in zip(*rows))
+    return features, neurons, means, gates.mean(0)
+
+
+def output_rows(model, layer):
+    """What each MLP neuron of a block's image stream writes, before the gate: [4 D, D]."""
+    n = layer - model.cfg.num_layers
+    if n < 0:
+        return np.asarray(model.params["double"]["img"]["fc2"]["w"][layer])
+    return np.asarray(model.params["single"]["out"]["w"][n])[model.cfg.width:]      # attention's rows come first
+
+
+def added(name, x, each, shared):
+    return x + each[:, None].astype(x.dtype)
+
+
+class Pictures:
+    """Captions of one object that state colour and shape, and how the judge sees them steered and unsteered."""
+
+    def __init__(self, model, first, n, steps):
+        world, self.model, self.judge = prompts.scenes(), model, evaluate.load_judge()
+        self.captions, self.said = [], []
+        for scene in (world.sample(i, objects=1) for i in range(first, first + 20 * n)):
+            caption = world.caption(scene)
+            if all(evaluate.stated(caption, scene.solids[0])) and len(self.captions) < n:
+                self.captions.append(caption)
+                self.said.append(evaluate.labels_of(scene))
+        self.start = flux.prepare(model, self.captions, steps=steps, size=SIZE, seed=first)
+        D = model.cfg.width
+        self.plain = self.draw(np.arange(n), np.zeros((n, D)), 0)
+        self.seen = evaluate.verdicts(self.judge, self.plain)    # [n, 2]: shape, colour
+
+    def draw(self, which, vectors, layer):
+        """Images of the captions `which` [m] with vectors [m, D] added to all image tokens of a layer."""
+        name = flux.residual_names(self.model.cfg, layer, "img")
+        images = []
+        for i in range(0, len(which), BATCH):
+            part = np.resize(which[i:i + BATCH], BATCH)          # one shape, one program
+            by = np.resize(vectors[i:i + BATCH], (BATCH, vectors.shape[1]))
+            edit = flux.Edit(layer, name, added, jnp.asarray(by, jnp.float32))
+            text, pooled, _ = self.start.condition
+            start = flux.Start(self.start.latents[part], (text[part], pooled[part], None), self.start.sigmas,
+                               self.start.grid)
+            images.append(flux.decode(self.model, flux.sample(self.model, start, edits=lambda _, edit=edit: [edit]),
+                                      start.grid)[:len(which) - i])
+        return np.concatenate(images)
+
+    def score(self, directions, method, strength):
+        """Shares of images that become the target, whose other attribute stays, and both: of colours, of shapes [6]."""
+        jobs = [(t, i) for t, (_, kind, value) in enumerate(TARGETS) for i in range(len(self.captions))
+                if self.said[i][kind] != value and self.seen[i][kind] != value]
+        targets, which = np.array(jobs).T
+        images = self.draw(which, strength * directions.of[method][targets], directions.layer)
+        now, kind = evaluate.verdicts(self.judge, images), np.array([TARGETS[t][1] for t in targets])
+        here = np.arange(len(now))
+        became = now[here, kind] == np.array([TARGETS[t][2] for t in targets])
+        stayed = now[here, 1 - kind] == self.seen[which, 1 - kind]
+        return [float(x[kind == k].mean()) for k in (1, 0) for x in (became, stayed, became & stayed)]
+
+
+def picture(pictures, directions, strength, out, columns=(0, 0.5, 1, 2)):
+    """A row for each target, of the caption that is its turn; a column for each share of the chosen strength."""
+    rows, titles = [], []
+    for t, (name, kind, value) in enumerate(TARGETS):
+        turn = [i for i in range(len(pictures.captions)) if pictures.said[i][kind] != value]
+        i = turn[t % len(turn)]
+        vectors = strength * np.array(columns)[:, None] * directions.of["feature"][t]
+        rows.append(pictures.draw(np.full(len(columns), i), vectors, directions.layer))
+        titles.append(f"{pictures.captions[i]} + {name}")
+    heads = ["unsteered", *(f"+{strength * c:g}" for c in columns[1:])]
+    whole = np.stack(rows, 1)
+    halves = [np.asarray(steer.sheet(whole[:, part], heads, titles[part], "")) for part in (slice(0, 6), slice(6, 12))]
+    Image.fromarray(np.concatenate(halves, 1)).save(out, quality=88)
+
+
+if __name__ == "__main__":
+    flux.command(main)
