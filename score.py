@@ -448,7 +448,7 @@ def ablate(found, features, batch=16):
     return np.concatenate([*out, np.zeros(0)])[:len(features)]
 
 
-def ablate_tokens(found, model, batch=16, text_tokens=None):
+def ablate_tokens(found, model, batch=16):
     """By how much the target falls if the T5 state of one text token becomes the empty prompt's, [T]."""
     text = found.run.start.condition[0]
     nothing, T = flux.encode_text(model, [""], text.shape[1])[0][0], text.shape[1]
@@ -487,7 +487,8 @@ def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, prompts="", prom
         loaded, target = load(checkpoint, about, quant)
         report(checkpoint, file, loaded, target, about, texts, given, levels, steps, seed, batch)
         return
-    flux.check_whole({"attribute": attribute + 1 if isinstance(attribute, int) else attribute})
+    if type(attribute) is not int or not 0 <= attribute < about["features"]:
+        raise ValueError(f"--attribute {attribute}: the SAE has features 0 to {about['features'] - 1}")
     earlier = described(upstream, about["model"], None, "") if upstream else None
     if earlier and earlier["layer"] >= about["layer"]:
         raise ValueError(f"--from {upstream} is an SAE of layer {earlier['layer']}: attribution needs one before layer "
@@ -519,7 +520,7 @@ def described(checkpoint, model="", layer=None, site=""):
     if about["cfg"].width != cfg.d_in:
         raise ValueError(f"the SAE in {checkpoint} is for width {cfg.d_in}, but {about['model']} has width "
                          f"{about['cfg'].width}")
-    about["run"] = about.get("run") or {}
+    about["run"], about["features"] = about.get("run") or {}, cfg.features
     return about
 
 

@@ -241,7 +241,7 @@ def others(fit, ckpts, layer):
     mean, axes = x.mean(0), np.linalg.eigh(np.cov(x, rowvar=False))[1]
     rng = np.random.default_rng(0)
     rivals = {"PCA": along(axes, mean), "random directions": along(rng.standard_normal((len(mean), 2048)), mean)}
-    if ckpts:
+    if ckpts and (Path(ckpts) / f"layer{layer}").is_dir():
         rivals["SAE of pure noise"] = codes(*sae.load(Path(ckpts) / f"layer{layer}"))
     return rivals
 
@@ -294,7 +294,7 @@ def plot(found, file):
                           + "</svg>\n", encoding="utf-8")
 
 
-def main(results, plot_to="", layers=(0, 2, 4, 6, 8, 11), n=800, images=2400, steps=150, level=0.5, ckpts="", shown=6,
+def main(results, plot_to="", layers=(0, 3, 5, 8, 11), n=600, images=2000, steps=120, level=0.5, ckpts="", shown=5,
          **unknown):
     plot_to = unknown.pop("plot", plot_to)
     flux.no_unknown_flags(unknown)

@@ -18,6 +18,14 @@ import train
 PROMPTS = ["a red cube", "a small blue sphere, lit from the left", "two solids: a green cone and a white cube"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Compiling takes far longer than running here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def model(nano):
     return flux.load(nano, dtype=jnp.float32)
@@ -253,28 +261,24 @@ def save(folder, layer=3, site="img", width=128, **about):
     return folder
 
 
-def test_the_command_line(tmp_path, capsys):
+def test_the_command_line(model, tmp_path, capsys):
     folder = save(tmp_path / "ckpt")
-    score.main(folder, n=3, levels=2, steps=1)
+    score.main(folder, n=2, levels=1, steps=1)
     found = json.loads((folder / "eval.json").read_text())
     out = capsys.readouterr().out
-    assert "3 images, renders of held-out scenes" in out and f"scores: {folder / 'eval.json'}" in out
+    assert "2 images, renders of held-out scenes" in out and f"scores: {folder / 'eval.json'}" in out
     assert sorted(p.name for p in folder.iterdir()) == ["cfg.json", "eval.json", "sae_weights.safetensors"]
-    assert found["kind"] == "fae score" and found["model"] == "nano" and found["images"] == 3
+    assert found["kind"] == "fae score" and found["model"] == "nano" and found["images"] == 2
     params, _ = sae.load_groups(folder)
     assert found["weights"] == dash.digest(params)
     assert dash.read_scores(folder / "eval.json", dash.digest(params)) == found
     assert dash.read_scores(folder / "eval.json", "other weights") is None
     (folder / sae.STATE).touch()
     train.check_out(folder, False, True)                         # --overwrite knows the file
-    score.main(folder, attribute=liveliest_of(out, folder), prompt="a red cube", **{"from": save(tmp_path / "a", 1)})
+    feature = liveliest(model, score.subject(model, folder), "a red cube")
+    score.main(folder, attribute=feature, prompt="a red cube", **{"from": save(tmp_path / "a", 1)})
     out = capsys.readouterr().out
     assert "feature of layer 1" in out and "▁cube" in out and "CLIP (pooled)" in out
-
-
-def liveliest_of(out, folder):
-    model = flux.load("nano", dtype=jnp.float32)
-    return liveliest(model, score.subject(model, folder), "a red cube")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -301,8 +305,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     ({}, {"images": "nowhere"}, "--images nowhere: there is no folder"),
     ({}, {"prompts": "nowhere.txt"}, "no prompt file 'nowhere.txt'"),
     ({}, {"attribute": 3}, "--attribute needs a prompt"),
-    ({}, {"attribute": 48, "prompt": "a cube"}, "feature 48: the SAE has features 0 to 47"),
-    ({}, {"attribute": -1, "prompt": "a cube"}, "feature -1"),
+    ({}, {"attribute": 48, "prompt": "a cube"}, "--attribute 48: the SAE has features 0 to 47"),
+    ({}, {"attribute": -1, "prompt": "a cube"}, "--attribute -1: the SAE has"),
     ({}, {"attribute": "x", "prompt": "a cube"}, "--attribute x"),
     ({}, {"attribute": 1, "prompt": "a cube", "from": "CKPT"}, "needs one before layer 3"),
     ({}, {"from": "CKPT"}, "--attribute needs a prompt"),
