@@ -606,7 +606,8 @@ def collect_from(checkpoint, loader, params, cfg, folder, source, field, n, step
     steps = steps or (28 if loaded.cfg.guidance_embeds else 4)
     info = {"model": str(name), "source": source,
             "checkpoint": json.loads((Path(checkpoint) / "cfg.json").read_text(encoding="utf-8")),
-            "metrics": read_metrics(Path(checkpoint) / "metrics.jsonl"), "versions": {"jax": jax.__version__}}
+            "metrics": read_metrics(Path(checkpoint) / "metrics.jsonl"), "versions": {"jax": jax.__version__},
+            "scores": read_scores(Path(checkpoint) / "eval.json", digest(params))}
     with tqdm(total=len(texts), unit="prompt", desc="collecting", dynamic_ncols=True) as bar:
         return collect(loaded, params, cfg, texts, folder, layer=about["layer"], site=about["site"], steps=steps,
                        timesteps=run.get("timesteps", 1), size=run.get("size") or None,
@@ -653,6 +654,15 @@ def read_metrics(path):
     """The lines of metrics.jsonl; [] without the file, and without what is torn or damaged."""
     lines = map(sae.logged, path.read_bytes().splitlines() if path.is_file() else ())
     return [line for line in lines if line and all(isinstance(value, (int, float)) for value in line.values())]
+
+
+def read_scores(path, weights):
+    """What score.py wrote of the SAE with these weights (their `digest`), or None."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if found["kind"] == "fae score" and found["weights"] == weights else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None                                              # none there, damaged, or another tool's
 
 
 if __name__ == "__main__":

@@ -393,12 +393,63 @@ found = dash.load("dash/collect")"""
     body = f"""{header(found, "")}
 <main id="main"><h1>The run</h1>
 {curves(info.get("metrics", []))}
+{scores_section(info.get("scores"))}
 <section><h2>Configuration</h2><div class="scroll" tabindex="0" role="region" aria-label="Configuration">
 <table class="facts"><tbody>{table}</tbody></table></div></section>
 <section><h2>What the numbers mean</h2><dl class="terms">{terms}</dl></section>
 <section><h2>Load the SAE</h2><pre tabindex="0">{text(code)}</pre></section>
 </main>"""
     return page(found, "The run", body, kind="run")
+
+
+def scores_section(scores):
+    """What score.py measured, as a table by noise level; nothing where it did not, or in a way not known here."""
+    columns = {"t": "Noise level", "clean": "Model", "spliced": "Spliced", "zero": "Zero", "mean": "Mean",
+               "recovered_zero": "Recovered (zero)", "recovered_mean": "Recovered (mean)"}
+    try:
+        rows = [*scores["per_timestep"], {"t": "all"} | scores["loss"], {"t": "trained"} | scores["loss_where_trained"]]
+        cells = [[score_cell(row[name]) + "*" * (name == "t" and row.get("trained", False)) for name in columns]
+                 for row in rows]
+        image, stats = scores["image"], scores["sae"]
+        facts = [("Loss recovered", score_cell(scores["loss"]["recovered_zero"])),
+                 ("… where trained", score_cell(scores["loss_where_trained"]["recovered_zero"])),
+                 ("FVU, raw", score_cell(stats["fvu"])), ("FVU, standardized", score_cell(stats["fvu_standardized"])),
+                 ("L0", score_cell(stats["l0"])), ("Dead", f"{stats['dead']:.1%}"),
+                 *((f"Image RMSE, {name}", score_cell(image[name]["rmse"])) for name in ("spliced", "zero", "mean")),
+                 ("Decoder norm", score_cell(scores["decoder_norm"]["median"])),
+                 ("Encoder·decoder", score_cell(scores["encoder_decoder_cosine"]["median"]))]
+        origin, shown = text(f"{scores['images']} images, {scores['data']}"), density_bars(stats["density"])
+        steps = text(image["steps"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ""
+    head = "".join(f'<th scope="col">{title}</th>' for title in columns.values())
+    body = "".join(f"<tr><th scope='row'>{first}</th>{''.join(f'<td>{c}</td>' for c in rest)}</tr>"
+                   for first, *rest in cells)
+    return f"""<section aria-labelledby="scores"><h2 id="scores">What the SAE leaves out</h2>
+{figures(facts)}
+<p class="hint">Flow-matching loss of the model, with the SAE's reconstruction spliced in, and with zeros or the mean in
+the residual's place ({origin}). Recovered: (ablated − spliced) ÷ (ablated − model). * noise levels of training.
+Image RMSE: of pixels in levels of 255, images drawn so in {steps} steps against the model's own.</p>
+<div class="scroll" tabindex="0" role="region" aria-label="Loss by noise level"><table class="truth">
+<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+{shown}</section>"""
+
+
+def score_cell(value):
+    return "–" if value is None else number(value, 3) if isinstance(value, (int, float)) else text(value)
+
+
+def density_bars(density):
+    """Features by the power of ten of the share of tokens on which they fire."""
+    starts, counts = [float(x) for x in density["log10_from"]], [int(n) for n in density["features"]]
+    width, most = 300 / len(counts), max(*counts, 1)
+    bars = "".join(f'<rect x="{i * width:.2f}" y="{100 - 96 * n / most:.2f}" width="{width - 1:.2f}" '
+                   f'height="{96 * n / most:.2f}"><title>density from 1e{start:g}: {n:,} features</title></rect>'
+                   for i, (start, n) in enumerate(zip(starts, counts)))
+    return (f'<figure><svg class="histogram" viewBox="0 0 300 116" role="img" aria-label="Histogram of the density of '
+            f'{sum(counts):,} features">{bars}<text x="0" y="113">1e{starts[0]:g}</text>'
+            f'<text x="300" y="113" text-anchor="end">1</text></svg><figcaption>Features by density (log); '
+            f'{int(density["never"]):,} never fired</figcaption></figure>')
 
 
 def flat(values, prefix=""):

@@ -407,7 +407,7 @@ def preemption():
 
 def check_out(out, resume, overwrite):
     """Refuse, before any work, to touch a folder that is not meant."""
-    known = {sae.CONFIG, sae.WEIGHTS, sae.STATE, "metrics.jsonl"}
+    known = {sae.CONFIG, sae.WEIGHTS, sae.STATE, "metrics.jsonl", "eval.json"}      # the last is score.py's
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if resume:

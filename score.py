@@ -1,0 +1,667 @@
+"""Measure what an SAE leaves out: splice its reconstruction into the forward pass, and see what that costs the model.
+
+    python score.py ckpt/                                  # → ckpt/eval.json, which dash.py shows
+    python score.py sae/ --model schnell --layer 18 --site img --out eval.json      # an SAE that does not say where
+    python score.py ckptB/ --attribute 123 --prompt "a red cube" --from ckptA/      # what makes feature 123 fire
+
+Copy it with `flux.py`, `sae.py`, `shard.py`, `quant.py`, `prompts.py` and what these import. From Python:
+
+    subject = score.subject(model, "ckpt")
+    found = score.score(model, subject, score.dataset(model, captions, images))     # the contents of eval.json
+
+The loss is that of flow matching, |v - (noise - x0)|² per channel, where the model sees (1 - t) x0 + t noise at a noise
+level t. "Zero" and "mean" put zeros, or the mean residual of the stream at that level, in the place of the residual:
+what is lost if the layer said nothing. *Loss recovered* is (ablated - spliced) / (ablated - clean), as language models'
+SAEs report it: 1 is no loss at all, 0 as bad as nothing. "Change" compares velocities with the clean model's own, and
+needs no true image.
+
+B batch, N images or tokens, L noise levels, D model width, F features. A "variant" is clean, spliced, zero or mean.
+"""
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import flux
+import prompts as prompt_sources
+import sae
+import shard
+import vae
+
+HELD_OUT = 1_750_000_000                                         # number of the first noise: no training step sees it
+VARIANTS = ("clean", "spliced", "zero", "mean")
+FILE, KIND = "eval.json", "fae score"
+EVALUATED = 65536                                                # tokens for FVU and what goes with it
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """An SAE, and where it belongs: `params` of each group of tokens (see `sae.load_groups`)."""
+    params: list
+    cfg: sae.Config
+    layer: int
+    site: str
+    names: tuple[str, ...]                                       # of the streams that it reads, as blocks sow them
+    trained: np.ndarray                                          # noise levels that it was trained at
+
+    def at(self, level):
+        """{name of the stream: parameters} at a noise level: those of the nearest level of training."""
+        if len(self.params) == 1:
+            return dict.fromkeys(self.names, self.params[0])
+        first = int(np.abs(self.trained - level).argmin()) * len(self.names)
+        return dict(zip(self.names, self.params[first:]))
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What is noised: packed latents x0 [N, I, C] with their captions. origin: in words, for the report."""
+    prompts: list[str]
+    latents: np.ndarray
+    grid: tuple[int, int]
+    origin: str
+
+
+# ---------------------------------------------------------------- what takes the residual's place
+
+
+@lru_cache
+def splicing(cfg):
+    """`flux.Edit`'s function that puts the reconstruction by the SAE shared[name] in the residual's place."""
+    return lambda name, value, each, shared: sae.splice(shared[name], cfg, value)
+
+
+def constant(name, value, each, shared):
+    """`flux.Edit`'s function that puts shared[name] [D] in the place of every token."""
+    return jnp.broadcast_to(shared[name].astype(value.dtype), value.shape)
+
+
+def shift(name, value, each, shared):
+    """`flux.Edit`'s function that adds each[name] [B, N, D]."""
+    return value + each[name].astype(value.dtype)
+
+
+def edits(subject, variant, level, means=None):
+    """The `flux.Edit`s of a variant at a noise level. means: {name: [D]} at that level, for "mean"."""
+    if variant == "clean":
+        return ()
+    if variant == "spliced":
+        return flux.Edit(subject.layer, subject.names, splicing(subject.cfg), shared=subject.at(level)),
+    if variant == "zero":
+        means = dict.fromkeys(subject.names, jnp.zeros(subject.cfg.d_in))
+    return flux.Edit(subject.layer, subject.names, constant, shared=means),
+
+
+# ---------------------------------------------------------------- the measures
+
+
+def score(model, subject, data, *, levels=8, steps=4, seed=0, batch=16, text_tokens=None, progress=None):
+    """All measures of an SAE, as JSON can hold them (None: undefined). Raises ValueError for values not finite.
+
+    levels: noise levels of the loss, those of sampling in as many steps. steps: in which images are drawn. progress:
+    called with the name of the measure and the share done.
+    """
+    tell = progress or (lambda name, share: None)
+    starts = list(prepared(model, data, levels, seed, batch, text_tokens))
+    sigmas = starts[0][1].sigmas[:-1]
+    loss, change = losses(model, subject, data, starts, partial(tell, "loss"))
+    trained = np.isin(np.arange(len(sigmas)), np.abs(subject.trained[:, None] - sigmas).argmin(1))
+    rows = [{"t": float(t), "trained": bool(there)} | summary(loss[:, i], change[:, i])
+            for i, (t, there) in enumerate(zip(sigmas, trained))]
+    drawn = flux.sigmas(model.scheduler, steps, data.latents.shape[1])
+    starts = [(rows, replace(start, sigmas=drawn)) for rows, start in starts]
+    return {
+        "kind": KIND, "layer": subject.layer, "site": subject.site, "images": len(data.prompts), "data": data.origin,
+        "seed": seed, "first_noise": HELD_OUT, "weights": digest(subject.params), "versions": {"jax": jax.__version__},
+        "loss": summary(loss, change), "loss_where_trained": summary(loss[:, trained], change[:, trained]),
+        "per_timestep": rows, "image": {"steps": steps} | distances(model, subject, starts, partial(tell, "images")),
+        "sae": statistics(model, subject, starts, partial(tell, "statistics")), **weights(subject.params)}
+
+
+def prepared(model, data, steps, seed, batch, text_tokens=None):
+    """(rows of `data`, `flux.Start` from their noise) by batches of one size: the last repeats its last image."""
+    levels = flux.sigmas(model.scheduler, steps, data.latents.shape[1])
+    for first in range(0, len(data.prompts), batch):
+        rows = np.arange(first, min(first + batch, len(data.prompts)))
+        full = np.minimum(np.arange(first, first + batch), len(data.prompts) - 1)
+        yield rows, beginning(model, [data.prompts[i] for i in full], full, levels, data.grid, seed, text_tokens)
+
+
+def beginning(model, prompts, numbers, levels, grid, seed, text_tokens=None, first=HELD_OUT):
+    """The `flux.Start` of images `numbers`, which have noise of their own."""
+    text, pooled = flux.encode_text(model, prompts, text_tokens)
+    guidance = jnp.full(len(prompts), 3.5) if model.cfg.guidance_embeds else None
+    noise = flux.draw_noise(seed, first + np.asarray(numbers), (grid[0] * grid[1], model.cfg.in_channels))
+    return flux.Start(noise, (text, pooled, guidance), levels, grid)
+
+
+def losses(model, subject, data, starts, progress):
+    """Flow-matching loss, and squared change of the velocity, [variants, L, N] each."""
+    sigmas, n = starts[0][1].sigmas[:-1], len(data.prompts)
+    loss, change = np.zeros((2, len(VARIANTS), len(sigmas), n))
+    sums, clean = [dict.fromkeys(subject.names, 0.0) for _ in sigmas], {}
+    for variants in (("clean", "spliced", "zero"), ("mean",)):
+        means = [{name: total / n for name, total in of.items()} for of in sums]
+        for b, (rows, start) in enumerate(starts):
+            x0 = jnp.asarray(data.latents[np.resize(rows, len(start.latents))])
+            for i, level in enumerate(sigmas):
+                z = _noised(x0, start.latents, level)
+                for variant in variants:
+                    run = partial(flux.catch, names=subject.names, layer=subject.layer) if variant == "clean" else \
+                        partial(flux.velocity, edits=edits(subject, variant, level, means[i]))
+                    v = run(model.params, model.cfg, z, *flux.at(start, i), grid=start.grid, walk=model.walk)
+                    if variant == "clean":
+                        v, found = v
+                        clean[b, i] = np.asarray(v, np.float32)
+                        for name, x in found.items():
+                            sums[i][name] += jnp.sum(x[:len(rows)].astype(jnp.float32).mean(1), 0)
+                    at = VARIANTS.index(variant), i, rows
+                    loss[at], change[at] = (np.asarray(e)[:len(rows)]
+                                            for e in _errors(v, x0, start.latents, clean[b, i]))
+            progress((b + 1 + len(starts) * (variants == ("mean",))) / len(starts) / 2)
+    if not np.isfinite(loss).all():
+        bad = VARIANTS[int(np.argmin(np.isfinite(loss).all((1, 2))))]
+        raise ValueError(f"the loss is NaN or Inf: {bad}, layer {subject.layer}")
+    return loss, change
+
+
+@jax.jit
+def _noised(x0, noise, level):
+    return (1 - level) * x0 + level * noise
+
+
+@jax.jit
+def _errors(v, x0, noise, clean):
+    """Mean squares [B] over tokens and channels: of v against the flow's target, and against the clean model's."""
+    v = v.astype(jnp.float32)
+    return jnp.mean((v - (noise - x0)) ** 2, (1, 2)), jnp.mean((v - clean) ** 2, (1, 2))
+
+
+def summary(loss, change):
+    """Means of [variants, ...] as a dict, with what is recovered of zero- and mean-ablation."""
+    loss = dict(zip(VARIANTS, loss.reshape(len(VARIANTS), -1).mean(1).tolist()))
+    change = dict(zip(VARIANTS, change.reshape(len(VARIANTS), -1).mean(1).tolist()))
+    return loss | {f"recovered_{a}": recovered(loss["clean"], loss["spliced"], loss[a]) for a in VARIANTS[2:]} | {
+        "change": {name: change[name] for name in VARIANTS[1:]}}
+
+
+def recovered(clean, spliced, ablated):
+    """(ablated - spliced) / (ablated - clean); None where ablation does not harm."""
+    return (ablated - spliced) / (ablated - clean) if ablated - clean > 1e-6 * abs(clean) else None
+
+
+def distances(model, subject, starts, progress):
+    """Of images drawn with a variant in all steps, against the clean ones of the same noise: {variant: {"rmse": root
+    mean square over pixels in levels of 255, the mean over images; "psnr": dB, of the mean square over all images}}."""
+    steps, n = len(starts[0][1].sigmas) - 1, sum(len(rows) for rows, _ in starts)
+    sums, squares, clean = [dict.fromkeys(subject.names, 0.0) for _ in range(steps)], {}, []
+    for rows, start in starts:
+        acts = flux.capture(model, start, layer=subject.layer, site=subject.site)
+        for i, name, x in streams(subject, acts[:, :len(rows)], start):
+            sums[i][name] += jnp.sum(x.astype(jnp.float32).mean(1), 0)
+        clean.append(flux.decode(model, flux.sample(model, start), start.grid)[:len(rows)])
+    means = [{name: total / n for name, total in of.items()} for of in sums]
+    for b, ((rows, start), images) in enumerate(zip(starts, clean)):
+        for variant in VARIANTS[1:]:
+            ends = flux.sample(model, start, edits=lambda i: edits(subject, variant, start.sigmas[i], means[i]))
+            drawn = flux.decode(model, ends, start.grid)[:len(rows)].astype(np.float32)
+            squares.setdefault(variant, []).append(((drawn - images) ** 2).mean((1, 2, 3)))
+        progress((b + 1) / len(starts))
+    squares = {variant: np.concatenate(parts) for variant, parts in squares.items()}
+    return {variant: {"rmse": float(np.sqrt(square).mean()), "psnr": decibels(square.mean())}
+            for variant, square in squares.items()}
+
+
+def decibels(square):
+    """PSNR of a mean square over uint8 pixels; None where images are the same."""
+    return float(10 * np.log10(255 ** 2 / square)) if square > 0 else None
+
+
+def streams(subject, acts, start):
+    """(step, name, [B, tokens, D]) of what `flux.capture` gave, [steps, B, N, D]."""
+    for _, t, part in flux.token_groups(subject.site, len(acts), start.condition[0].shape[1]):
+        name = subject.names[0 if len(subject.names) == 1 or part.start is None or part.start == 0 else 1]
+        yield t, name, acts[t, :, part]
+
+
+def statistics(model, subject, starts, progress):
+    """`sae.evaluate` on the activations of the kind that it was trained on: from noise, at its own noise levels. Means
+    over groups by their tokens; "density": share of tokens at which each feature fires, as a histogram."""
+    rows, tokens = {}, 0
+    levels = np.append(subject.trained, 0).astype(np.float32)
+    for b, (real, start) in enumerate(starts):
+        acts = flux.capture(model, replace(start, sigmas=levels), layer=subject.layer, site=subject.site)
+        for t, name, x in streams(subject, acts[:, :len(real)], start):
+            rows.setdefault((t, name), []).append(np.asarray(x, np.float32).reshape(-1, subject.cfg.d_in))
+        tokens += len(real) * acts.shape[2] * len(acts)
+        progress((b + 1) / len(starts))
+        if tokens >= EVALUATED:
+            break
+    each = [sae.evaluate(subject.at(subject.trained[t])[name], subject.cfg, np.concatenate(x))
+            for (t, name), x in rows.items()]
+    share = np.array([one.tokens for one in each]) / sum(one.tokens for one in each)
+    density = sum(w * one.density for w, one in zip(share, each))
+    names = ("fvu", "fvu_standardized", "l0", "cosine", "variance_explained")
+    return {name: float(sum(w * getattr(one, name) for w, one in zip(share, each))) for name in names} | {
+        "tokens": int(sum(one.tokens for one in each)), "dead": float((density == 0).mean()),
+        "density": histogram(density)}
+
+
+def histogram(density):
+    """Features by the power of ten of their density, in half decades from 1e-6 on; "never": those without any."""
+    edges = np.arange(-6, 0.5, 0.5)
+    counts, _ = np.histogram(np.log10(density[density > 0]).clip(-6, 0), edges)
+    return {"never": int((density == 0).sum()), "log10_from": edges[:-1].tolist(), "features": counts.tolist()}
+
+
+def weights(params):
+    """Quantiles of decoder rows' norms, and of the cosines between each feature's encoder column and decoder row, in
+    the space of the file: raw residuals. (Normalization scales the two against each other there.)"""
+    enc, dec = (np.concatenate([np.asarray(part, np.float64) for part in parts])
+                for parts in zip(*((p["W_enc"].T, p["W_dec"]) for p in params)))
+    norms = np.linalg.norm(dec, axis=1)
+    cosine = (enc * dec).sum(1) / np.maximum(np.linalg.norm(enc, axis=1) * norms, 1e-30)
+    marks = {"least": 0, "p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "most": 100}
+    return {name: {mark: float(np.percentile(x, p)) for mark, p in marks.items()}
+            for name, x in (("decoder_norm", norms), ("encoder_decoder_cosine", cosine))}
+
+
+def digest(params):
+    """One hash of all weights, by which dash.py knows whose scores these are."""
+    total = hashlib.sha256()
+    for p in params:
+        for name in sorted(p):
+            total.update(np.ascontiguousarray(p[name]).data)
+    return total.hexdigest()
+
+
+# ---------------------------------------------------------------- true images
+
+
+def dataset(model, prompts, images=None, *, size=None, steps=4, seed=0, batch=16, text_tokens=None,
+            origin="images that were given"):
+    """`Data` from images uint8 [N, H, W, 3], encoded by the VAE. Without any, the model's own samples in `steps` steps
+    of sampling stand in for true ones, from other noise than the loss's."""
+    size = size or min(256, model.size)
+    grid, out = flux.token_grid(model, size), []
+    for first in range(0, len(prompts), batch):
+        rows = np.minimum(np.arange(first, first + batch), len(prompts) - 1)
+        if images is None:
+            levels = flux.sigmas(model.scheduler, steps, grid[0] * grid[1])
+            start = beginning(model, [prompts[i] for i in rows], rows, levels, grid, seed, text_tokens,
+                              HELD_OUT + len(prompts))
+            part = flux.sample(model, start)
+        else:
+            part = _encoded(model.vae[1], model.vae[0], np.stack([images[i] for i in rows]))
+        out.append(np.asarray(part, np.float32))
+    origin = f"the model's own samples in {steps} steps" if images is None else origin
+    return Data(list(prompts), np.concatenate(out)[:len(prompts)], grid, origin)
+
+
+@partial(jax.jit, static_argnums=1)
+def _encoded(params, cfg, images):
+    return flux.pack(vae.encode(params, cfg, images.astype(jnp.float32) / 127.5 - 1))
+
+
+def folder_of_images(folder, n, size):
+    """(captions, images uint8 [N, H, W, 3]) of a folder: name.txt beside each name.png (or .jpg, .webp). Cut to the
+    middle, and scaled."""
+    from PIL import Image, ImageOps
+    files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))[:n]
+    if not files:
+        raise ValueError(f"--images {folder}: there is no folder with .png, .jpg or .webp files")
+    if missing := [f for f in files if not f.with_suffix(".txt").is_file()]:
+        raise ValueError(f"--images {folder}: {missing[0].name} has no caption {missing[0].with_suffix('.txt').name}")
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    read = [np.asarray(ImageOps.fit(Image.open(f).convert("RGB"), (width, height))) for f in files]
+    return [f.with_suffix(".txt").read_text(encoding="utf-8").strip() for f in files], np.stack(read)
+
+
+# ---------------------------------------------------------------- attribution
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Why a feature fires: gradient × value of what it was made from, in one forward pass at pure noise.
+
+    The target is the sum of the feature's pre-activations over the tokens on which it fires, those held fixed. An
+    earlier residual is split into what each active feature f of its SAE writes there, v_f W_dec[f], and an error that
+    stays as it is; f's attribution is the target's gradient along W_dec[f], times v_f, summed over tokens. A text
+    token's is the gradient by its T5 state times what sets that apart from the empty prompt's state in its place;
+    likewise the pooled vector of CLIP.
+    """
+    target: float
+    where: np.ndarray                                            # [N] bool: tokens on which the feature fires
+    features: np.ndarray                                         # [n] earlier features that fire, by |attribution|
+    values: np.ndarray                                           # [n]: of each, attribution
+    tokens: np.ndarray                                           # [T]
+    pooled: float
+    run: "Forward"
+    codes: dict                                                  # {name: (values, indices) [N, width]} of the source
+
+
+class Forward:
+    """A prompt's pass from the residual that `source` (or nothing: None) reads to a feature of `target`."""
+
+    def __init__(self, model, target, source, feature, start, where=None):
+        if not 0 <= feature < target.cfg.features:
+            raise ValueError(f"feature {feature}: the SAE has features 0 to {target.cfg.features - 1}")
+        if source and source.layer >= target.layer:
+            raise ValueError(f"attribution goes from an earlier layer to a later one, not from layer {source.layer} to "
+                             f"layer {target.layer}")
+        self.model, self.target, self.source, self.start, self.feature = model, target, source, start, feature
+        saes, tokens = target.at(1.0), self.residual(target)
+        self.w = jnp.concatenate([jnp.tile(saes[name]["W_enc"][:, feature], (x.shape[1], 1))
+                                  for name, x in tokens.items()])
+        self.b = jnp.concatenate([jnp.full(x.shape[1], saes[name]["b_enc"][feature]) for name, x in tokens.items()])
+        self.where = self.fires(tokens)[0] > 0
+        if not self.where.any():
+            raise ValueError(f"feature {feature} does not fire for this prompt and noise: nothing to explain")
+
+    def residual(self, subject):
+        """{name: [1, tokens, D]} of the unchanged pass."""
+        text, pooled, level, guidance = flux.at(self.start, 0)
+        x = flux.residual(self.model.params, self.model.cfg, self.start.latents, text, pooled, level, guidance,
+                          grid=self.start.grid, layer=subject.layer, site=subject.site, walk=self.model.walk)
+        return {name: part for _, name, part in streams(subject, x[None], self.start)}
+
+    def fires(self, tokens):
+        """The feature's values [B, N], from {name: residual}."""
+        out = []
+        for name, x in tokens.items():
+            values, indices = sae.encode(self.target.at(1.0)[name], self.target.cfg, x.astype(jnp.float32))
+            out.append(np.asarray(jnp.sum(jnp.where(indices == self.feature, values, 0), -1)))
+        return np.concatenate(out, 1)
+
+    def read(self, shifts, text=None, pooled=None, gradient=False):
+        """The target [B] after `shifts` {name: [B, N, D]} of the source, or other conditions; or its gradients."""
+        t, p, level, guidance = flux.at(self.start, 0)
+        t, p = t if text is None else text, p if pooled is None else pooled
+        B = max(len(t), *(len(x) for x in shifts.values())) if shifts else len(t)
+        full = lambda x: x if x is None or len(x) == B else jnp.repeat(x, B, 0)
+        source = (self.source.layer, self.source.names) if shifts else None
+        args = (self.model.params, self.model.cfg, full(self.start.latents), shifts, full(t), full(p), full(level),
+                full(guidance), self.w, self.b, jnp.asarray(self.where, jnp.float32))
+        return (_gradient if gradient else _read)(*args, grid=self.start.grid, source=source, walk=self.model.walk,
+                                                  target=(self.target.layer, self.target.site))
+
+
+@partial(jax.jit, static_argnames=("cfg", "grid", "source", "target", "walk"))
+def _read(params, cfg, latents, shifts, text, pooled, level, guidance, w, b, where, *, grid, source, target, walk):
+    changed = (flux.Edit(*source, shift, each=shifts),) if source else ()
+    x = flux.residual(params, cfg, latents, text, pooled, level, guidance, grid=grid, layer=target[0], site=target[1],
+                      walk=walk, edits=changed)
+    at = jnp.einsum("bnd,nd->bn", x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST) + b
+    return jnp.sum(jnp.where(where > 0, at, 0), 1)
+
+
+@partial(jax.jit, static_argnames=("cfg", "grid", "source", "target", "walk"))
+def _gradient(params, cfg, latents, shifts, text, pooled, *args, **options):
+    """Gradients of the target, summed over the batch, by shifts, text and pooled."""
+    def total(shifts, text, pooled):
+        return jnp.sum(_read(params, cfg, latents, shifts, text, pooled, *args, **options))
+    return jax.grad(total, argnums=(0, 1, 2))(shifts, text, pooled)
+
+
+def attribute(model, target, feature, prompt, source=None, *, seed=0, number=0, size=None, text_tokens=None):
+    """The `Attribution` of `feature` of the `Subject` target, to features of an earlier one (or none) and to the
+    prompt. Raises ValueError for a feature that does not fire."""
+    grid = flux.token_grid(model, size or min(256, model.size))
+    levels = np.array([1, 0], np.float32)
+    start = beginning(model, [prompt], [number], levels, grid, seed, text_tokens)
+    run = Forward(model, target, source, feature, start)
+    found = run.residual(source) if source else {}
+    shifts = {name: jnp.zeros(x.shape, jnp.float32) for name, x in found.items()}
+    slopes, by_text, by_pooled = run.read(shifts, gradient=True)
+    codes, total = {}, np.zeros(source.cfg.features if source else 0)
+    for name, x in found.items():
+        p = source.at(1.0)[name]
+        values, indices = (np.asarray(a[0]) for a in sae.encode(p, source.cfg, x.astype(jnp.float32)))
+        along = np.einsum("nd,nkd->nk", np.asarray(slopes[name][0]), np.asarray(p["W_dec"])[indices])
+        np.add.at(total, indices, along * values)
+        codes[name] = values, indices
+    alive = np.unique(np.concatenate([i[v > 0] for v, i in codes.values()])) if codes else np.zeros(0, int)
+    order = alive[np.argsort(-np.abs(total[alive]), kind="stable")]
+    text, pooled = (x.astype(jnp.float32) for x in start.condition[:2])
+    nothing = [x.astype(jnp.float32) for x in flux.encode_text(model, [""], text_tokens)]
+    return Attribution(float(run.read({})[0]), run.where, order, total[order],
+                       np.asarray(jnp.sum(by_text * (text - nothing[0]), -1)[0]),
+                       float(jnp.sum(by_pooled * (pooled - nothing[1]))), run, codes)
+
+
+def ablate(found, features, batch=16):
+    """By how much the target falls if one of the earlier `features` is set to 0 at all tokens, [n]."""
+    run, out = found.run, []
+    for first in range(0, len(features), batch):
+        some = np.resize(features[first:first + batch], batch)
+        shifts = {}
+        for name, (values, indices) in found.codes.items():
+            v = np.stack([np.where(indices == f, values, 0).sum(-1) for f in some])
+            shifts[name] = -jnp.asarray(v)[..., None] * run.source.at(1.0)[name]["W_dec"][some][:, None]
+        out.append(found.target - np.asarray(run.read(shifts)))
+    return np.concatenate([*out, np.zeros(0)])[:len(features)]
+
+
+def ablate_tokens(found, model, batch=16):
+    """By how much the target falls if the T5 state of one text token becomes the empty prompt's, [T]."""
+    text = found.run.start.condition[0]
+    nothing, T = flux.encode_text(model, [""], text.shape[1])[0][0], text.shape[1]
+    out = []
+    for first in range(0, T, batch):
+        places = np.resize(np.arange(first, min(first + batch, T)), batch)
+        changed = jnp.repeat(text, batch, 0).at[np.arange(batch), places].set(nothing[places].astype(text.dtype))
+        out.append(found.target - np.asarray(found.run.read({}, changed)))
+    return np.concatenate([part[:min(batch, T - i * batch)] for i, part in enumerate(out)])
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, prompts="", prompt_field="", images="", model="",
+         layer=None, site="", seed=0, batch=None, quant="", attribute=None, prompt="", **unknown):
+    """Score the SAE in the folder `checkpoint`, print a table, and write eval.json into it, or to --out FILE.
+
+    --n: images. --levels: noise levels of the loss. --steps: in which images are drawn. --images FOLDER: true images,
+    a name.txt with the caption beside each; otherwise nano's scenes are rendered, and other models' own samples stand
+    in. --model, --layer, --site: where the checkpoint does not say. --attribute 123 --prompt "a red cube" [--from
+    ckptA/]: what makes this feature fire, of the prompt's tokens and of the features of an earlier layer's SAE.
+    """
+    upstream = str(unknown.pop("from", ""))                      # a word of Python's own
+    flux.no_unknown_flags(unknown)
+    numbers = {"n": n, "levels": levels, "steps": steps, "seed": seed, "batch": batch, "layer": layer}
+    flux.check_whole({name: value for name, value in numbers.items() if value is not None})
+    asked = attribute is not None
+    if asked != bool(prompt) or (upstream and not asked):
+        raise ValueError('--attribute needs a prompt: --attribute 123 --prompt "a red cube" --from ckptA/')
+    about = described(checkpoint, model, layer, site)
+    file = Path(out) if out else Path(checkpoint) / FILE
+    if not asked:
+        check_out(file)
+        texts, given = captions(about, prompts, prompt_field, images, n)
+        loaded, target = load(checkpoint, about, quant)
+        report(checkpoint, file, loaded, target, about, texts, given, levels, steps, seed, batch)
+        return
+    if type(attribute) is not int or not 0 <= attribute < about["features"]:
+        raise ValueError(f"--attribute {attribute}: the SAE has features 0 to {about['features'] - 1}")
+    earlier = described(upstream, about["model"], None, "") if upstream else None
+    if earlier and earlier["layer"] >= about["layer"]:
+        raise ValueError(f"--from {upstream} is an SAE of layer {earlier['layer']}: attribution needs one before layer "
+                         f"{about['layer']}, that of {checkpoint}")
+    loaded, target = load(checkpoint, about, quant)
+    source = subject(loaded, upstream, earlier["layer"], earlier["site"]) if upstream else None
+    explain(loaded, target, attribute, prompt, source, seed, about["run"].get("size") or None,
+            about["run"].get("text_tokens") or None)
+
+
+def described(checkpoint, model="", layer=None, site=""):
+    """What the checkpoint says of itself, with the flags where it is silent: a dict with model, layer, site, run, and
+    `folder` and `cfg` of the model. Raises ValueError where the two do not fit each other."""
+    _, cfg = sae.load(checkpoint)
+    about = dict(sae.load_metadata(checkpoint))
+    for name, value in (("layer", layer), ("site", site or None)):
+        if value is not None and about.get(name, value) != value:
+            raise ValueError(f"--{name} {value}: the SAE in {checkpoint} is of {name} {about[name]}")
+        about[name] = about.get(name, value)
+    about["model"] = model or about.get("model")
+    missing = [name for name in ("model", "layer", "site") if about[name] is None]
+    if missing:
+        raise ValueError(f"{checkpoint} does not say its {' or '.join(missing)}: give --{' --'.join(missing)}")
+    if cfg.d_out is not None:
+        raise ValueError(f"{checkpoint} is a transcoder, which reconstructs another layer than it reads: it cannot be "
+                         "spliced in")
+    about["folder"], about["cfg"] = flux.read_config(about["model"])
+    flux.residual_names(about["cfg"], about["layer"], about["site"])
+    if about["cfg"].width != cfg.d_in:
+        raise ValueError(f"the SAE in {checkpoint} is for width {cfg.d_in}, but {about['model']} has width "
+                         f"{about['cfg'].width}")
+    about["run"], about["features"] = about.get("run") or {}, cfg.features
+    return about
+
+
+def subject(model, checkpoint, layer=None, site=None):
+    """The `Subject` in a folder; layer and site where it does not say. Raises ValueError for one of another model."""
+    params, cfg = sae.load_groups(checkpoint)
+    about = described(checkpoint, str(model.source), layer, site or "")
+    run = about["run"]
+    grid = flux.token_grid(model, run.get("size") or min(256, model.size))
+    trained = flux.sigmas(model.scheduler, run.get("timesteps", 1), grid[0] * grid[1])[:-1]
+    names = flux.residual_names(model.cfg, about["layer"], about["site"])
+    if len(params) not in (1, len(names) * len(trained)):
+        raise ValueError(f"{checkpoint} has SAEs for {len(params)} groups of tokens, not {len(names) * len(trained)}, "
+                         f"those of site {about['site']} with {len(trained)} timestep(s)")
+    return Subject(params, cfg, int(about["layer"]), about["site"], names, trained)
+
+
+def load(checkpoint, about, quant):
+    """(model, Subject) as the run had them."""
+    run = about["run"]
+    options = shard.arguments(shard.several(), flux.quantized(quant or run.get("quant", "none")))
+    model = flux.load(about["model"], dtype=jnp.dtype(run.get("dtype", "float32")), **options)
+    return model, subject(model, checkpoint, about["layer"], about["site"])
+
+
+def captions(about, prompts, field, images, n):
+    """(captions, images uint8 or None for the model's own, origin), from the flags and what the checkpoint says."""
+    run, size = about["run"], vae_size(about)
+    source = prompts or run.get("prompts", "scenes")
+    if images:
+        if prompts:
+            raise ValueError("--images brings its own captions: leave --prompts out")
+        return folder_of_images(images, n, size), f"images of {images}"
+    if source != "scenes":
+        return (prompt_sources.take(source, field or run.get("prompt_field"), n), None), ""
+    scenes = prompt_sources.scenes()
+    drawn = [scenes.sample(i) for i in range(n)]                 # train.py begins behind the first 10,000
+    renders = None
+    if (about["folder"] / "scenes.py").is_file():                # this model draws them
+        renders = [scenes.render(scene, size).image for scene in drawn]
+    return ([scenes.caption(scene) for scene in drawn], renders), "renders of held-out scenes"
+
+
+def vae_size(about):
+    """Pixels a side of the run's images."""
+    sample = json.loads((about["folder"] / "vae" / "config.json").read_text()).get("sample_size", 1024)
+    return about["run"].get("size") or min(256, sample)
+
+
+def report(checkpoint, file, model, target, about, texts, origin, levels, steps, seed, batch):
+    """Measure, write and print."""
+    run, (texts, images) = about["run"], texts
+    steps = steps or (28 if model.cfg.guidance_embeds else 4)
+    batch = min(batch or (16 if model.cfg.width <= 512 else 4), len(texts))
+    options = {"seed": seed, "batch": batch, "text_tokens": run.get("text_tokens") or None}
+    data = dataset(model, texts, images, size=vae_size(about), steps=steps, origin=origin, **options)
+    print(f"data: {len(texts)} images, {data.origin}")
+    with tqdm(total=3.0, desc="scoring", dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}|") as bar:
+        places = {"loss": 0, "images": 1, "statistics": 2}
+
+        def progress(name, share):
+            bar.set_description(name)
+            bar.update(places[name] + share - bar.n)
+
+        found = score(model, target, data, levels=levels, steps=steps, progress=progress, **options)
+    found |= {"model": str(about["model"]), "prompts": run.get("prompts", "scenes")}
+    write(file, found)
+    print(table(found))
+    print(f"scores: {file}")
+
+
+def check_out(file):
+    """Refuse, before any work, to write where something else is."""
+    if not file.parent.is_dir():
+        raise ValueError(f"--out {file}: there is no folder {file.parent}")
+    if file.exists():
+        try:
+            ours = file.is_file() and json.loads(file.read_text(encoding="utf-8"))["kind"] == KIND
+        except (ValueError, KeyError, TypeError):
+            ours = False
+        if not ours:
+            raise ValueError(f"{file} exists and was not written by score.py; choose another --out")
+
+
+def write(file, found):
+    """JSON that appears whole or not at all."""
+    new = file.with_name(f".{file.name}.{os.getpid()}{sae.TMP}")
+    try:
+        with open(new, "w", encoding="utf-8") as stream:
+            stream.write(json.dumps(found, indent=1, allow_nan=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(new, file)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def table(found):
+    """The scores, as text."""
+    show = lambda x, digits=4: "–" if x is None else f"{x:.{digits}f}"
+    heads = [name.rjust(10) for name in VARIANTS] + [f"rec. {name}".rjust(12) for name in VARIANTS[2:]]
+    lines = ["t".ljust(16) + "".join(heads)]
+    rows = [(f"{row['t']:.3f}{' *' * row['trained']}", row) for row in found["per_timestep"]]
+    for name, row in [*rows, ("all", found["loss"]), ("* as trained", found["loss_where_trained"])]:
+        lines.append(name.ljust(16) + "".join(show(row[v]).rjust(10) for v in VARIANTS)
+                     + "".join(show(row[f"recovered_{v}"], 3).rjust(12) for v in VARIANTS[2:]))
+    image = found["image"]
+    lines.append(f"images, {image['steps']} steps, RMSE of 255: " + ", ".join(
+        f"{v} {image[v]['rmse']:.2f} ({show(image[v]['psnr'], 1)} dB)" for v in VARIANTS[1:]))
+    stats, norm, cosine = found["sae"], found["decoder_norm"], found["encoder_decoder_cosine"]
+    lines.append(f"FVU {stats['fvu_standardized']:.3f} (raw {stats['fvu']:.3f}), L0 {stats['l0']:.1f}, dead "
+                 f"{stats['dead']:.1%} on {stats['tokens']:,} tokens; decoder norm {norm['median']:.3f}, "
+                 f"encoder-decoder cosine {cosine['median']:.3f} (medians, raw space)")
+    return "\n".join(lines)
+
+
+def explain(model, target, feature, prompt, source, seed, size, text_tokens, shown=20):
+    """Print the attribution of a feature, beside what ablating does."""
+    found = attribute(model, target, feature, prompt, source, seed=seed, size=size, text_tokens=text_tokens)
+    print(f"feature {feature} of layer {target.layer}: fires on {found.where.sum()} tokens, sum {found.target:.4f}")
+    if source:
+        effects = ablate(found, found.features[:shown])
+        print(f"{f'feature of layer {source.layer}':24}{'attribution':>14}{'if ablated':>14}")
+        for f, value, effect in zip(found.features, found.values, effects):
+            print(f"{f:<24}{value:>14.4f}{effect:>14.4f}")
+    effects = ablate_tokens(found, model)
+    print(f"{'token':24}{'attribution':>14}{'if emptied':>14}")
+    for word, value, effect in zip(words(model, prompt), found.tokens, effects):
+        print(f"{word:24}{value:>14.4f}{effect:>14.4f}")
+    rest = len(words(model, prompt))
+    print(f"{'padding':24}{found.tokens[rest:].sum():>14.4f}{effects[rest:].sum():>14.4f}")
+    print(f"{'CLIP (pooled)':24}{found.pooled:>14.4f}")
+
+
+def words(model, prompt):
+    """The prompt's T5 tokens."""
+    from tokenizers import Tokenizer
+    tokenizer = Tokenizer.from_file(str(model.source / "tokenizer_2" / "tokenizer.json"))
+    tokenizer.no_padding()
+    return tokenizer.encode(prompt).tokens
+
+
+if __name__ == "__main__":
+    flux.command(main)

@@ -1,0 +1,314 @@
+"""Do the features find what is there? On nano, against the truth of the scenes, as Markdown and a plot over layers.
+
+    python tests/bench_truth.py results.json --plot docs/truth.svg [--ckpts DIR]     # only the tables if it is there
+
+What is known is the rendered scene, so the model is shown renders: a scene's render is encoded by the VAE, noised to
+--level 0.5, and run with the scene's caption. (train.py's recipe, one step from pure noise, knows no true image.) The
+SAEs are trained on such activations of scenes that are not held out, --steps steps; so is PCA, and the whole is done
+again on a nano whose transformer is untrained: Gaussian weights of the trained ones' mean and spread, tensor by tensor
+and layer by layer, behind the same text encoders. With --ckpts DIR (layer0 …, as train.py writes them) those, which
+have seen pure noise alone, are rivals too.
+
+Over tokens: those of which a solid covers half or more (16x16 pixels), labelled by that solid: shape, colour, size,
+depth (behind or before the middle), where it is to another solid (tokens of scenes with two and more), and the light's
+side. Only such tokens count, or a feature that fires on any solid would score high on every attribute. Over images: the
+maximum over tokens, against what is true of the scene (`dash.scene_attributes`). For each attribute the best single
+direction and its sign is chosen by AUROC on the scenes of even number, and its AUROC on those of odd number reported.
+Rivals: the layer's MLP neurons, the principal axes, as many random directions as the SAE has features; all may be taken
+with either sign. A linear probe (discriminant analysis with all 128 dimensions) is what supervision would find.
+"""
+import json
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+os.environ |= {"TQDM_DISABLE": "1", "JAX_PLATFORMS": "cpu"}
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "nano")]
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scenes
+
+import dash
+import flux
+import sae
+import score
+import train
+from harvest import reap
+
+BATCH, GRID, FIRST = 2048, (8, 8), 20_000                        # tokens of a step; first scene to train on
+RIVALS = {"SAE": "#c02942", "SAE of pure noise": "#e08a9a", "neurons": "#2a7ab0", "PCA": "#3a9a5c",
+          "random directions": "#999999", "SAE, untrained model": "#d99a00", "linear probe": "#222222"}
+GROUPS = ("shape", "color", "size", "depth", "relation", "position", "light", "objects")
+STEP = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
+
+
+# ---------------------------------------------------------------- what is true
+
+
+def token_truth(scene, objects):
+    """(names, labels [64, A], on a solid [64]) of a scene, from the ids of its pixels [128, 128]."""
+    patches = objects.reshape(GRID[0], 16, GRID[1], 16).swapaxes(1, 2).reshape(64, 256)
+    shares = np.stack([(patches == i).mean(1) for i in range(len(scene.solids))], 1)
+    which, on = shares.argmax(1), shares.max(1) >= 0.5
+    said = {(i, word) for i, word, _ in scenes.relations(scene)}
+
+    def of(i):
+        solid = scene.solids[i]
+        row = {f"{kind}: {word}": getattr(solid, kind) == word
+               for kind, words in (("shape", scenes.SHAPES), ("color", scenes.COLORS), ("size", scenes.SIZES))
+               for word in words}
+        row |= {"depth: near": solid.position[1] < -0.4, "depth: far": solid.position[1] > 0.4}
+        row |= {f"relation: {word}": (i, word) in said for word in ("left", "right", "front", "behind")}
+        return row | {f"light: {side}": scene.side == side for side in scenes.SIDES}
+
+    rows = [of(i) for i in range(len(scene.solids))]
+    return list(rows[0]), np.array([list(row.values()) for row in rows])[which], on
+
+
+class World:
+    """Scenes, their latents and captions, and what is true of them."""
+
+    def __init__(self, model, numbers):
+        self.scenes = [scenes.sample(i) for i in numbers]
+        renders = [scenes.render(scene, 128) for scene in self.scenes]
+        captions = [scenes.caption(scene) for scene in self.scenes]
+        self.data = score.dataset(model, captions, [r.image for r in renders])
+        truths = [token_truth(s, r.object) for s, r in zip(self.scenes, renders)]
+        self.token_names, self.tokens = truths[0][0], np.stack([t for _, t, _ in truths])
+        self.on = np.stack([on for *_, on in truths])            # [N, 64]
+        self.image_names, self.images = dash.scene_attributes(scenes, self.scenes)
+        self.several = np.array([len(s.solids) > 1 for s in self.scenes])
+
+
+# ---------------------------------------------------------------- activations
+
+
+def activations(model, world, layers, level, draw, neurons=False, batch=32):
+    """{"img": [layers, tokens, D], "neurons": [layers, tokens, 4D]} in float16; noise number `draw` of each scene."""
+    parts, n = [], len(world.scenes)
+    for first in range(0, n, batch):
+        rows = np.minimum(np.arange(first, first + batch), n - 1)
+        start = score.beginning(model, [world.data.prompts[i] for i in rows], rows, np.float32([level, 0]), GRID, draw)
+        z = (1 - level) * world.data.latents[rows] + level * np.asarray(start.latents)
+        found = _all_layers(model.params, model.cfg, z, *flux.at(start, 0), tuple(layers), neurons)
+        parts.append({k: np.asarray(v)[:, :min(batch, n - first)].reshape(len(layers), -1, v.shape[-1])
+                      for k, v in found.items()})
+    return {name: np.concatenate([part[name] for part in parts], 1) for name in parts[0]}
+
+
+@partial(jax.jit, static_argnums=(1, 7, 8))
+def _all_layers(params, cfg, z, text, pooled, time, guidance, layers, neurons):
+    names = ("double.img", "single.img") + (("double.img.neurons", "single.neurons") if neurons else ())
+    found = reap(partial(flux.velocity, grid=GRID), names)(params, cfg, z, text, pooled, time, guidance)[1]
+    out = {"img": [*found["double.img"], *found["single.img"]]}
+    if neurons:
+        out["neurons"] = [*found["double.img.neurons"], *found["single.neurons"][:, :, text.shape[1]:]]
+    return {name: jnp.stack([x[i] for i in layers]).astype(jnp.float16) for name, x in out.items()}
+
+
+def untrained(model, seed=0):
+    """The model with Gaussian weights in the transformer, of the mean and spread of each trained one."""
+    rng = np.random.default_rng(seed)
+
+    def redraw(path, w):
+        axes = tuple(range(1 if path[0].key in ("double", "single") else 0, w.ndim))
+        noise = rng.standard_normal(w.shape, dtype=np.float32)
+        return jnp.asarray(np.mean(w, axes, keepdims=True) + np.std(w, axes, keepdims=True) * noise)
+
+    return replace(model, params=jax.tree_util.tree_map_with_path(redraw, model.params))
+
+
+def trained_sae(tokens, steps, features=2048, k=32, seed=0):
+    """An SAE on raw tokens [N, D] by train.py's recipe."""
+    cfg = sae.Config(d_in=tokens.shape[1], features=features, k=k, lr=train.rate(features, "img", small=True),
+                     **train.schedule(steps))
+    order = np.random.default_rng(seed).permutation(len(tokens))
+    state = sae.init(jax.random.key(seed), cfg, np.asarray(tokens[order[:32768]], np.float32))
+    for i in range(steps):
+        at = order[np.arange(i * BATCH, (i + 1) * BATCH) % len(order)]
+        state, _ = STEP(state, cfg, np.asarray(tokens[at], np.float32))
+    return sae.fold(state, cfg), cfg
+
+
+# ---------------------------------------------------------------- rivals: tokens [N, D] → scores [N, directions]
+
+
+def codes(params, cfg):
+    def of(x):
+        values, indices = (np.asarray(a) for a in sae.encode(params, cfg, x))
+        out = np.zeros((len(x), cfg.features), np.float32)
+        np.put_along_axis(out, indices, values, 1)
+        return out
+    return of
+
+
+def along(directions, mean):
+    return lambda x: (x - mean) @ directions
+
+
+def chunks(function, x, size=4096):
+    return (function(np.asarray(x[i:i + size], np.float32)) for i in range(0, len(x), size))
+
+
+# ---------------------------------------------------------------- AUROCs
+
+
+def best(scores, labels, half):
+    """[A]: AUROC on the rows not in `half` of the column (with its sign) that is best on those in it."""
+    chosen = dash.auroc(scores[half], labels[half])
+    at = np.nan_to_num(np.abs(chosen - 0.5), nan=-1).argmax(0)
+    sign = np.sign(chosen[at, np.arange(len(at))] - 0.5)
+    held = np.array([dash.auroc(scores[~half][:, [c]], labels[~half][:, [a]])[0, 0] for a, c in enumerate(at)])
+    return 0.5 + sign * (held - 0.5)
+
+
+def probe(x, labels, half):
+    """[A]: AUROC, on the other half, of a linear discriminant fitted on one half, the within-class spread pooled."""
+    out = []
+    for y in labels.T:
+        a, b = x[half & y], x[half & ~y]
+        within = (np.cov(a, rowvar=False) * len(a) + np.cov(b, rowvar=False) * len(b)) / (len(a) + len(b))
+        w = np.linalg.solve(within + 1e-3 * np.trace(within) / len(within) * np.eye(len(within)), a.mean(0) - b.mean(0))
+        out.append(dash.auroc((x[~half] @ w)[:, None], y[~half, None])[0, 0])
+    return np.array(out)
+
+
+def scored(world, rival, tokens):
+    """{attribute: AUROC} over tokens and over images, of one rival on the residuals or neurons [N * 64, C]."""
+    on, several, n = world.on.reshape(-1), np.repeat(world.several, 64), len(world.scenes)
+    parts, tops = [], []
+    for i, s in enumerate(chunks(rival, tokens)):                # 4096 tokens are 64 whole images
+        parts.append(s[on[i * 4096:(i + 1) * 4096]])
+        by_image = s.reshape(-1, 64, s.shape[1])
+        tops.append(np.concatenate([by_image.max(1), -by_image.min(1)], 1))
+    scores, labels = np.concatenate(parts), world.tokens.reshape(n * 64, -1)[on]
+    return {"tokens": by_token(world, labels, several[on], np.repeat(np.arange(n) % 2 == 0, 64)[on],
+                               lambda rows, y, half: best(scores[rows], y, half)),
+            "images": dict(zip(world.image_names, best(np.concatenate(tops), world.images,
+                                                       np.arange(n) % 2 == 0).tolist()))}
+
+
+def by_token(world, labels, several, half, measure):
+    """Relations are asked of scenes with several solids, the rest of all."""
+    related = np.array([name.startswith("relation") for name in world.token_names])
+    out = np.zeros(len(related))
+    for some, rows in ((related, several), (~related, np.ones(len(several), bool))):
+        out[some] = measure(rows, labels[rows][:, some], half[rows])
+    return dict(zip(world.token_names, out.tolist()))
+
+
+def probed(world, tokens):
+    on, n = world.on.reshape(-1), len(world.scenes)
+    x, labels = np.asarray(tokens[on], np.float64), world.tokens.reshape(n * 64, -1)[on]
+    several, half = np.repeat(world.several, 64)[on], np.repeat(np.arange(n) % 2 == 0, 64)[on]
+    return {"tokens": by_token(world, labels, several, half, lambda rows, y, h: probe(x[rows], y, h))}
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def measure(layers, n, images, steps, level, ckpts, save):
+    """{layer: {rival: {"tokens", "images": {attribute: AUROC}}}}; save(found) after each layer."""
+    model = flux.load("nano", dtype=jnp.float32)
+    seen, held = World(model, range(FIRST, FIRST + images)), World(model, range(n))
+    found = {layer: {} for layer in layers}
+    say = lambda *what: print(*what, file=sys.stderr, flush=True)
+    say(f"{held.on.sum()} tokens on solids, {len(held.scenes)} scenes")
+    for name, who in (("SAE", model), ("SAE, untrained model", untrained(model))):
+        fit = np.concatenate([activations(who, seen, layers, level, 1 + draw)["img"] for draw in range(2)], 1)
+        test = activations(who, held, layers, level, 0, neurons=name == "SAE")
+        for i, layer in enumerate(layers):
+            rivals = {name: codes(*trained_sae(fit[i], steps))}
+            if name == "SAE":
+                rivals |= others(fit[i], ckpts, layer)
+            for rival, function in rivals.items():
+                found[layer][rival] = scored(held, function, test["img"][i])
+            if name == "SAE":
+                found[layer]["neurons"] = scored(held, lambda x: x, test["neurons"][i])
+                found[layer]["linear probe"] = probed(held, test["img"][i])
+            say(layer, {r: round(float(np.mean(list(f["tokens"].values()))), 3) for r, f in found[layer].items()})
+            save(found)
+    return found
+
+
+def others(fit, ckpts, layer):
+    x = np.asarray(fit[:65536], np.float64)
+    mean, axes = x.mean(0), np.linalg.eigh(np.cov(x, rowvar=False))[1]
+    rng = np.random.default_rng(0)
+    rivals = {"PCA": along(axes, mean), "random directions": along(rng.standard_normal((len(mean), 2048)), mean)}
+    if ckpts and (Path(ckpts) / f"layer{layer}").is_dir():
+        rivals["SAE of pure noise"] = codes(*sae.load(Path(ckpts) / f"layer{layer}"))
+    return rivals
+
+
+def means(found, where):
+    """{rival: {group: mean AUROC over its attributes}}, and "all"."""
+    out = {}
+    for rival, one in found.items():
+        if where in one:
+            groups = {}
+            for name, value in one[where].items():
+                groups.setdefault(name.split(":")[0], []).append(value)
+            out[rival] = {g: float(np.mean(v)) for g, v in groups.items()}
+            out[rival]["all"] = float(np.mean(list(one[where].values())))
+    return out
+
+
+def table(found, where, layer):
+    rows = means(found[layer], where)
+    rivals = [r for r in RIVALS if r in rows]
+    groups = [g for g in GROUPS if g in rows["SAE"]] + ["all"]
+    lines = [f"| layer {layer}, {where} | {' | '.join(rivals)} |", "|---|" + "--:|" * len(rivals)]
+    return "\n".join(lines + [f"| {g} | {' | '.join(f'{rows[r][g]:.3f}' for r in rivals)} |" for g in groups])
+
+
+def plot(found, file):
+    """Mean AUROC over layers as SVG: over tokens, and over images."""
+    layers, panels = sorted(found), []
+    for p, where in enumerate(("tokens", "images")):
+        by_layer = {layer: means(found[layer], where) for layer in layers}
+        x = lambda layer: 60 + 400 * p + 320 * layer / max(layers[-1], 1)
+        y = lambda value: 280 - 240 * (value - 0.5) / 0.5
+        grid = [f'<line x1="{x(0):.1f}" x2="{x(layers[-1]):.1f}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ddd"/>'
+                f'<text x="{x(0) - 8:.1f}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.1f}</text>'
+                for v in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
+        ticks = [f'<text x="{x(n):.1f}" y="298" text-anchor="middle">{n}</text>' for n in layers]
+        for rival, color in RIVALS.items():
+            points = [(x(n), y(by_layer[n][rival]["all"])) for n in layers if rival in by_layer[n]]
+            if points:
+                line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+                grid.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2.5"/>')
+        panels += [*grid, *ticks, f'<text x="{x(layers[-1]) - 160:.1f}" y="24" text-anchor="middle" font-weight="bold">'
+                   f"best single direction, AUROC over {where}</text>"]
+    key = [f'<line x1="{60 + 190 * (i % 4)}" x2="{84 + 190 * (i % 4)}" y1="{326 + 20 * (i // 4)}" '
+           f'y2="{326 + 20 * (i // 4)}" stroke="{color}" stroke-width="3"/><text x="{90 + 190 * (i % 4)}" '
+           f'y="{330 + 20 * (i // 4)}">{rival}</text>' for i, (rival, color) in enumerate(RIVALS.items())
+           if any(rival in found[n] for n in layers)]
+    Path(file).write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 360" font-family="sans-serif" '
+                          'font-size="12"><rect width="840" height="360" fill="white"/>' + "\n".join(panels + key)
+                          + "</svg>\n", encoding="utf-8")
+
+
+def main(results, plot_to="", layers=(0, 3, 5, 8, 11), n=600, images=2000, steps=120, level=0.5, ckpts="", shown=5,
+         **unknown):
+    plot_to = unknown.pop("plot", plot_to)
+    flux.no_unknown_flags(unknown)
+    file = Path(results)
+    if not file.exists():
+        layers = np.atleast_1d(layers).tolist()
+        measure(layers, n, images, steps, level, ckpts, lambda found: file.write_text(json.dumps(found)))
+    found = {int(layer): one for layer, one in json.loads(file.read_text()).items()}
+    shown = shown if shown in found else sorted(found)[len(found) // 2]
+    for where in ("tokens", "images"):
+        print(table(found, where, shown) + "\n")
+    if plot_to:
+        plot(found, plot_to)
+
+
+if __name__ == "__main__":
+    flux.command(main)
