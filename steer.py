@@ -382,9 +382,11 @@ def main(*words, set="", steps=None, during="", box="", grid="0,0.5,1,2", seed=0
         raise ValueError(f"--box: {textual[0]} is of text tokens, which lie in no image")
     files = [f"{row}-x{strength:g}.png" for row in range(len(texts)) for strength in strengths]
     check_out(Path(out), files)
-    loaded, run = load_model(found, name, quant), {"steps": steps, "seed": seed, "size": size, "guidance": guidance}
+    run = {"steps": steps, "seed": seed, "size": size, "guidance": guidance}
     count = calibrate or (64 if cfg.width <= 512 else 16)
-    changes = measured(loaded, changes, count)
+    known = {id(c.of): examples(c.of.place, count) for c in changes}             # a bad source of prompts fails here
+    loaded = load_model(found, name, quant)
+    changes = measured(loaded, changes, known)
     images = drawn(loaded, texts, changes, strengths, run, options)
     about = {"kind": "fae steering", "model": name, "prompts": texts, "set": set, "strengths": strengths, **run,
              **options, "checkpoints": [{"name": d.name, **asdict(d.place)} for d in found],
@@ -425,25 +427,25 @@ def same_model(dictionaries):
 
 
 def load_model(dictionaries, name, quant):
-    print(f"model: {name}; " + ", ".join(f"{d.name}: layer {d.place.layer} ({d.place.site})" for d in dictionaries))
     options = shard.arguments(shard.several(), flux.quantized(quant or flux.default_quant(flux.resolve(name))))
+    print(f"model: {name}; " + ", ".join(f"{d.name}: layer {d.place.layer} ({d.place.site})" for d in dictionaries))
     dtype = "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
     return flux.load(name, dtype=jnp.dtype(dtype), **options)
 
 
-def measured(model, changes, n):
-    """The changes with their dictionaries calibrated on n prompts of each; prints what no prompt said."""
+def measured(model, changes, known):
+    """The changes with their dictionaries calibrated on prompts, known by the dictionary's id; prints what was found."""
     done = {}
     for dictionary in {id(c.of): c.of for c in changes}.values():
-        texts = examples(dictionary.place, n)
+        texts = known[id(dictionary)]
         with tqdm(total=len(texts), unit="prompt", desc=f"calibrating {dictionary.name}", leave=False) as bar:
             done[id(dictionary)] = calibrated(model, dictionary, texts, progress=bar.update)
     changes = [Change(done[id(c.of)], c.feature, c.scale, c.add) for c in changes]
     for c in changes:
         typical = f"{c.of.typical[c.feature]:.4g}"
         print(f"{c.of.name}, feature {c.feature}: {c.scale:g} times its value, plus {c.add:g} × {typical}"
-              + ("" if c.of.fired[c.feature] else f" (it never fired on {n} prompts: {typical} is the median of those "
-                                                  "features that did)"))
+              + ("" if c.of.fired[c.feature] else f" (it never fired on {len(next(iter(known.values())))} prompts: "
+                                                  f"{typical} is the median of the features that did)"))
     return changes
 
 
