@@ -434,7 +434,8 @@ def load_model(dictionaries, name, quant):
 
 
 def measured(model, changes, known):
-    """The changes with their dictionaries calibrated on prompts, known by the dictionary's id; prints what was found."""
+    """The changes with their dictionaries calibrated. known: the prompts of each, by the dictionary's id. Prints what
+    the changes are."""
     done = {}
     for dictionary in {id(c.of): c.of for c in changes}.values():
         texts = known[id(dictionary)]
