@@ -382,9 +382,10 @@ def main(*words, set="", steps=None, during="", box="", grid="0,0.5,1,2", seed=0
         raise ValueError(f"--box: {textual[0]} is of text tokens, which lie in no image")
     files = [f"{row}-x{strength:g}.png" for row in range(len(texts)) for strength in strengths]
     check_out(Path(out), files)
+    run = {"steps": steps, "seed": seed, "size": size, "guidance": guidance}
     count = calibrate or (64 if cfg.width <= 512 else 16)
-    known = {id(d): examples(d.place, count) for d in found}     # a bad source of prompts fails here
-    loaded, run = load_model(found, name, quant), {"steps": steps, "seed": seed, "size": size, "guidance": guidance}
+    known = {id(c.of): examples(c.of.place, count) for c in changes}             # a bad source of prompts fails here
+    loaded = load_model(found, name, quant)
     changes = measured(loaded, changes, known)
     images = drawn(loaded, texts, changes, strengths, run, options)
     about = {"kind": "fae steering", "model": name, "prompts": texts, "set": set, "strengths": strengths, **run,
@@ -426,14 +427,15 @@ def same_model(dictionaries):
 
 
 def load_model(dictionaries, name, quant):
-    print(f"model: {name}; " + ", ".join(f"{d.name}: layer {d.place.layer} ({d.place.site})" for d in dictionaries))
     options = shard.arguments(shard.several(), flux.quantized(quant or flux.default_quant(flux.resolve(name))))
+    print(f"model: {name}; " + ", ".join(f"{d.name}: layer {d.place.layer} ({d.place.site})" for d in dictionaries))
     dtype = "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
     return flux.load(name, dtype=jnp.dtype(dtype), **options)
 
 
 def measured(model, changes, known):
-    """The changes with their dictionaries calibrated on the prompts of each, known[id]; prints what no prompt said."""
+    """The changes with their dictionaries calibrated. known: the prompts of each, by the dictionary's id. Prints what
+    the changes are."""
     done = {}
     for dictionary in {id(c.of): c.of for c in changes}.values():
         texts = known[id(dictionary)]
@@ -443,8 +445,8 @@ def measured(model, changes, known):
     for c in changes:
         typical = f"{c.of.typical[c.feature]:.4g}"
         print(f"{c.of.name}, feature {c.feature}: {c.scale:g} times its value, plus {c.add:g} × {typical}"
-              + ("" if c.of.fired[c.feature] else f" (it never fired on {len(known[id(c.of)])} prompts: {typical} is the "
-                                                  "median of those features that did)"))
+              + ("" if c.of.fired[c.feature] else f" (it never fired on {len(next(iter(known.values())))} prompts: "
+                                                  f"{typical} is the median of the features that did)"))
     return changes
 
 
