@@ -86,7 +86,8 @@ def _draw(world, key, tokens, active):
 def run(world, normalization, features, steps, k=32):
     """Cells of the table's row."""
     since = time.monotonic()
-    cfg = sae.Config(d_in=len(world.scale), features=features, k=k, lr=train.rate(features, k, "img", small=True),
+    width = len(world.scale)
+    cfg = sae.Config(d_in=width, features=features, k=k, lr=train.rate(features, k, width, "img", small=True),
                      normalization=normalization, **train.schedule(steps))
     state = sae.init(jax.random.key(0), cfg, np.asarray(world.batch(0, 65536)))
     for i in range(1, steps + 1):

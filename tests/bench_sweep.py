@@ -132,8 +132,8 @@ def batch(x, i, dtype=np.float32):
 
 def config(width, steps, features, k, **options):
     """train.py's recipe at small models."""
-    return sae.Config(**{"d_in": width, "features": features, "k": k, "lr": train.rate(features, k, "img", small=True)}
-                      | train.schedule(steps) | options)
+    lr = train.rate(features, k, width, "img", small=True)
+    return sae.Config(**{"d_in": width, "features": features, "k": k, "lr": lr} | train.schedule(steps) | options)
 
 
 def ours(x, steps, group=None, **options):
@@ -266,7 +266,7 @@ def plan(what, layers, steps):
         return [job | {"layer": layer} for layer in layers]
 
     if what == "sites":
-        kinds = [{"trainer": "fae", "site": "txt", "lr": train.rate(2048, 32, "txt", small=True)},
+        kinds = [{"trainer": "fae", "site": "txt", "lr": train.rate(2048, 32, 128, "txt", small=True)},
                  {"trainer": "fae", "site": "both"}, {"trainer": "fae"}]
     elif what == "sweep":
         sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 8) for features in (1024, 4096, 16384)]
@@ -276,7 +276,7 @@ def plan(what, layers, steps):
     elif what == "beside":
         kinds = []
         for k in (8, 32):
-            lr = train.rate(2048, k, "img", small=True)
+            lr = train.rate(2048, k, 128, "img", small=True)
             theirs = [{"trainer": "fae"}, {"trainer": "SAELens"}, {"trainer": "SAELens", "lr": lr},
                       {"trainer": "sparsify"}, {"trainer": "sparsify", "optimizer": "adam", "lr": lr}]
             kinds += [kind | {"k": k} for kind in theirs]
