@@ -335,7 +335,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
             "words": words(model, prompts, layout.text_tokens) if layout.text_tokens else []}
     counts = Counts(cfg.features, layout)
     counts.a["maxima"] = np.zeros((len(prompts) if labels.shape[1] else 0, cfg.features), np.float32)
-    partial = Partial(folder, {**info, "weights": digest(params), "batch": batch})
+    partial = Partial(folder, {**info, "weights": sae.fingerprint(params), "batch": batch})
     if (ended := partial.ended()) is not None:
         return ended
     done = partial.restore(counts.a)
@@ -423,15 +423,6 @@ class Partial:
         self.arrays.unlink(missing_ok=True)
 
 
-def digest(params):
-    """One hash of all weights."""
-    total = hashlib.sha256()
-    for p in params:
-        for name in sorted(p):
-            total.update(np.ascontiguousarray(p[name]).data)
-    return total.hexdigest()
-
-
 def words(model, prompts, length):
     """For each prompt its T5 tokens as they stand in the text, without the padding (to which FLUX.1 attends too)."""
     from tokenizers import Tokenizer
@@ -503,8 +494,7 @@ def strip(model, params, cfg, found, f, scales):
 
     def edits(step):
         t = int(np.abs(trained - start.sigmas[step]).argmin())   # the timestep whose noise level is nearest
-        of = [params[min(t * len(names) + s, len(params) - 1)] for s in range(len(names))]
-        shared = {name: (p, feature) for name, p in zip(names, of)}
+        shared = {name: (p, feature) for name, p in zip(names, sae.at_timestep(params, t, len(names)))}
         return [flux.Edit(info["layer"], names, scaling(cfg), scale, shared)]
 
     return flux.decode(model, flux.sample(model, start, edits=edits), start.grid)
@@ -579,8 +569,7 @@ def model_name(checkpoint, cfg, model):
     name = model or about["model"]
     described = flux.read_config(name)[1]
     flux.residual_names(described, about["layer"], about["site"])
-    if described.width != cfg.d_in:
-        raise ValueError(f"the SAE in {checkpoint} is for width {cfg.d_in}, but {name} has width {described.width}")
+    sae.check_width(cfg, described.width, checkpoint, name)
     return name
 
 
@@ -607,7 +596,7 @@ def collect_from(checkpoint, loader, params, cfg, folder, source, field, n, step
     info = {"model": str(name), "source": source,
             "checkpoint": json.loads((Path(checkpoint) / "cfg.json").read_text(encoding="utf-8")),
             "metrics": read_metrics(Path(checkpoint) / "metrics.jsonl"), "versions": {"jax": jax.__version__},
-            "scores": read_scores(Path(checkpoint) / "eval.json", digest(params))}
+            "scores": read_scores(Path(checkpoint) / "eval.json", sae.fingerprint(params))}
     with tqdm(total=len(texts), unit="prompt", desc="collecting", dynamic_ncols=True) as bar:
         return collect(loaded, params, cfg, texts, folder, layer=about["layer"], site=about["site"], steps=steps,
                        timesteps=run.get("timesteps", 1), size=run.get("size") or None,
@@ -657,7 +646,7 @@ def read_metrics(path):
 
 
 def read_scores(path, weights):
-    """What score.py wrote of the SAE with these weights (their `digest`), or None."""
+    """What score.py wrote of the SAE with these weights (their `sae.fingerprint`), or None."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return found if found["kind"] == "fae score" and found["weights"] == weights else None

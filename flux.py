@@ -146,9 +146,8 @@ def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=(), edits
             wanted = names if first + a == layer else ()
             here = [edit for edit in edits if edit.layer == first + a]
             block = _block(kind, cfg, T, wanted, tuple((edit.function, edit.names) for edit in here))
-            x, context = (x, rope) if not here else ((x, [e.each for e in here]), (rope, [e.shared for e in here]))
-            x, found = walk(block, x, params[kind], range(a, b), context)
-            x = x[0] if here else x
+            each, shared = [edit.each for edit in here], [edit.shared for edit in here]
+            (x, _), found = walk(block, (x, each), params[kind], range(a, b), (rope, shared))
             caught.update({name: found[name][0] for name in wanted})
         return x
 
@@ -177,9 +176,9 @@ def _end(params, img, vec):
 
 @lru_cache
 def _block(kind, cfg, T, names, edits):
-    """(x, parameters of one layer, rope) → (x, {name: value sown}) of one kind of block; the same object for the same
-    arguments, so that it is compiled once. With edits, (function, names) each, x is (x, each of them) and rope (rope,
-    what they share)."""
+    """((x, each), parameters of one layer, (rope, shared)) → ((x, each), {name: value sown}) of one kind of block; the
+    same object for the same arguments, so that it is compiled once. edits: (function, names) of each, whose arrays are
+    in the lists each and shared."""
     def double(x, p, rope):
         img, txt, mod = x
         return (*_double_block(p, cfg, img, txt, mod, rope), mod)
@@ -188,6 +187,7 @@ def _block(kind, cfg, T, names, edits):
         return _single_block(p, cfg, *x, rope, T), x[1]
 
     block = {"double": double, "single": single}[kind]
+
     def edited(x, p, context):
         (x, each), (rope, shared), planted = x, context, block
         for (function, changed), *arrays in zip(edits, each, shared):
@@ -195,8 +195,7 @@ def _block(kind, cfg, T, names, edits):
             planted = plant(planted, {name: of(name) for name in changed})
         return planted(x, p, rope), each
 
-    run = edited if edits else block
-    return reap(run, names) if names else lambda *args: (run(*args), {})         # then a reap from outside sees all
+    return reap(edited, names) if names else lambda *args: (edited(*args), {})   # then a reap from outside sees all
 
 
 def _double_block(p, cfg, img, txt, mod, rope):

@@ -833,6 +833,27 @@ def load_groups(folder: str | Path) -> tuple[list[Params], Config]:
     return [params, *(load(Path(folder) / name)[0] for name in cfg.groups[1:])], cfg
 
 
+def fingerprint(params: Iterable[Params]) -> str:
+    """One hash of all weights of `load_groups`' SAEs, by which what was found out about them knows them again."""
+    total = hashlib.sha256()
+    for p in params:
+        for name in sorted(p):
+            total.update(np.ascontiguousarray(p[name]).data)
+    return total.hexdigest()
+
+
+def at_timestep(params: list[Params], t: int, streams: int) -> list[Params]:
+    """Of `load_groups`' SAEs those of each of the site's streams at the trained timestep number t; one SAE is for all.
+    """
+    return params * streams if len(params) == 1 else params[t * streams : (t + 1) * streams]
+
+
+def check_width(cfg: Config, width: int, folder: str | Path, model: str | Path) -> None:
+    """Raises ValueError unless the SAE in `folder` reads residuals of `model`, which has this width."""
+    if cfg.d_in != width:
+        raise ValueError(f"the SAE in {folder} is for width {cfg.d_in}, but {model} has width {width}")
+
+
 def load_metadata(folder: str | Path) -> dict[str, Any]:
     """What the SAE in this folder belongs to: the `metadata` it was saved with, and `training`, its Config."""
     return _read_config(Path(folder) / CONFIG)["metadata"]

@@ -17,7 +17,6 @@ needs no true image.
 
 B batch, N images or tokens, L noise levels, D model width, F features. A "variant" is clean, spliced, zero or mean.
 """
-import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
@@ -53,10 +52,8 @@ class Subject:
 
     def at(self, level):
         """{name of the stream: parameters} at a noise level: those of the nearest level of training."""
-        if len(self.params) == 1:
-            return dict.fromkeys(self.names, self.params[0])
-        first = int(np.abs(self.trained - level).argmin()) * len(self.names)
-        return dict(zip(self.names, self.params[first:]))
+        t = int(np.abs(self.trained - level).argmin())
+        return dict(zip(self.names, sae.at_timestep(self.params, t, len(self.names))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +115,8 @@ def score(model, subject, data, *, levels=8, steps=4, seed=0, batch=16, text_tok
     starts = [(rows, replace(start, sigmas=drawn)) for rows, start in starts]
     return {
         "kind": KIND, "layer": subject.layer, "site": subject.site, "images": len(data.prompts), "data": data.origin,
-        "seed": seed, "first_noise": HELD_OUT, "weights": digest(subject.params), "versions": {"jax": jax.__version__},
+        "seed": seed, "first_noise": HELD_OUT, "weights": sae.fingerprint(subject.params),
+        "versions": {"jax": jax.__version__},
         "loss": summary(loss, change), "loss_where_trained": summary(loss[:, trained], change[:, trained]),
         "per_timestep": rows, "image": {"steps": steps} | distances(model, subject, starts, partial(tell, "images")),
         "sae": statistics(model, subject, starts, partial(tell, "statistics")), **weights(subject.params)}
@@ -270,15 +268,6 @@ def weights(params):
     marks = {"least": 0, "p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "most": 100}
     return {name: {mark: float(np.percentile(x, p)) for mark, p in marks.items()}
             for name, x in (("decoder_norm", norms), ("encoder_decoder_cosine", cosine))}
-
-
-def digest(params):
-    """One hash of all weights, by which dash.py knows whose scores these are."""
-    total = hashlib.sha256()
-    for p in params:
-        for name in sorted(p):
-            total.update(np.ascontiguousarray(p[name]).data)
-    return total.hexdigest()
 
 
 # ---------------------------------------------------------------- true images
@@ -517,9 +506,7 @@ def described(checkpoint, model="", layer=None, site=""):
                          "spliced in")
     about["folder"], about["cfg"] = flux.read_config(about["model"])
     flux.residual_names(about["cfg"], about["layer"], about["site"])
-    if about["cfg"].width != cfg.d_in:
-        raise ValueError(f"the SAE in {checkpoint} is for width {cfg.d_in}, but {about['model']} has width "
-                         f"{about['cfg'].width}")
+    sae.check_width(cfg, about["cfg"].width, checkpoint, about["model"])
     about["run"], about["features"] = about.get("run") or {}, cfg.features
     return about
 
@@ -566,8 +553,7 @@ def captions(about, prompts, field, images, n):
 
 def vae_size(about):
     """Pixels a side of the run's images."""
-    sample = json.loads((about["folder"] / "vae" / "config.json").read_text()).get("sample_size", 1024)
-    return about["run"].get("size") or min(256, sample)
+    return about["run"].get("size") or min(256, flux.default_size(about["folder"]))
 
 
 def report(checkpoint, file, model, target, about, texts, origin, levels, steps, seed, batch):

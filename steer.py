@@ -126,9 +126,7 @@ def opened(folder, *, layer=None, site=None, model="", source="", field=""):
 def check_fit(dictionary, cfg, name):
     """Raise ValueError unless the SAE is for a model with the config `cfg`."""
     flux.residual_names(cfg, dictionary.place.layer, dictionary.place.site)
-    if cfg.width != dictionary.cfg.d_in:
-        raise ValueError(f"the SAE in {dictionary.name} is for width {dictionary.cfg.d_in}, but {name} has width "
-                         f"{cfg.width}")
+    sae.check_width(dictionary.cfg, cfg.width, dictionary.name, name)
 
 
 def examples(place, n):
@@ -232,24 +230,16 @@ def nearest_times(model, dictionary, start):
 def _edit(model, dictionary, t, rows, where):
     """The `flux.Edit` of one SAE with the parameters of its timestep t."""
     place, cfg = dictionary.place, dictionary.cfg
-    streams = [s for s in (("txt", "img") if place.site == "both" else (place.site,)) if where[s].any()]
-    names = [name for s in streams for name in flux.residual_names(model.cfg, place.layer, s)]
+    streams = ("txt", "img") if place.site == "both" else (place.site,)          # the order of `flux.token_groups`
+    saes = dict(zip(streams, sae.at_timestep(dictionary.params, t, len(streams))))
+    saes = {stream: p for stream, p in saes.items() if where[stream].any()}
+    names = [name for s in saes for name in flux.residual_names(model.cfg, place.layer, s)]
     encoded = any(scale != 1 for _, scale, _ in rows)
     shared = {}
-    for stream in streams:
-        p = _params_of(dictionary, stream, t)
+    for stream, p in saes.items():
         what = _padded(p, rows) if encoded else {"by": _sum_of(p, rows)}
         shared[stream] = _put(model, {**what, "where": where[stream]})
     return flux.Edit(place.layer, tuple(names), _changing(cfg) if encoded else _adding, shared=shared)
-
-
-def _params_of(dictionary, stream, t):
-    """The SAE of a stream's tokens at the trained timestep t."""
-    place, params = dictionary.place, dictionary.params
-    if len(params) == 1:
-        return params[0]
-    streams = ("txt", "img") if place.site == "both" else (place.site,)          # the order of `flux.token_groups`
-    return params[t * len(streams) + streams.index(stream)]
 
 
 def _padded(params, rows):

@@ -270,8 +270,8 @@ def test_the_command_line(model, tmp_path, capsys):
     assert sorted(p.name for p in folder.iterdir()) == ["cfg.json", "eval.json", "sae_weights.safetensors"]
     assert found["kind"] == "fae score" and found["model"] == "nano" and found["images"] == 2
     params, _ = sae.load_groups(folder)
-    assert found["weights"] == dash.digest(params)
-    assert dash.read_scores(folder / "eval.json", dash.digest(params)) == found
+    assert found["weights"] == sae.fingerprint(params)
+    assert dash.read_scores(folder / "eval.json", sae.fingerprint(params)) == found
     assert dash.read_scores(folder / "eval.json", "other weights") is None
     (folder / sae.STATE).touch()
     train.check_out(folder, False, True)                         # --overwrite knows the file
