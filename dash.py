@@ -39,6 +39,7 @@ import pages
 import prompts as prompt_sources
 import sae
 import shard
+import text
 
 HELD_OUT = 1_500_000_000                                         # number of the first noise: no training step sees it
 EDGES = np.concatenate([[0], 10 ** np.arange(-4, 4.01, 0.1)]).astype(np.float32)   # of the histogram's bins; last: more
@@ -332,7 +333,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
             "size": size, "steps": steps, "seed": seed, "first_noise": HELD_OUT, "images": len(prompts),
             "text_tokens": text_tokens,
             "attributes": list(attributes), "prompts": prompts, "features": cfg.features, "edges": EDGES.tolist(),
-            "words": words(model, prompts, layout.text_tokens) if layout.text_tokens else []}
+            "words": text.t5_words(model.source / "tokenizer_2", prompts, text_tokens) if layout.text_tokens else []}
     counts = Counts(cfg.features, layout)
     counts.a["maxima"] = np.zeros((len(prompts) if labels.shape[1] else 0, cfg.features), np.float32)
     partial = Partial(folder, {**info, "weights": sae.fingerprint(params), "batch": batch})
@@ -423,16 +424,6 @@ class Partial:
         self.arrays.unlink(missing_ok=True)
 
 
-def words(model, prompts, length):
-    """For each prompt its T5 tokens as they stand in the text, without the padding (to which FLUX.1 attends too)."""
-    from tokenizers import Tokenizer
-    tokenizer = Tokenizer.from_file(str(model.source / "tokenizer_2" / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(length)
-    return [[prompt[a:b] if b > a else token for token, (a, b) in zip(code.tokens, code.offsets)]
-            for prompt, code in zip(prompts, tokenizer.encode_batch(prompts))]
-
-
 def save_image(path, image):
     from PIL import Image
     Image.fromarray(image).save(path, quality=88, method=4)
@@ -489,12 +480,11 @@ def strip(model, params, cfg, found, f, scales):
     start = flux.prepare(model, [info["prompts"][image]] * n, steps=info["steps"], size=info["size"], noise=noise,
                          text_tokens=info.get("text_tokens"))
     names = flux.residual_names(model.cfg, info["layer"], info["site"])
-    trained = flux.sigmas(model.scheduler, info["layout"]["timesteps"], grid[0] * grid[1])[:-1]
+    nearest = flux.nearest_timesteps(model, info["layout"]["timesteps"], grid, start.sigmas[:-1])
     scale, feature = jnp.asarray(scales, jnp.float32)[:, None, None], jnp.array([f])
 
     def edits(step):
-        t = int(np.abs(trained - start.sigmas[step]).argmin())   # the timestep whose noise level is nearest
-        shared = {name: (p, feature) for name, p in zip(names, sae.at_timestep(params, t, len(names)))}
+        shared = {name: (p, feature) for name, p in zip(names, sae.at_timestep(params, nearest[step], len(names)))}
         return [flux.Edit(info["layer"], names, scaling(cfg), scale, shared)]
 
     return flux.decode(model, flux.sample(model, start, edits=edits), start.grid)

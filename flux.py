@@ -596,6 +596,13 @@ def sigmas(scheduler, steps, tokens):
     return np.append(s, 0).astype(np.float32)
 
 
+def nearest_timesteps(model, timesteps, grid, levels):
+    """For each noise level [n] the number of the nearest of the `timesteps` noise levels at which activations of images
+    of `grid` tokens are taken, list of n ints."""
+    taken = sigmas(model.scheduler, timesteps, grid[0] * grid[1])[:-1]
+    return np.abs(np.asarray(levels)[:, None] - taken).argmin(1).tolist()
+
+
 def generate(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, text_tokens=None, progress=None,
              edits=None):
     """Draw one image per prompt: uint8 [B, H, W, 3].

@@ -394,6 +394,7 @@ found = dash.load("dash/collect")"""
 <main id="main"><h1>The run</h1>
 {curves(info.get("metrics", []))}
 {scores_section(info.get("scores"))}
+{truth_section((info.get("scores") or {}).get("truth"))}
 <section><h2>Configuration</h2><div class="scroll" tabindex="0" role="region" aria-label="Configuration">
 <table class="facts"><tbody>{table}</tbody></table></div></section>
 <section><h2>What the numbers mean</h2><dl class="terms">{terms}</dl></section>
@@ -450,6 +451,62 @@ def density_bars(density):
             f'{sum(counts):,} features">{bars}<text x="0" y="113">1e{starts[0]:g}</text>'
             f'<text x="300" y="113" text-anchor="end">1</text></svg><figcaption>Features by density (log); '
             f'{int(density["never"]):,} never fired</figcaption></figure>')
+
+
+COLORS = ("#c02942", "#e08a9a", "#2a7ab0", "#3a9a5c", "#999999", "#d99a00", "#222222")
+
+
+def truth_section(truth):
+    """How well single directions tell what is true of the scenes, as tables and a plot over layers; nothing where it
+    was not measured (by tests/bench_truth.py), or in a way not known here."""
+    try:
+        tables = "".join(truth_table(where, truth["tables"][where]) for where in ("tokens", "images"))
+        plot, hint = truth_plot(truth["layers"]), text(truth["data"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        return ""
+    return f"""<section aria-labelledby="truth"><h2 id="truth">Does it find what is there?</h2>
+<p class="hint">AUROC (0.5 is chance) of the best single direction for each attribute of the scene, chosen on one half
+of the scenes and scored on the other: {hint}.</p>
+{tables}<figure>{plot}<figcaption>Mean over attributes, by layer</figcaption></figure></section>"""
+
+
+def truth_table(where, rows):
+    """rows: {direction: {attribute: AUROC}}."""
+    heads = "".join(f'<th scope="col">{text(name)}</th>' for name in rows)
+    body = "".join(f"<tr><th scope='row'>{text(attribute)}</th>"
+                   f"{''.join(f'<td>{float(row[attribute]):.3f}</td>' for row in rows.values())}</tr>"
+                   for attribute in next(iter(rows.values())))
+    return (f'<div class="scroll" tabindex="0" role="region" aria-label="AUROC over {where}"><table class="truth">'
+            f'<thead><tr><th scope="col">Over {where}</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>')
+
+
+def truth_plot(layers):
+    """SVG of {"tokens", "images": {direction: {layer: mean AUROC}}}, one panel for each."""
+    names = list(dict.fromkeys(name for rows in layers.values() for name in rows))
+    numbers = sorted({int(layer) for rows in layers.values() for row in rows.values() for layer in row})
+    first, last = numbers[0], numbers[-1]
+    place = lambda layer: (int(layer) - first) / max(last - first, 1)
+    out = []
+    for p, where in enumerate(("tokens", "images")):
+        x, y = lambda layer: 60 + 400 * p + 320 * place(layer), lambda value: 520 - 480 * float(value)
+        out += [f'<line x1="{60 + 400 * p}" x2="{380 + 400 * p}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ddd"/>'
+                f'<text x="{52 + 400 * p}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.1f}</text>'
+                for v in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
+        out += [f'<text x="{x(n):.1f}" y="298" text-anchor="middle">{n}</text>' for n in numbers]
+        out.append(f'<text x="{220 + 400 * p}" y="24" text-anchor="middle" font-weight="bold">best single direction, '
+                   f"AUROC over {where}</text>")
+        for name, row in layers[where].items():
+            points = [(x(n), y(row[n])) for n in sorted(row, key=int)]
+            line, color = " ".join(f"{a:.1f},{b:.1f}" for a, b in points), COLORS[names.index(name) % len(COLORS)]
+            out.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2.5"/>')
+            out += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{color}"/>' for a, b in points]
+    for i, name in enumerate(names):
+        left, top = 60 + 190 * (i % 4), 326 + 20 * (i // 4)
+        out.append(f'<line x1="{left}" x2="{left + 24}" y1="{top}" y2="{top}" stroke="{COLORS[i % len(COLORS)]}" '
+                   f'stroke-width="3"/><text x="{left + 30}" y="{top + 4}">{text(name)}</text>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 360" font-family="sans-serif" font-size="12" '
+            'role="img" aria-label="AUROC of the best direction over layers"><rect width="840" height="360" '
+            f'fill="white"/>{"".join(out)}</svg>')
 
 
 def flat(values, prefix=""):

@@ -32,6 +32,7 @@ import flux
 import prompts as prompt_sources
 import sae
 import shard
+import text
 import vae
 
 HELD_OUT = 1_750_000_000                                         # number of the first noise: no training step sees it
@@ -573,7 +574,7 @@ def report(checkpoint, file, model, target, about, texts, origin, levels, steps,
 
         found = score(model, target, data, levels=levels, steps=steps, progress=progress, **options)
     found |= {"model": str(about["model"]), "prompts": run.get("prompts", "scenes")}
-    write(file, found)
+    write(file, found | kept(file, found["weights"]))
     print(table(found))
     print(f"scores: {file}")
 
@@ -589,6 +590,12 @@ def check_out(file):
             ours = False
         if not ours:
             raise ValueError(f"{file} exists and was not written by score.py; choose another --out")
+
+
+def kept(file, weights):
+    """What tests/bench_truth.py has added to the scores of this same SAE."""
+    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {"truth": old["truth"]} if "truth" in old and old.get("weights") == weights else {}
 
 
 def write(file, found):
@@ -634,19 +641,12 @@ def explain(model, target, feature, prompt, source, seed, size, text_tokens, sho
             print(f"{f:<24}{value:>14.4f}{effect:>14.4f}")
     effects = ablate_tokens(found, model)
     print(f"{'token':24}{'attribution':>14}{'if emptied':>14}")
-    for word, value, effect in zip(words(model, prompt), found.tokens, effects):
+    (words,) = text.t5_words(model.source / "tokenizer_2", [prompt], len(effects))
+    for word, value, effect in zip(words, found.tokens, effects):
         print(f"{word:24}{value:>14.4f}{effect:>14.4f}")
-    rest = len(words(model, prompt))
+    rest = len(words)
     print(f"{'padding':24}{found.tokens[rest:].sum():>14.4f}{effects[rest:].sum():>14.4f}")
     print(f"{'CLIP (pooled)':24}{found.pooled:>14.4f}")
-
-
-def words(model, prompt):
-    """The prompt's T5 tokens."""
-    from tokenizers import Tokenizer
-    tokenizer = Tokenizer.from_file(str(model.source / "tokenizer_2" / "tokenizer.json"))
-    tokenizer.no_padding()
-    return tokenizer.encode(prompt).tokens
 
 
 if __name__ == "__main__":

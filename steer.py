@@ -199,7 +199,7 @@ def edits(model, start, changes, *, strength=1.0, during=None, boxes=()):
             raise ValueError(f"{dictionary.name} has no typical activations yet (see `calibrated`)")
         if rows := amounts([c for c in changes if c.of is dictionary], strength):
             edit_of.append(lru_cache(lambda t, d=dictionary, rows=rows: _edit(model, d, t, rows, where)))
-            edit_of[-1].times = nearest_times(model, dictionary, start)
+            edit_of[-1].times = flux.nearest_timesteps(model, dictionary.place.timesteps, start.grid, start.sigmas[:-1])
     return lambda i: [of(of.times[i]) for of in edit_of] if first <= i < end else []
 
 
@@ -218,13 +218,6 @@ def region(boxes, grid):
         row, column, row_end, column_end = check_box(box, grid)
         inside[row:row_end, column:column_end] = True
     return inside.reshape(-1)
-
-
-def nearest_times(model, dictionary, start):
-    """For each sampling step the number of the trained timestep whose noise level is nearest."""
-    tokens = start.grid[0] * start.grid[1]
-    trained = flux.sigmas(model.scheduler, dictionary.place.timesteps, tokens)[:-1]
-    return np.abs(start.sigmas[:-1, None] - trained).argmin(1).tolist()
 
 
 def _edit(model, dictionary, t, rows, where):

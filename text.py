@@ -450,6 +450,17 @@ def t5_tokenizer(folder, length):
     return _encoder(tokenizer, length, _content(pad))
 
 
+def t5_words(folder, prompts, length):
+    """For each prompt its tokens as they stand in the text, at most `length`, without the padding (to which FLUX.1
+    attends too)."""
+    file = Path(folder) / "tokenizer.json"
+    tokenizer = _open_tokenizer(lambda: Tokenizer.from_file(str(file)), file)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    return [[prompt[a:b] if b > a else token for token, (a, b) in zip(code.tokens, code.offsets)]
+            for prompt, code in zip(prompts, tokenizer.encode_batch(prompts))]
+
+
 def clip_tokenizer(folder, length=77):
     """A function from prompts to ids [B, length] int32, from `vocab.json` and `merges.txt` alone (byte-level BPE)."""
     folder, settings = Path(folder), tokenizer_config(folder)

@@ -1,13 +1,14 @@
 """Do the features find what is there? On nano, against the truth of the scenes, as Markdown and a plot over layers.
 
-    python tests/bench_truth.py results.json --plot docs/truth.svg [--ckpts DIR]     # only the tables if it is there
+    python tests/bench_truth.py results.json --plot docs/truth.svg --ckpts DIR       # only the tables if it is there
 
 What is known is the rendered scene, so the model is shown renders: a scene's render is encoded by the VAE, noised to
 --level 0.5, and run with the scene's caption. (train.py's recipe, one step from pure noise, knows no true image.) The
 SAEs are trained on such activations of scenes that are not held out, --steps steps; so is PCA, and the whole is done
 again on a nano whose transformer is untrained: Gaussian weights of the trained ones' mean and spread, tensor by tensor
 and layer by layer, behind the same text encoders. With --ckpts DIR (layer0 …, as train.py writes them) those, which
-have seen pure noise alone, are rivals too.
+have seen pure noise alone, are rivals too, and the tables are added to their eval.json, where score.py wrote one, for
+the dashboard's run page.
 
 Over tokens: those of which a solid covers half or more (16x16 pixels), labelled by that solid: shape, colour, size,
 depth (behind or before the middle), where it is to another solid (tokens of scenes with two and more), and the light's
@@ -35,14 +36,15 @@ import scenes
 
 import dash
 import flux
+import pages
 import sae
 import score
 import train
 from harvest import reap
 
 BATCH, GRID, FIRST = 2048, (8, 8), 20_000                        # tokens of a step; first scene to train on
-RIVALS = {"SAE": "#c02942", "SAE of pure noise": "#e08a9a", "neurons": "#2a7ab0", "PCA": "#3a9a5c",
-          "random directions": "#999999", "SAE, untrained model": "#d99a00", "linear probe": "#222222"}
+RIVALS = ("SAE of renders", "train.py's SAE", "neurons", "PCA", "random directions", "SAE, untrained model",
+          "linear probe")
 GROUPS = ("shape", "color", "size", "depth", "relation", "position", "light", "objects")
 STEP = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
 
@@ -219,16 +221,16 @@ def measure(layers, n, images, steps, level, ckpts, save):
     found = {layer: {} for layer in layers}
     say = lambda *what: print(*what, file=sys.stderr, flush=True)
     say(f"{held.on.sum()} tokens on solids, {len(held.scenes)} scenes")
-    for name, who in (("SAE", model), ("SAE, untrained model", untrained(model))):
+    for name, who in (("SAE of renders", model), ("SAE, untrained model", untrained(model))):
         fit = np.concatenate([activations(who, seen, layers, level, 1 + draw)["img"] for draw in range(2)], 1)
-        test = activations(who, held, layers, level, 0, neurons=name == "SAE")
+        test = activations(who, held, layers, level, 0, neurons=who is model)
         for i, layer in enumerate(layers):
             rivals = {name: codes(*trained_sae(fit[i], steps))}
-            if name == "SAE":
+            if who is model:
                 rivals |= others(fit[i], ckpts, layer)
             for rival, function in rivals.items():
                 found[layer][rival] = scored(held, function, test["img"][i])
-            if name == "SAE":
+            if who is model:
                 found[layer]["neurons"] = scored(held, lambda x: x, test["neurons"][i])
                 found[layer]["linear probe"] = probed(held, test["img"][i])
             say(layer, {r: round(float(np.mean(list(f["tokens"].values()))), 3) for r, f in found[layer].items()})
@@ -242,7 +244,7 @@ def others(fit, ckpts, layer):
     rng = np.random.default_rng(0)
     rivals = {"PCA": along(axes, mean), "random directions": along(rng.standard_normal((len(mean), 2048)), mean)}
     if ckpts and (Path(ckpts) / f"layer{layer}").is_dir():
-        rivals["SAE of pure noise"] = codes(*sae.load(Path(ckpts) / f"layer{layer}"))
+        rivals["train.py's SAE"] = codes(*sae.load(Path(ckpts) / f"layer{layer}"))
     return rivals
 
 
@@ -262,41 +264,31 @@ def means(found, where):
 def table(found, where, layer):
     rows = means(found[layer], where)
     rivals = [r for r in RIVALS if r in rows]
-    groups = [g for g in GROUPS if g in rows["SAE"]] + ["all"]
+    groups = [g for g in GROUPS if g in rows[rivals[0]]] + ["all"]
     lines = [f"| layer {layer}, {where} | {' | '.join(rivals)} |", "|---|" + "--:|" * len(rivals)]
     return "\n".join(lines + [f"| {g} | {' | '.join(f'{rows[r][g]:.3f}' for r in rivals)} |" for g in groups])
 
 
-def plot(found, file):
-    """Mean AUROC over layers as SVG: over tokens, and over images."""
-    layers, panels = sorted(found), []
-    for p, where in enumerate(("tokens", "images")):
-        by_layer = {layer: means(found[layer], where) for layer in layers}
-        x = lambda layer: 60 + 400 * p + 320 * layer / max(layers[-1], 1)
-        y = lambda value: 280 - 240 * (value - 0.5) / 0.5
-        grid = [f'<line x1="{x(0):.1f}" x2="{x(layers[-1]):.1f}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ddd"/>'
-                f'<text x="{x(0) - 8:.1f}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.1f}</text>'
-                for v in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
-        ticks = [f'<text x="{x(n):.1f}" y="298" text-anchor="middle">{n}</text>' for n in layers]
-        for rival, color in RIVALS.items():
-            points = [(x(n), y(by_layer[n][rival]["all"])) for n in layers if rival in by_layer[n]]
-            if points:
-                line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-                grid.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2.5"/>')
-        panels += [*grid, *ticks, f'<text x="{x(layers[-1]) - 160:.1f}" y="24" text-anchor="middle" font-weight="bold">'
-                   f"best single direction, AUROC over {where}</text>"]
-    key = [f'<line x1="{60 + 190 * (i % 4)}" x2="{84 + 190 * (i % 4)}" y1="{326 + 20 * (i // 4)}" '
-           f'y2="{326 + 20 * (i // 4)}" stroke="{color}" stroke-width="3"/><text x="{90 + 190 * (i % 4)}" '
-           f'y="{330 + 20 * (i // 4)}">{rival}</text>' for i, (rival, color) in enumerate(RIVALS.items())
-           if any(rival in found[n] for n in layers)]
-    Path(file).write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 360" font-family="sans-serif" '
-                          'font-size="12"><rect width="840" height="360" fill="white"/>' + "\n".join(panels + key)
-                          + "</svg>\n", encoding="utf-8")
+def over_layers(found):
+    """{where: {rival: {layer: mean AUROC}}}."""
+    return {where: {rival: {layer: means(one, where)[rival]["all"] for layer, one in sorted(found.items())
+                            if rival in one and where in one[rival]} for rival in RIVALS
+                    if any(rival in one and where in one[rival] for one in found.values())}
+            for where in ("tokens", "images")}
 
 
-def main(results, plot_to="", layers=(0, 3, 5, 8, 11), n=600, images=2000, steps=120, level=0.5, ckpts="", shown=5,
-         **unknown):
-    plot_to = unknown.pop("plot", plot_to)
+def add_to(ckpts, found, data):
+    """Put each layer's table, and the plot's numbers, into the eval.json of its checkpoint, for the run page."""
+    for layer, one in found.items():
+        file = Path(ckpts) / f"layer{layer}" / score.FILE
+        if file.is_file():
+            tables = {where: {rival: rows for rival in RIVALS if (rows := means(one, where).get(rival))}
+                      for where in ("tokens", "images")}
+            truth = {"data": data, "tables": tables, "layers": over_layers(found)}
+            score.write(file, json.loads(file.read_text(encoding="utf-8")) | {"truth": truth})
+
+
+def main(results, plot="", layers=range(12), n=600, images=2000, steps=1000, level=0.5, ckpts="", shown=5, **unknown):
     flux.no_unknown_flags(unknown)
     file = Path(results)
     if not file.exists():
@@ -306,8 +298,10 @@ def main(results, plot_to="", layers=(0, 3, 5, 8, 11), n=600, images=2000, steps
     shown = shown if shown in found else sorted(found)[len(found) // 2]
     for where in ("tokens", "images"):
         print(table(found, where, shown) + "\n")
-    if plot_to:
-        plot(found, plot_to)
+    if plot:
+        Path(plot).write_text(pages.truth_plot(over_layers(found)) + "\n", encoding="utf-8")
+    if ckpts:
+        add_to(ckpts, found, f"{n} renders of held-out scenes, noised to t = {level}")
 
 
 if __name__ == "__main__":

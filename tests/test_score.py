@@ -2,6 +2,7 @@
 import json
 import os
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -351,3 +352,32 @@ def test_the_run_page_shows_the_scores_and_survives_what_is_none(scored):
     assert "<b>" not in pages.scores_section(found | hostile)
     for broken in (None, {}, [], "x", found | {"per_timestep": 3}, found | {"sae": {}}, found | {"loss": None}):
         assert pages.scores_section(broken) == ""
+
+
+def truth(name="neurons"):
+    tables = {where: {name: {"colour": 0.9, "all": 0.75}, "PCA": {"colour": 0.6, "all": 0.5}}
+              for where in ("tokens", "images")}
+    layers = {where: {name: {"0": 0.7, "3": 0.8, "11": 0.75}, "PCA": {"3": 0.5}} for where in tables}
+    return {"data": "600 renders", "tables": tables, "layers": layers}
+
+
+def test_the_run_page_shows_what_is_true_of_the_scenes():
+    page = pages.truth_section(truth())
+    assert page.count("<table") == 2 and "<td>0.900</td>" in page and "600 renders" in page
+    svg = ElementTree.fromstring(page[page.index("<svg"):page.index("</svg>") + 6])
+    lines = [[float(x) for x in line.get("points").replace(",", " ").split()]
+             for line in svg.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [len(line) for line in lines] == [6, 2, 6, 2]
+    (x0, y0, x3, y3, x11, _), right = lines[0], lines[2]
+    assert (x3 - x0) / (x11 - x0) == pytest.approx(3 / 11, abs=1e-3) and y3 < y0      # higher is better
+    assert right[1::2] == lines[0][1::2]
+    assert "<b>" not in pages.truth_section(truth("<b>hostile</b>"))
+    for broken in (None, {}, truth() | {"tables": {}}, truth() | {"layers": {"tokens": {}, "images": {}}}, "text"):
+        assert pages.truth_section(broken) == ""
+
+
+def test_scores_once_more_keep_the_truth_of_the_same_sae(tmp_path):
+    file = tmp_path / "eval.json"
+    assert score.kept(file, "a") == {}
+    score.write(file, {"kind": score.KIND, "weights": "a", "truth": truth()})
+    assert score.kept(file, "a") == {"truth": truth()} and score.kept(file, "b") == {}
