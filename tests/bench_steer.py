@@ -1,8 +1,9 @@
-"""What steering costs a denoising step of nano, as a Markdown table: python tests/bench_steer.py ckpt
+"""What interventions cost a denoising step of nano, as a Markdown table: python tests/bench_steer.py ckpt
 
-One step (`flux.velocity`) of a batch of 8 at 128 x 128 pixels, as it is; with an addition at the SAE's layer, for which
-nothing is encoded; with a feature scaled, for which the SAE encodes; and the encoder's product alone on those tokens.
-All in turns, side by side, so that what else the machine does falls on all; medians.
+One step (`flux.velocity`) of a batch of 8 at 128 x 128 pixels, as it is; with the residual at the SAE's layer captured;
+with an addition there, for which nothing is encoded; with a feature scaled, for which the SAE encodes; with the SAE's
+reconstruction spliced in; and the encoder's product, and encoder and decoder, alone on those tokens. All in turns, side
+by side, so that what else the machine does falls on all; medians.
 """
 import os
 import statistics
@@ -18,6 +19,8 @@ import jax.numpy as jnp
 
 import flux
 import kernels
+import sae
+import score
 import steer
 
 
@@ -29,15 +32,20 @@ def main(checkpoint="ckpt", rounds=60, batch=8):
     where = {"grid": start.grid, "layer": place.layer, "site": place.site}
     x = flux.residual(model.params, model.cfg, start.latents, *flux.at(start, 0), **where)
     product = jax.jit(lambda p, x: kernels.preactivations(x.reshape(-1, x.shape[-1]), p["W_enc"].T, p["b_enc"]))
+    both = jax.jit(lambda p, x: sae.decode(p, ours.cfg, *sae.encode(p, ours.cfg, x)))
+    args = model.params, model.cfg, start.latents, *flux.at(start, 0)
+    names = flux.residual_names(model.cfg, place.layer, place.site)
 
-    def step(*changes):
-        edits = steer.edits(model, start, changes)(0) if changes else ()
-        return lambda: flux.velocity(model.params, model.cfg, start.latents, *flux.at(start, 0), grid=start.grid,
-                                     edits=edits)
+    def step(edits=()):
+        return lambda: flux.velocity(*args, grid=start.grid, edits=edits)
 
-    runs = {"a step": step(), "with an addition": step(steer.Change(ours, 3, add=8)),
-            "with a feature scaled": step(steer.Change(ours, 3, scale=2)),
-            "the SAE's product alone": lambda: product(params, x)}
+    def changed(**by):
+        return step(steer.edits(model, start, [steer.Change(ours, 3, **by)])(0))
+
+    runs = {"a step": step(), "captured": lambda: flux.catch(*args, grid=start.grid, layer=place.layer, names=names),
+            "an addition": changed(add=8), "a feature scaled": changed(scale=2),
+            "spliced": step(score.edits(score.subject(model, checkpoint), "spliced", 1.0)),
+            "the SAE's product alone": lambda: product(params, x), "the SAE alone": lambda: both(params, x)}
     times = {name: [] for name in runs}
     for _ in range(rounds + 3):
         for name, run in runs.items():
@@ -45,13 +53,14 @@ def main(checkpoint="ckpt", rounds=60, batch=8):
             jax.block_until_ready(run())
             times[name].append(time.perf_counter() - begin)
     medians = {name: 1e3 * statistics.median(took[3:]) for name, took in times.items()}
-    plain, _, scaled, alone = medians.values()
+    plain, captured, addition, scaled, spliced, alone, whole = medians.values()
     print(f"{os.cpu_count()} CPUs, jax {jax.__version__}; layer {place.layer}, {ours.cfg.features:,} features, "
           f"{x.shape[0]} x {x.shape[1]} tokens, median of {rounds}\n\n| | ms | of a step |\n|---|--:|--:|")
-    for name, took in (*medians.items(), ("scaled, besides the product", scaled - alone)):
+    for name, took in medians.items():
         print(f"| {name} | {took:.1f} | {took / plain:.3f} |")
-    print(f"\nadded to a step: {medians['with an addition'] / plain - 1:+.1%} by an addition, "
-          f"{(scaled - alone) / plain - 1:+.1%} by scaling, besides the product")
+    besides = {"capture": captured, "an addition": addition, "scaling, besides the product": scaled - alone,
+               "splicing, besides the product": spliced - alone, "splicing, besides the SAE": spliced - whole}
+    print("\nadded to a step: " + ", ".join(f"{took / plain - 1:+.1%} {name}" for name, took in besides.items()))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
     python tests/bench_steering.py ckpt3 ckpt5 ckpt8 --out docs/steering.webp     # SAEs of image tokens
 
 For each colour and shape, the feature whose maximum in an image tells it best (AUROC on held-out scenes of one to three
-objects, activations of a single step) is added at every image token in every step, while captions of one object are
-drawn that state another colour or shape. nano's judge says what the images show. Beside it, with vectors of the same
-norm: a random feature, the block's MLP neuron with the best AUROC (its row of the output weights, through the mean
-gate), and, as what a probe that is given the labels would do, the difference of the mean residuals with and without the
-attribute. The judge has to name something: it sees a colour also where no object is left, and then "stays" is chance.
-Strengths, for each of these its own, and the layer are chosen on captions that are not those reported.
+objects, activations of a single step) is added in every step, at every image token or at those alone that show the
+object of the unsteered image (which in nano's world is more saturated, or whiter, than floor and wall), while captions
+of one object are drawn that state another colour or shape. nano's judge says what the images show. Beside it, with
+vectors of the same norm: a random feature, the block's MLP neuron with the best AUROC and a random one (their rows of
+the output weights, through the mean gate), and, as what a probe that is given the labels would do, the difference of
+the mean residuals with and without the attribute. The judge has to name something: it sees a colour also where no
+object is left, and then "stays" is chance. Strengths, for each line its own, are chosen on captions that are not those
+reported, where the feature also chooses the layer, and where it is added: everywhere, or at the object.
 """
 import os
 import sys
@@ -35,7 +37,8 @@ COLORS, SHAPES, SIZE, BATCH = evaluate.COLORS, evaluate.SHAPES, evaluate.SIZE, 3
 TARGETS = [(f"color: {word}", 1, i) for i, word in enumerate(COLORS)]
 TARGETS += [(f"shape: {word}", 0, i) for i, word in enumerate(SHAPES)]           # name, column of verdicts, index
 CHOOSE, REPORT = 5_000, 6_000                                    # first seeds of captions: all held out
-METHODS = ("feature", "random feature", "neuron", "difference of means")
+METHODS = ("feature", "random feature", "neuron", "random neuron", "difference of means")
+PLACES = ("everywhere", "at the object")
 
 
 def main(*folders, n=40, few=12, scenes=512, steps=4, strengths="4,8,16,32", out="", **unknown):
@@ -47,27 +50,33 @@ def main(*folders, n=40, few=12, scenes=512, steps=4, strengths="4,8,16,32", out
     found = {}
     for folder in folders:
         directions = Directions(model, folder, scenes)
-        found[folder] = directions, *best(chooser, directions, "feature", strengths)
-        say = [f"{100 * x:.0f}" for x in found[folder][2]]
-        print(f"layer {directions.layer}: strength {found[folder][1]:g}; became, stayed, both: colour {say[:3]}, shape "
-              f"{say[3:]}; {time.monotonic() - start:.0f} s", flush=True)
-    directions, chosen, _ = max(found.values(), key=lambda row: row[2][2] + row[2][5])
-    chosen = {"feature": chosen} | {m: best(chooser, directions, m, strengths)[0] for m in METHODS[1:]}
-    print(f"\nlayer {directions.layer}, {n} captions, {steps} steps, jax {jax.__version__}\n\n| along | strength "
-          "| colour becomes it | shape stays | both | shape becomes it | colour stays | both |\n|---|" + "--:|" * 7)
-    for method, strength in chosen.items():
-        cells = [f"{x:.0%}" for x in reporter.score(directions, method, strength)]
-        print(f"| {method} | {strength:g} | {' | '.join(cells)} |", flush=True)
-    print("\n" + "\n".join(f"{name}: feature {f}, AUROC {a:.2f}; neuron {j}, {b:.2f}" for (name, *_), f, a, j, b in zip(
-        TARGETS, directions.features, directions.aurocs, directions.neurons, directions.neuron_aurocs)))
-    if out:
-        picture(reporter, directions, chosen["feature"], out)
+        for place in PLACES:
+            strength, scores = best(chooser, directions, "feature", strengths, place)
+            found[folder, place] = directions, scores
+            say = [f"{100 * x:.0f}" for x in scores]
+            print(f"layer {directions.layer}, {place}: strength {strength:g}; became, stayed, both: colour {say[:3]}, "
+                  f"shape {say[3:]}; {time.monotonic() - start:.0f} s", flush=True)
+    for place in PLACES:
+        (folder, _), (directions, _) = max(((key, row) for key, row in found.items() if key[1] == place),
+                                           key=lambda item: item[1][1][2] + item[1][1][5])
+        chosen = {m: best(chooser, directions, m, strengths, place)[0] for m in METHODS}
+        print(f"\n{folder}: layer {directions.layer}, {place}, {n} captions, {steps} steps, jax {jax.__version__}\n\n"
+              "| along | strength | colour becomes it | shape stays | both | shape becomes it | colour stays | both |\n"
+              "|---|" + "--:|" * 7)
+        for method, strength in chosen.items():
+            cells = [f"{x:.0%}" for x in reporter.score(directions, method, strength, place)]
+            print(f"| {method} | {strength:g} | {' | '.join(cells)} |", flush=True)
+        print("\n" + "\n".join(f"{name}: feature {f}, AUROC {a:.2f}; neuron {j}, {b:.2f}" for (name, *_), f, a, j, b in
+                               zip(TARGETS, directions.features, directions.aurocs, directions.neurons,
+                                   directions.neuron_aurocs)))
+        if out and place == PLACES[-1]:
+            picture(reporter, directions, chosen["feature"], place, out)
     print(f"\n{time.monotonic() - start:.0f} seconds")
 
 
-def best(pictures, directions, method, strengths):
+def best(pictures, directions, method, strengths, place):
     """(strength, its scores) at which most images change and keep the rest, colours and shapes alike."""
-    scores = {s: pictures.score(directions, method, s) for s in strengths}
+    scores = {s: pictures.score(directions, method, s, place) for s in strengths}
     return max(scores.items(), key=lambda item: item[1][2] + item[1][5])
 
 
@@ -88,9 +97,10 @@ class Directions:
         self.features, self.neurons = (a.argmax(0) for a in tell)
         self.aurocs, self.neuron_aurocs = (a.max(0) for a in tell)
         alive = np.flatnonzero(loaded.fired)
-        random = np.random.default_rng(0).choice(alive, len(TARGETS), replace=False)
-        along = {"feature": W_dec[self.features], "random feature": W_dec[random],
-                 "neuron": gate * output_rows(model, self.layer)[self.neurons],
+        rng, rows = np.random.default_rng(0), gate * output_rows(model, self.layer)
+        along = {"feature": W_dec[self.features], "neuron": rows[self.neurons],
+                 "random feature": W_dec[rng.choice(alive, len(TARGETS), replace=False)],
+                 "random neuron": rows[rng.choice(len(rows), len(TARGETS), replace=False)],
                  "difference of means": np.stack([means[on].mean(0) - means[~on].mean(0) for on in labels.T])}
         norm = loaded.typical[self.features, None] * np.linalg.norm(W_dec[self.features], axis=1, keepdims=True)
         self.of = {name: norm * v / np.linalg.norm(v, axis=1, keepdims=True) for name, v in along.items()}
@@ -129,7 +139,17 @@ def output_rows(model, layer):
 
 
 def added(name, x, each, shared):
-    return x + each[:, None].astype(x.dtype)
+    vectors, where = each                                        # [B, D], [B, I]
+    return x + (where[..., None] * vectors[:, None]).astype(x.dtype)
+
+
+def object_tokens(images, share=0.3):
+    """Where an image shows more than floor and wall, [B, 64]: tokens of whose pixels `share` are saturated or white."""
+    rgb = images.astype(np.float32) / 255
+    low, high = rgb.min(-1), rgb.max(-1)
+    solid = (high - low > 0.3 * high) | (low > 0.83)
+    shares = solid.reshape(len(images), 8, 16, 8, 16).mean((2, 4)).reshape(len(images), 64)
+    return np.where(shares.max(1, keepdims=True) >= share, shares >= share, True)
 
 
 class Pictures:
@@ -145,17 +165,19 @@ class Pictures:
                 self.said.append(evaluate.labels_of(scene))
         self.start = flux.prepare(model, self.captions, steps=steps, size=SIZE, seed=first)
         D = model.cfg.width
-        self.plain = self.draw(np.arange(n), np.zeros((n, D)), 0)
+        self.where = {"everywhere": np.ones((n, 64), bool)}
+        self.plain = self.draw(np.arange(n), np.zeros((n, D)), 0, "everywhere")
+        self.where["at the object"] = object_tokens(self.plain)
         self.seen = evaluate.verdicts(self.judge, self.plain)    # [n, 2]: shape, colour
 
-    def draw(self, which, vectors, layer):
-        """Images of the captions `which` [m] with vectors [m, D] added to all image tokens of a layer."""
+    def draw(self, which, vectors, layer, place):
+        """Images of the captions `which` [m] with vectors [m, D] added to the image tokens of a place at a layer."""
         name = flux.residual_names(self.model.cfg, layer, "img")
         images = []
         for i in range(0, len(which), BATCH):
             part = np.resize(which[i:i + BATCH], BATCH)          # one shape, one program
             by = np.resize(vectors[i:i + BATCH], (BATCH, vectors.shape[1]))
-            edit = flux.Edit(layer, name, added, jnp.asarray(by, jnp.float32))
+            edit = flux.Edit(layer, name, added, (jnp.asarray(by, jnp.float32), jnp.asarray(self.where[place][part])))
             text, pooled, _ = self.start.condition
             start = flux.Start(self.start.latents[part], (text[part], pooled[part], None), self.start.sigmas,
                                self.start.grid)
@@ -163,12 +185,12 @@ class Pictures:
                                       start.grid)[:len(which) - i])
         return np.concatenate(images)
 
-    def score(self, directions, method, strength):
+    def score(self, directions, method, strength, place):
         """Shares of images that become the target, whose other attribute stays, and both: of colours, of shapes [6]."""
         jobs = [(t, i) for t, (_, kind, value) in enumerate(TARGETS) for i in range(len(self.captions))
                 if self.said[i][kind] != value and self.seen[i][kind] != value]
         targets, which = np.array(jobs).T
-        images = self.draw(which, strength * directions.of[method][targets], directions.layer)
+        images = self.draw(which, strength * directions.of[method][targets], directions.layer, place)
         now, kind = evaluate.verdicts(self.judge, images), np.array([TARGETS[t][1] for t in targets])
         here = np.arange(len(now))
         became = now[here, kind] == np.array([TARGETS[t][2] for t in targets])
@@ -176,14 +198,14 @@ class Pictures:
         return [float(x[kind == k].mean()) for k in (1, 0) for x in (became, stayed, became & stayed)]
 
 
-def picture(pictures, directions, strength, out, columns=(0, 0.5, 1, 2)):
+def picture(pictures, directions, strength, place, out, columns=(0, 0.5, 1, 2)):
     """A row for each target, of the caption that is its turn; a column for each share of the chosen strength."""
     rows, titles = [], []
     for t, (name, kind, value) in enumerate(TARGETS):
         turn = [i for i in range(len(pictures.captions)) if pictures.said[i][kind] != value]
         i = turn[t % len(turn)]
         vectors = strength * np.array(columns)[:, None] * directions.of["feature"][t]
-        rows.append(pictures.draw(np.full(len(columns), i), vectors, directions.layer))
+        rows.append(pictures.draw(np.full(len(columns), i), vectors, directions.layer, place))
         titles.append(f"{pictures.captions[i]} + {name}")
     heads = ["unsteered", *(f"+{strength * c:g}" for c in columns[1:])]
     whole = np.stack(rows, 1)

@@ -370,7 +370,7 @@ def test_mistakes_end_in_one_line(built, model, tmp_path, flags, message):
     assert (tmp_path / "something").read_text() == "else" and not (tmp_path / "dash").exists()
 
 
-def test_strips_are_drawn_once_and_stay(built, model, tmp_path, monkeypatch):
+def test_strips_are_drawn_once_and_stay(built, model, visit, tmp_path, monkeypatch):
     """--steer: what flux draws with the feature's values multiplied by hand; drawn again only where it is missing."""
     from PIL import Image
     folder, ckpt = built
@@ -397,6 +397,14 @@ def test_strips_are_drawn_once_and_stay(built, model, tmp_path, monkeypatch):
     assert np.abs(stored - expected).mean() < 6
     page = (out / "feature" / f"{f}.html").read_text()
     assert page.count("../steer/") == 4 and f"../images/{image}.webp" in page and "ablated" in page
+    browsed = visit(out / "feature" / f"{f}.html")
+    strip = browsed.get_by_role("region", name="Steered")
+    strip.scroll_into_view_if_needed()
+    browsed.wait_for_function("[...document.querySelectorAll('[aria-labelledby=steer] img')]"
+                              ".filter(image => image.complete && image.naturalWidth === 64).length === 5")
+    assert strip.locator("figcaption").all_inner_texts() == ["ablated", "×1, as it is", "×2", "×4", "×8"]
+    strip.get_by_role("button", name="Enlarge: ×8").click()
+    assert browsed.locator("dialog[open] img").get_attribute("src") == f"../steer/{f}-8.webp"
     before = {p: p.read_bytes() for p in (out / "steer").iterdir()}
     monkeypatch.setattr(dash, "strip", lambda *a: pytest.fail("drawn again"))
     dash.main(str(ckpt), out=str(out), pages_only=True, steer=1)

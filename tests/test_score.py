@@ -104,6 +104,28 @@ def test_losses_are_those_of_forward_passes_by_hand(model, layer, site, timestep
             np.testing.assert_allclose(change[at, i], ((v - clean) ** 2).mean((1, 2)), rtol=2e-3, atol=1e-6)
 
 
+def test_the_clean_loss_is_that_of_diffusers(model, nano):
+    import torch
+    from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+    data, levels = score.dataset(model, PROMPTS, images()), flux.sigmas(model.scheduler, 2, 64)
+    starts = list(score.prepared(model, data, 2, 0, 3))
+    loss, _ = score.losses(model, subject(model, 3, "img"), data, starts, lambda share: None)
+    theirs, (text, pooled) = {}, (torch.from_numpy(np.array(x)) for x in flux.encode_text(model, PROMPTS))
+    for name, kind in (("vae", AutoencoderKL), ("transformer", FluxTransformer2DModel)):
+        theirs[name] = kind.from_pretrained(nano / name, torch_dtype=torch.float32)
+    vae, transformer = theirs["vae"], theirs["transformer"]
+    with torch.no_grad():
+        x0 = vae.encode(torch.from_numpy(images()).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mode()
+        x0 = (x0 - vae.config.shift_factor) * vae.config.scaling_factor
+        x0, noise = FluxPipeline._pack_latents(x0, *x0.shape), torch.from_numpy(np.array(starts[0][1].latents))
+        ids = FluxPipeline._prepare_latent_image_ids(3, 8, 8, "cpu", torch.float32)
+        for i, level in enumerate(levels[:-1]):
+            v = transformer((1 - level) * x0 + level * noise, text, pooled, torch.full((3,), float(level)), ids,
+                            torch.zeros(text.shape[1], 3), return_dict=False)[0]
+            wanted = (v - (noise - x0)).square().mean((1, 2)).numpy()
+            np.testing.assert_allclose(loss[score.VARIANTS.index("clean"), i], wanted, rtol=1e-3)
+
+
 @pytest.mark.parametrize("layer, site", [(1, "both")])
 def test_a_perfect_sae_loses_nothing(model, layer, site):
     who, both = subject(model, layer, site), jnp.concatenate([jnp.eye(128), -jnp.eye(128)])
