@@ -19,7 +19,7 @@ import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -249,6 +249,13 @@ def rate(features, k, width, site, small):
     return (times if small else 1) * sae.default_lr(features)
 
 
+@lru_cache
+def stepper(mesh, form, *leaves):
+    """`sae.step`, compiled once in a process for runs of the same shapes. form, leaves: where its results lie."""
+    return jax.jit(partial(sae.step, mesh=mesh), static_argnums=1, donate_argnums=0,
+                   out_shardings=jax.tree.unflatten(form, leaves))
+
+
 def loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop):
     """Steps from where `state` stands to the end, or until stop(step), and then a checkpoint. `window`: metrics of the
     steps that are not in metrics.jsonl yet."""
@@ -258,8 +265,8 @@ def loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, 
 
     state = shard.split(mesh, state, run.features) if mesh else state
     where = (jax.tree.map(lambda leaf: leaf.sharding, state), shard.everywhere(mesh)) if mesh else None
-    step_fn = partial(sae.step, mesh=shard.tensor(mesh or shard.mesh()))
-    step_fn = jax.jit(step_fn, static_argnums=1, donate_argnums=0, out_shardings=where)
+    leaves, form = jax.tree.flatten(where)
+    step_fn = stepper(shard.tensor(mesh or shard.mesh()), form, *leaves)
     since, old = time.monotonic(), len(window)
     for step in range(int(state.step), run.steps):
         if stop(step) or not harvest.ready(step, partial(stop, step), bar):
