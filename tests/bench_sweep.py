@@ -1,6 +1,7 @@
 """SAEs over layers, k and features on nano, beside other trainers and baselines on the same saved tokens, as Markdown.
 
-    python tests/bench_sweep.py results.jsonl --what sites           # texts, images, both (--steps 1000: train.py's)
+    python tests/bench_sweep.py results.jsonl --what sites           # texts, images, both (--steps 1000: train.py's;
+                                                                     # --ckpts DIR keeps the images' SAEs: layer0, …)
     python tests/bench_sweep.py results.jsonl --what sweep           # k = 8 … 64; F = 1,024 … 16,384 at k = 8
     python tests/bench_sweep.py results.jsonl --what beside          # SAELens and sparsify (pip install eai-sparsify)
     python tests/bench_sweep.py results.jsonl --what baselines       # PCA, MLP neurons, dictionaries by pursuit
@@ -266,8 +267,8 @@ def plan(what, layers, steps):
         return [job | {"layer": layer} for layer in layers]
 
     if what == "sites":
-        kinds = [{"trainer": "fae", "site": "txt", "lr": train.rate(2048, 32, 128, "txt", small=True)},
-                 {"trainer": "fae", "site": "both"}, {"trainer": "fae"}]
+        lr = train.rate(2048, 32, 128, "txt", small=True)
+        kinds = [{"trainer": "fae"}, {"trainer": "fae", "site": "txt", "lr": lr}, {"trainer": "fae", "site": "both"}]
     elif what == "sweep":
         sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 8) for features in (1024, 4096, 16384)]
         kinds = [{"trainer": "fae", "features": features, "k": k} for features, k in sizes]
@@ -291,8 +292,9 @@ def plan(what, layers, steps):
     return [job for kind in kinds for job in jobs(**kind)]
 
 
-def measure(layer, trainer, site, steps, **options):
-    """Of held-out tokens: standardized FVU, and what else a kind of trainer has; seconds that its making took."""
+def measure(layer, trainer, site, steps, keep=None, **options):
+    """Of held-out tokens: standardized FVU, and what else a kind of trainer has; seconds that its making took.
+    keep(state, cfg): told what was trained."""
     since = time.monotonic()
     if trainer in BASELINES:
         found = BASELINES[trainer](layer, steps, **options)
@@ -302,8 +304,20 @@ def measure(layer, trainer, site, steps, **options):
     options |= {"group": layer["group"]} if site == "both" else {}
     state, cfg, silent = TRAINERS[trainer](layer["train"], steps, **options)
     seconds = time.monotonic() - since
+    if keep:
+        keep(state, cfg)
     found = train.mean_score(train.scores(state, cfg, layer["test"] if site == "both" else [layer["test"]]))
     return found | {"silent": silent, "seconds": seconds}
+
+
+def keeper(ckpts, job):
+    """Of an SAE of images: what puts it where train.py would, as a checkpoint that steer.py and score.py know."""
+    if not ckpts or job["trainer"] != "fae" or job["site"] != "img":
+        return None
+    about = {"model": "nano", "layer": job["layer"], "site": "img"}
+    run = about | {"timesteps": 1, "prompts": "scenes", "prompt_field": None}
+    return lambda state, cfg: sae.checkpoint(Path(ckpts) / f"layer{job['layer']}", state, cfg,
+                                             metadata=about | {"run": run})
 
 
 # ---------------------------------------------------------------- results
@@ -355,7 +369,7 @@ def rises(results):
             and same(a, b) and a != b and a["features"] <= b["features"] and a["k"] <= b["k"] and y >= x]
 
 
-def main(results, what="tables", acts="", layers=None, steps=400, passes=200, **unknown):
+def main(results, what="tables", acts="", layers=None, steps=400, passes=200, ckpts="", **unknown):
     flux.no_unknown_flags(unknown)
     path, done = Path(results), read(Path(results))
     layers = range(flux.read_config("nano")[1].layers) if layers is None else np.atleast_1d(layers).tolist()
@@ -368,7 +382,8 @@ def main(results, what="tables", acts="", layers=None, steps=400, passes=200, **
             (folder / "whole").touch()
         for job in todo:
             tokens = saved(folder, job["layer"], job["site"])
-            done[key(job)] = measure(tokens, **{name: value for name, value in job.items() if name != "layer"})
+            done[key(job)] = measure(tokens, keep=keeper(ckpts if what == "sites" else "", job),
+                                     **{name: value for name, value in job.items() if name != "layer"})
             print(job, done[key(job)], flush=True)
             with open(path, "a") as file:
                 file.write(json.dumps({"job": job, "found": done[key(job)]}) + "\n")
