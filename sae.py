@@ -74,9 +74,7 @@ class Config:
     bandwidth: float = 0.2  # JumpReLU: of the threshold's pseudo-derivative, in thresholds
     restraint: float = 0.15  # fraction of features falling silent at which half of the learning rate is left
     lr: float | None = None
-    warmup: int = (
-        200  # steps; most features that die do so early: at lr 3e-3 a warmup of 50 killed 27 %, 200 killed 6 %
-    )
+    warmup: int = 200  # steps; most that die do so early: at lr 3e-3 a warmup of 50 killed 27 %, 200 killed 6 %
     decay: tuple[int, int] | None = None  # steps (from, to) in which the learning rate falls linearly to zero
     b1: float = 0.9
     b2: float = 0.999
@@ -139,7 +137,7 @@ def default_dead_after(features: int, k: int) -> int:
 
 
 def default_lr(features: int) -> float:
-    """The paper's scaling, 1 / sqrt(features), with EleutherAI sparsify's constant. Short runs bear 9 times it."""
+    """The paper's scaling, 1 / sqrt(features), with EleutherAI sparsify's constant. Short runs bear many times it."""
     return 2e-4 / (features / 2**14) ** 0.5
 
 
