@@ -4,7 +4,7 @@
     python tests/bench_score.py --ckpts DIR --what attribution
 
 Without --ckpts, SAEs of --steps steps are trained in a temporary folder. "loss" is `score.score` on renders of held-out
-scenes (--n), at 8 noise levels; images are drawn in --drawn steps. "attribution": for pairs of layers, features that
+scenes (--n), at 8 noise levels; images are drawn in --drawn steps; the checkpoints get an eval.json. "attribution": for pairs of layers, features that
 fire for a held-out caption are attributed to the features of an earlier layer, and the attributions of up to 128 of
 these, drawn at random, are compared with what ablating each at all tokens does to the target; likewise of text tokens,
 with emptying their T5 state. Correlations are means over targets.
@@ -43,6 +43,7 @@ def loss_table(model, folder, layers, n, drawn):
     found = {}
     for layer in layers:
         found[layer] = score.score(model, score.subject(model, folder / f"layer{layer}"), data, steps=drawn)
+        score.write(folder / f"layer{layer}" / score.FILE, found[layer])
         print(f"layer {layer}\n{score.table(found[layer])}", file=sys.stderr, flush=True)
     print("| layer | loss: model | spliced | zero | mean | recovered (zero) | (mean) | at t = 1 (zero) | (mean) | RMSE "
           "of images: spliced | zero | mean | FVU |\n|--:|" + "--:|" * 12)
