@@ -4,10 +4,10 @@
     python tests/bench_score.py --ckpts DIR --what attribution
 
 Without --ckpts, SAEs of --steps steps are trained in a temporary folder. "loss" is `score.score` on renders of held-out
-scenes (--n), at 8 noise levels; images are drawn in --drawn steps; the checkpoints get an eval.json. "attribution": for pairs of layers, features that
-fire for a held-out caption are attributed to the features of an earlier layer, and the attributions of up to 128 of
-these, drawn at random, are compared with what ablating each at all tokens does to the target; likewise of text tokens,
-with emptying their T5 state. Correlations are means over targets.
+scenes (--n), at 8 noise levels; images are drawn in --drawn steps; the checkpoints get an eval.json. "attribution": for
+pairs of layers, features that fire for a held-out caption are attributed to the features of an earlier layer, and the
+attributions of up to 128 of these, drawn at random, are compared with what ablating each at all tokens does to the
+target; likewise of text tokens, with emptying their T5 state. Correlations are means over targets.
 """
 import os
 import subprocess
