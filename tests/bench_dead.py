@@ -1,12 +1,13 @@
 """Dead features on activations with FLUX's pathologies, standardized and raw, as a Markdown table.
 
-    python tests/bench_dead.py [--features 16384] [--steps 600] [--normalizations std,pca,scale]
+    python tests/bench_dead.py [--features 16384] [--steps 600] [--kinds "std,pca,scale,plain std,plain scale"]
 
 The activations are sparse sums of a known dictionary, so that there is something to find, made as hard as FLUX.1's:
 scales of the dimensions over four orders of magnitude, one direction with 58 % of the raw variance, means far from
 zero, heavy tails. "scale" divides by one number, so that tokens have the mean square D: raw activations, but for the
-unit. All else is the same: the recipe of train.py at small models. "dead": no firing on 131,072 held-out tokens;
-"silent": none in the last `dead_after` tokens (512,000 for 16,384 features), by the trainer's own counter.
+unit. All else is the same: the recipe of train.py at small models; "plain" is without what keeps features alive there,
+AuxK and the restraint of the rate. "dead": no firing on 131,072 held-out tokens; "silent": none in the last
+`dead_after` tokens (512,000 for 16,384 features), by the trainer's own counter.
 """
 import os
 import statistics
@@ -83,12 +84,12 @@ def _draw(world, key, tokens, active):
     return scale * sums + mean + jax.random.t(keys[2], 4.0, (tokens, 1)) / np.sqrt(2) * line
 
 
-def run(world, normalization, features, steps, k=32):
+def run(world, kind, features, steps, k=32):
     """Cells of the table's row."""
-    since = time.monotonic()
-    width = len(world.scale)
+    since, width, normalization = time.monotonic(), len(world.scale), kind.split()[-1]
+    plain = {"aux_coefficient": 0.0, "restraint": float("inf")} if kind.startswith("plain") else {}
     cfg = sae.Config(d_in=width, features=features, k=k, lr=train.rate(features, k, width, "img", small=True),
-                     normalization=normalization, **train.schedule(steps))
+                     normalization=normalization, **plain, **train.schedule(steps))
     state = sae.init(jax.random.key(0), cfg, np.asarray(world.batch(0, 65536)))
     for i in range(1, steps + 1):
         state, metrics = STEP(state, cfg, world.batch(i, BATCH))
@@ -98,7 +99,7 @@ def run(world, normalization, features, steps, k=32):
             f"{found.fvu:.3f}", f"{found.l0:.1f}", f"{seconds:.0f}")
 
 
-def main(features=16384, steps=600, normalizations="std,pca,scale", **unknown):
+def main(features=16384, steps=600, kinds="std,pca,scale,plain std,plain scale", **unknown):
     flux.no_unknown_flags(unknown)
     world = Pathological()
     x = np.asarray(world.batch(10 ** 7, 65536), np.float64)
@@ -108,7 +109,7 @@ def main(features=16384, steps=600, normalizations="std,pca,scale", **unknown):
           f"stds from {stds.min():.2g} to {stds.max():.2g}, mean kurtosis {tails:.1f}; {features:,} features, "
           f"{steps} steps of {BATCH} tokens\n")
     print("| normalization | dead % | silent % | FVU (std.) | FVU (raw) | L0 | seconds |\n|---|" + "--:|" * 6)
-    for name in normalizations.split(","):
+    for name in kinds if isinstance(kinds, tuple) else kinds.split(","):
         print(f"| {name} | {' | '.join(run(world, name, features, steps))} |", flush=True)
 
 
