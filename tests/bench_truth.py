@@ -45,7 +45,6 @@ from harvest import reap
 BATCH, GRID, FIRST = 2048, (8, 8), 20_000                        # tokens of a step; first scene to train on
 RIVALS = ("SAE of renders", "train.py's SAE", "neurons", "PCA", "random directions", "SAE, untrained model",
           "linear probe")
-GROUPS = ("shape", "color", "size", "depth", "relation", "position", "light", "objects")
 STEP = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
 
 
@@ -248,25 +247,28 @@ def others(fit, ckpts, layer):
     return rivals
 
 
-def means(found, where):
+def means(one, where):
     """{rival: {group: mean AUROC over its attributes}}, and "all"."""
     out = {}
-    for rival, one in found.items():
-        if where in one:
-            groups = {}
-            for name, value in one[where].items():
-                groups.setdefault(name.split(":")[0], []).append(value)
-            out[rival] = {g: float(np.mean(v)) for g, v in groups.items()}
-            out[rival]["all"] = float(np.mean(list(one[where].values())))
+    for rival, row in each(one, where).items():
+        groups = {}
+        for name, value in row.items():
+            groups.setdefault(name.split(":")[0], []).append(value)
+        out[rival] = {group: float(np.mean(values)) for group, values in groups.items()}
     return out
 
 
-def table(found, where, layer):
-    rows = means(found[layer], where)
-    rivals = [r for r in RIVALS if r in rows]
-    groups = [g for g in GROUPS if g in rows[rivals[0]]] + ["all"]
-    lines = [f"| layer {layer}, {where} | {' | '.join(rivals)} |", "|---|" + "--:|" * len(rivals)]
-    return "\n".join(lines + [f"| {g} | {' | '.join(f'{rows[r][g]:.3f}' for r in rivals)} |" for g in groups])
+def each(one, where):
+    """{rival: {attribute: AUROC}}, and "all", their mean."""
+    return {rival: one[rival][where] | {"all": float(np.mean(list(one[rival][where].values())))}
+            for rival in RIVALS if where in one.get(rival, {})}
+
+
+def table(rows, title):
+    """{rival: {row: AUROC}} as Markdown."""
+    lines = [f"| {title} | {' | '.join(rows)} |", "|---|" + "--:|" * len(rows)]
+    names = sorted(next(iter(rows.values())), key=lambda name: name == "all")
+    return "\n".join(lines + [f"| {n} | {' | '.join(f'{row[n]:.3f}' for row in rows.values())} |" for n in names])
 
 
 def over_layers(found):
@@ -282,8 +284,7 @@ def add_to(ckpts, found, data):
     for layer, one in found.items():
         file = Path(ckpts) / f"layer{layer}" / score.FILE
         if file.is_file():
-            tables = {where: {rival: rows for rival in RIVALS if (rows := means(one, where).get(rival))}
-                      for where in ("tokens", "images")}
+            tables = {where: each(one, where) for where in ("tokens", "images")}
             truth = {"data": data, "tables": tables, "layers": over_layers(found)}
             score.write(file, json.loads(file.read_text(encoding="utf-8")) | {"truth": truth})
 
@@ -297,7 +298,8 @@ def main(results, plot="", layers=range(12), n=600, images=2000, steps=1000, lev
     found = {int(layer): one for layer, one in json.loads(file.read_text()).items()}
     shown = shown if shown in found else sorted(found)[len(found) // 2]
     for where in ("tokens", "images"):
-        print(table(found, where, shown) + "\n")
+        for rows in (each(found[shown], where), means(found[shown], where)):
+            print(table(rows, f"layer {shown}, {where}") + "\n")
     if plot:
         Path(plot).write_text(pages.truth_plot(over_layers(found)) + "\n", encoding="utf-8")
     if ckpts:
