@@ -247,33 +247,27 @@ def others(fit, ckpts, layer):
     return rivals
 
 
-def means(one, where):
-    """{rival: {group: mean AUROC over its attributes}}, and "all"."""
-    out = {}
-    for rival, row in each(one, where).items():
-        groups = {}
-        for name, value in row.items():
-            groups.setdefault(name.split(":")[0], []).append(value)
-        out[rival] = {group: float(np.mean(values)) for group, values in groups.items()}
-    return out
-
-
 def each(one, where):
     """{rival: {attribute: AUROC}}, and "all", their mean."""
     return {rival: one[rival][where] | {"all": float(np.mean(list(one[rival][where].values())))}
             for rival in RIVALS if where in one.get(rival, {})}
 
 
-def table(rows, title):
-    """{rival: {row: AUROC}} as Markdown."""
-    lines = [f"| {title} | {' | '.join(rows)} |", "|---|" + "--:|" * len(rows)]
-    names = sorted(next(iter(rows.values())), key=lambda name: name == "all")
-    return "\n".join(lines + [f"| {n} | {' | '.join(f'{row[n]:.3f}' for row in rows.values())} |" for n in names])
+def table(one, title):
+    """A row for each attribute, AUROC over tokens / over images, as Markdown."""
+    tokens, images = each(one, "tokens"), each(one, "images")
+    names = dict.fromkeys(name for rows in (tokens, images) for row in rows.values() for name in row)
+    lines = [f"| {title} | {' | '.join(tokens)} |", "|---|" + "--:|" * len(tokens)]
+    for name in sorted(names, key=lambda name: name == "all"):
+        cells = [" / ".join(f"{row[name]:.3f}" if name in row else "–" for row in (tokens[r], images.get(r, {})))
+                 for r in tokens]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def over_layers(found):
     """{where: {rival: {layer: mean AUROC}}}."""
-    return {where: {rival: {layer: means(one, where)[rival]["all"] for layer, one in sorted(found.items())
+    return {where: {rival: {layer: each(one, where)[rival]["all"] for layer, one in sorted(found.items())
                             if rival in one and where in one[rival]} for rival in RIVALS
                     if any(rival in one and where in one[rival] for one in found.values())}
             for where in ("tokens", "images")}
@@ -289,7 +283,7 @@ def add_to(ckpts, found, data):
             score.write(file, json.loads(file.read_text(encoding="utf-8")) | {"truth": truth})
 
 
-def main(results, plot="", layers=range(12), n=600, images=2000, steps=1000, level=0.5, ckpts="", shown=5, **unknown):
+def main(results, plot="", layers=range(12), n=600, images=2000, steps=400, level=0.5, ckpts="", shown=5, **unknown):
     flux.no_unknown_flags(unknown)
     file = Path(results)
     if not file.exists():
@@ -297,9 +291,7 @@ def main(results, plot="", layers=range(12), n=600, images=2000, steps=1000, lev
         measure(layers, n, images, steps, level, ckpts, lambda found: file.write_text(json.dumps(found)))
     found = {int(layer): one for layer, one in json.loads(file.read_text()).items()}
     shown = shown if shown in found else sorted(found)[len(found) // 2]
-    for where in ("tokens", "images"):
-        for rows in (each(found[shown], where), means(found[shown], where)):
-            print(table(rows, f"layer {shown}, {where}") + "\n")
+    print(table(found[shown], f"layer {shown}, tokens / images"))
     if plot:
         Path(plot).write_text(pages.truth_plot(over_layers(found)) + "\n", encoding="utf-8")
     if ckpts:
