@@ -410,14 +410,33 @@ def _aux_loss(params: Params, cfg: Config, u: Array, pre: Array, dead: Array, er
     return jnp.sum((error - kernels.sparse_decode(values, indices, params["dec"], mesh)) ** 2) / _variation(error)
 
 
-def _with_aux(grads: Params, params: Params, cfg: Config, u: Array, pre: Array, dead: Array, error: Array, mesh):
-    """Adds AuxK's gradient, but only while some feature is dead, so that it costs nothing otherwise."""
+def _aux_loss_of_few(rows: Params, there: Array, x: Array, error: Array) -> Array:
+    """`_aux_loss` where no more than k_aux features are dead, so that each token has all of them: two small dense
+    products. rows: the parameters of k_aux features, of which those not `there` [k_aux] do not count."""
+    product = partial(jnp.matmul, precision=lax.Precision.HIGH)  # as in `kernels.preactivations`
+    values = jnp.where(there, jax.nn.relu(product(x, rows["enc"].T) + rows["b_enc"]), 0)
+    return jnp.sum((error - product(values, rows["dec"])) ** 2) / _variation(error)
 
-    def add(grads):
+
+def _with_aux(grads: Params, params: Params, cfg: Config, u: Array, pre: Array, dead: Array, error: Array, mesh):
+    """Adds AuxK's gradient, but only while some feature is dead, so that it costs nothing otherwise, and little as long
+    as these are few."""
+
+    def none(grads):
+        return jnp.zeros(()), grads
+
+    def few(grads):
+        (places,) = jnp.nonzero(dead, size=cfg.k_aux, fill_value=0)
+        rows, there = {name: params[name][places] for name in ("enc", "b_enc", "dec")}, jnp.arange(cfg.k_aux) < count
+        loss, aux = jax.value_and_grad(_aux_loss_of_few)(rows, there, _seen(params, cfg, u), error)
+        return loss, grads | {name: grads[name].at[places].add(cfg.aux_coefficient * a) for name, a in aux.items()}
+
+    def many(grads):
         loss, aux = jax.value_and_grad(_aux_loss)(params, cfg, u, pre, dead, error, mesh)
         return loss, jax.tree.map(lambda g, a: g + cfg.aux_coefficient * a, grads, aux)
 
-    return lax.cond(dead.any(), add, lambda grads: (jnp.zeros(()), grads), grads)
+    count = jnp.sum(dead)
+    return lax.switch(jnp.where(count > cfg.k_aux, 2, jnp.minimum(count, 1)), (none, few, many), grads)
 
 
 def step(

@@ -29,6 +29,7 @@ import kernels
 import sae
 
 SIZES = [(3072, 16384, 32, 1024), (768, 16384, 32, 2048)]        # D, F, k, tokens
+DEAD = 164                                                       # features: 1 % of them
 PACKAGES = ("jax", "torch", "eai-sparsify", "sae-lens")
 
 
@@ -90,7 +91,9 @@ def activations(D, F, k, tokens):
 def ours(x, D, F, k, tokens):
     cfg = sae.Config(d_in=D, features=F, k=k)
     step = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
-    states = [sae.init(jax.random.key(0), cfg, x[0])]
+    state = sae.init(jax.random.key(0), cfg, x[0])
+    idle = jax.numpy.zeros(F, int).at[:DEAD].set(cfg.dead_after)     # the middle of a run: few are dead, AuxK works
+    states = [state._replace(idle=idle.astype(state.idle.dtype))]
 
     def run(i):
         state, metrics = step(states.pop(), cfg, x[i % 2])

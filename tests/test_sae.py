@@ -177,6 +177,21 @@ def test_aux_makes_dead_features_point_at_the_error():
     assert loss(params)[0] < 0.97 * before
 
 
+@pytest.mark.parametrize("dead", [(), (7,), (0, 3, 9, 20, 31, 49), (1, 2, 3, 5, 8, 13, 21)])
+def test_aux_of_few_dead_features_is_that_of_many(dead):
+    """Where k_aux are dead, or fewer, each token has them all, and dense products do: the same loss and gradient."""
+    cfg = dataclasses.replace(CFG, k_aux=6)
+    state, x = trained(cfg=cfg), residuals(256, seed=8)
+    u, dead = (x - state.mean) / state.std, jnp.isin(jnp.arange(50), jnp.array(dead, int))
+    (_, (_, pre, _, _, out)), grads = jax.value_and_grad(sae._reconstruct, has_aux=True)(state.params, cfg, u)
+    loss, total = jax.jit(sae._with_aux, static_argnums=(2, 7))(grads, state.params, cfg, u, pre, dead, u - out, None)
+    expected, added = jax.value_and_grad(sae._aux_loss)(state.params, cfg, u, pre, dead, u - out, None)
+    np.testing.assert_allclose(loss, expected if dead.any() else 0, rtol=1e-5)
+    for name, gradient in grads.items():
+        wanted = np.asarray(added[name]) * (cfg.aux_coefficient if dead.any() else 0)
+        np.testing.assert_allclose(total[name] - gradient, wanted, atol=1e-5 * np.abs(gradient).max(), rtol=1e-3)
+
+
 @pytest.mark.parametrize("coefficient", [0.0, 1 / 32])
 def test_auxk_revives_dead_features(coefficient):
     """30 of 50 features whose encoder is too weak to reach any top-k, long silent, with and without AuxK."""
