@@ -301,7 +301,7 @@ def test_the_command_line(model, tmp_path, capsys):
     feature = liveliest(model, score.subject(model, folder), "a red cube")
     score.main(folder, attribute=feature, prompt="a red cube", **{"from": save(tmp_path / "a", 1)})
     out = capsys.readouterr().out
-    assert "feature of layer 1" in out and "▁cube" in out and "CLIP (pooled)" in out
+    assert "feature of layer 1" in out and "\ncube " in out and "CLIP (pooled)" in out
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
