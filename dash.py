@@ -39,7 +39,6 @@ import pages
 import prompts as prompt_sources
 import sae
 import shard
-import text
 
 HELD_OUT = 1_500_000_000                                         # number of the first noise: no training step sees it
 EDGES = np.concatenate([[0], 10 ** np.arange(-4, 4.01, 0.1)]).astype(np.float32)   # of the histogram's bins; last: more
@@ -333,7 +332,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
             "size": size, "steps": steps, "seed": seed, "first_noise": HELD_OUT, "images": len(prompts),
             "text_tokens": text_tokens,
             "attributes": list(attributes), "prompts": prompts, "features": cfg.features, "edges": EDGES.tolist(),
-            "words": text.t5_words(model.source / "tokenizer_2", prompts, text_tokens) if layout.text_tokens else []}
+            "words": model.words(prompts, text_tokens) if layout.text_tokens else []}
     counts = Counts(cfg.features, layout)
     counts.a["maxima"] = np.zeros((len(prompts) if labels.shape[1] else 0, cfg.features), np.float32)
     partial = Partial(folder, {**info, "weights": sae.fingerprint(params), "batch": batch})

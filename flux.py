@@ -499,6 +499,10 @@ class Model:
         clip = text_encoders.clip_tokenizer(self.source / "tokenizer", self.clip[0].max_position_embeddings)
         return t5(prompts), clip(prompts)
 
+    def words(self, prompts, length):
+        """For each prompt its T5 tokens as they stand in the text, at most `length`, without the padding."""
+        return text_encoders.t5_words(self.source / "tokenizer_2", prompts, length)
+
 
 def read_config(model):
     """(folder, transformer Config) of `model`, without its weights: enough to check flags before a long load."""

@@ -419,7 +419,7 @@ def _aux_loss_of_few(rows: Params, there: Array, x: Array, error: Array) -> Arra
 
 
 def _with_aux(grads: Params, params: Params, cfg: Config, u: Array, pre: Array, dead: Array, error: Array, mesh):
-    """Adds AuxK's gradient, but only while some feature is dead, so that it costs nothing otherwise, and little as long
+    """Adds AuxK's gradient, but only while some feature is dead: it costs next to nothing otherwise, and little as long
     as these are few."""
     count = jnp.sum(dead)
     (places,) = jnp.nonzero(dead, size=cfg.k_aux, fill_value=0)

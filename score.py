@@ -32,7 +32,6 @@ import flux
 import prompts as prompt_sources
 import sae
 import shard
-import text
 import vae
 
 HELD_OUT = 1_750_000_000                                         # number of the first noise: no training step sees it
@@ -641,7 +640,7 @@ def explain(model, target, feature, prompt, source, seed, size, text_tokens, sho
             print(f"{f:<24}{value:>14.4f}{effect:>14.4f}")
     effects = ablate_tokens(found, model)
     print(f"{'token':24}{'attribution':>14}{'if emptied':>14}")
-    (words,) = text.t5_words(model.source / "tokenizer_2", [prompt], len(effects))
+    (words,) = model.words([prompt], len(effects))
     for word, value, effect in zip(words, found.tokens, effects):
         print(f"{word:24}{value:>14.4f}{effect:>14.4f}")
     rest = len(words)

@@ -444,8 +444,7 @@ def _layer_norm(x, p, eps):
 
 def t5_tokenizer(folder, length):
     """A function from prompts to ids [B, length] int32: `tokenizer.json`, truncated to, and padded with <pad>."""
-    file = Path(folder) / "tokenizer.json"
-    tokenizer = _open_tokenizer(lambda: Tokenizer.from_file(str(file)), file)
+    tokenizer = _open_t5(folder)
     pad = tokenizer_config(folder).get("pad_token", "<pad>")
     return _encoder(tokenizer, length, _content(pad))
 
@@ -453,8 +452,7 @@ def t5_tokenizer(folder, length):
 def t5_words(folder, prompts, length):
     """For each prompt its tokens as they stand in the text, at most `length`, without the padding (to which FLUX.1
     attends too)."""
-    file = Path(folder) / "tokenizer.json"
-    tokenizer = _open_tokenizer(lambda: Tokenizer.from_file(str(file)), file)
+    tokenizer = _open_t5(folder)
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
     return [[prompt[a:b] if b > a else token for token, (a, b) in zip(code.tokens, code.offsets)]
@@ -493,6 +491,11 @@ def tokenizer_config(folder):
 
 def _content(token):
     return token["content"] if isinstance(token, dict) else token
+
+
+def _open_t5(folder):
+    file = Path(folder) / "tokenizer.json"
+    return _open_tokenizer(lambda: Tokenizer.from_file(str(file)), file)
 
 
 def _open_tokenizer(make, *files):

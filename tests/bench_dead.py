@@ -109,7 +109,7 @@ def main(features=16384, steps=600, kinds="std,pca,scale,plain std,plain scale",
           f"stds from {stds.min():.2g} to {stds.max():.2g}, mean kurtosis {tails:.1f}; {features:,} features, "
           f"{steps} steps of {BATCH} tokens\n")
     print("| normalization | dead % | silent % | FVU (std.) | FVU (raw) | L0 | seconds |\n|---|" + "--:|" * 6)
-    for name in kinds if isinstance(kinds, tuple) else kinds.split(","):
+    for name in kinds.split(","):
         print(f"| {name} | {' | '.join(run(world, name, features, steps))} |", flush=True)
 
 

@@ -92,8 +92,8 @@ def ours(x, D, F, k, tokens):
     cfg = sae.Config(d_in=D, features=F, k=k)
     step = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
     state = sae.init(jax.random.key(0), cfg, x[0])
-    idle = jax.numpy.zeros(F, int).at[:DEAD].set(cfg.dead_after)     # the middle of a run: few are dead, AuxK works
-    states = [state._replace(idle=idle.astype(state.idle.dtype))]
+    idle = jax.numpy.zeros_like(state.idle).at[:DEAD].set(cfg.dead_after)        # the middle of a run: AuxK works
+    states = [state._replace(idle=idle)]
 
     def run(i):
         state, metrics = step(states.pop(), cfg, x[i % 2])

@@ -43,7 +43,8 @@ def loss_table(model, folder, layers, n, drawn):
     found = {}
     for layer in layers:
         found[layer] = score.score(model, score.subject(model, folder / f"layer{layer}"), data, steps=drawn)
-        score.write(folder / f"layer{layer}" / score.FILE, found[layer])
+        file = folder / f"layer{layer}" / score.FILE
+        score.write(file, found[layer] | score.kept(file, found[layer]["weights"]))
         print(f"layer {layer}\n{score.table(found[layer])}", file=sys.stderr, flush=True)
     print("| layer | loss: model | spliced | zero | mean | recovered (zero) | (mean) | at t = 1 (zero) | (mean) | RMSE "
           "of images: spliced | zero | mean | FVU |\n|--:|" + "--:|" * 12)

@@ -47,37 +47,45 @@ def main(*folders, n=40, few=12, scenes=512, steps=4, strengths="4,8,16,32", out
     model, start = flux.load("nano", dtype=jnp.float32), time.monotonic()
     strengths = [float(s) for s in strengths.split(",")]
     chooser, reporter = (Pictures(model, first, count, steps) for first, count in ((CHOOSE, few), (REPORT, n)))
-    found = {}
+    found = {place: [] for place in PLACES}                      # rows of scores, strength, directions
     for folder in folders:
         directions = Directions(model, folder, scenes)
-        for place in PLACES:
+        for place, rows in found.items():
             strength, scores = best(chooser, directions, "feature", strengths, place)
-            found[folder, place] = directions, scores
+            rows.append((scores, strength, directions))
             say = [f"{100 * x:.0f}" for x in scores]
             print(f"layer {directions.layer}, {place}: strength {strength:g}; became, stayed, both: colour {say[:3]}, "
                   f"shape {say[3:]}; {time.monotonic() - start:.0f} s", flush=True)
-    for place in PLACES:
-        (folder, _), (directions, _) = max(((key, row) for key, row in found.items() if key[1] == place),
-                                           key=lambda item: item[1][1][2] + item[1][1][5])
-        chosen = {m: best(chooser, directions, m, strengths, place)[0] for m in METHODS}
-        print(f"\n{folder}: layer {directions.layer}, {place}, {n} captions, {steps} steps, jax {jax.__version__}\n\n"
-              "| along | strength | colour becomes it | shape stays | both | shape becomes it | colour stays | both |\n"
-              "|---|" + "--:|" * 7)
-        for method, strength in chosen.items():
-            cells = [f"{x:.0%}" for x in reporter.score(directions, method, strength, place)]
-            print(f"| {method} | {strength:g} | {' | '.join(cells)} |", flush=True)
-        print("\n" + "\n".join(f"{name}: feature {f}, AUROC {a:.2f}; neuron {j}, {b:.2f}" for (name, *_), f, a, j, b in
-                               zip(TARGETS, directions.features, directions.aurocs, directions.neurons,
-                                   directions.neuron_aurocs)))
+    for place, rows in found.items():
+        _, strength, directions = max(rows, key=lambda row: kept(row[0]))
+        chosen = {"feature": strength} | {m: best(chooser, directions, m, strengths, place)[0] for m in METHODS[1:]}
+        print(f"\nlayer {directions.layer}, {place}, {n} captions, {steps} steps, jax {jax.__version__}\n")
+        report(reporter, directions, chosen, place)
         if out and place == PLACES[-1]:
-            picture(reporter, directions, chosen["feature"], place, out)
+            picture(reporter, directions, strength, place, out)
     print(f"\n{time.monotonic() - start:.0f} seconds")
 
 
 def best(pictures, directions, method, strengths, place):
     """(strength, its scores) at which most images change and keep the rest, colours and shapes alike."""
     scores = {s: pictures.score(directions, method, s, place) for s in strengths}
-    return max(scores.items(), key=lambda item: item[1][2] + item[1][5])
+    return max(scores.items(), key=lambda item: kept(item[1]))
+
+
+def kept(scores):
+    """Of `Pictures.score` the shares that change and keep the rest, summed."""
+    return scores[2] + scores[5]
+
+
+def report(pictures, directions, chosen, place):
+    """Print the table of what each method does at its chosen strength, and what it was made from."""
+    print("| along | strength | colour becomes it | shape stays | both | shape becomes it | colour stays | both |\n"
+          "|---|" + "--:|" * 7)
+    for method, strength in chosen.items():
+        cells = [f"{x:.0%}" for x in pictures.score(directions, method, strength, place)]
+        print(f"| {method} | {strength:g} | {' | '.join(cells)} |", flush=True)
+    print("\n" + "\n".join(f"{name}: feature {f}, AUROC {a:.2f}; neuron {j}, {b:.2f}" for (name, *_), f, a, j, b in zip(
+        TARGETS, directions.features, directions.aurocs, directions.neurons, directions.neuron_aurocs)))
 
 
 class Directions:

@@ -267,19 +267,21 @@ def table(one, title):
 
 def over_layers(found):
     """{where: {rival: {layer: mean AUROC}}}."""
-    return {where: {rival: {layer: each(one, where)[rival]["all"] for layer, one in sorted(found.items())
-                            if rival in one and where in one[rival]} for rival in RIVALS
-                    if any(rival in one and where in one[rival] for one in found.values())}
-            for where in ("tokens", "images")}
+    out = {"tokens": {}, "images": {}}
+    for layer, one in sorted(found.items()):
+        for where, rivals in out.items():
+            for rival, row in each(one, where).items():
+                rivals.setdefault(rival, {})[layer] = row["all"]
+    return out
 
 
 def add_to(ckpts, found, data):
     """Put each layer's table, and the plot's numbers, into the eval.json of its checkpoint, for the run page."""
+    layers = over_layers(found)
     for layer, one in found.items():
         file = Path(ckpts) / f"layer{layer}" / score.FILE
         if file.is_file():
-            tables = {where: each(one, where) for where in ("tokens", "images")}
-            truth = {"data": data, "tables": tables, "layers": over_layers(found)}
+            truth = {"data": data, "tables": {where: each(one, where) for where in layers}, "layers": layers}
             score.write(file, json.loads(file.read_text(encoding="utf-8")) | {"truth": truth})
 
 

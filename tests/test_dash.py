@@ -15,7 +15,6 @@ import dash
 import flux
 import pages
 import sae
-import text
 
 ROOT = Path(dash.__file__).parent
 HOSTILE = [
@@ -666,7 +665,7 @@ def test_tokens_of_the_prompt_are_highlighted_by_their_values(hostile, visit):
 
 def test_prompts_are_cut_into_their_own_letters(model):
     prompts = ["a red cube,  left of", "grüner Würfel", "", "x" * 300]
-    for prompt, words in zip(prompts, text.t5_words(model.source / "tokenizer_2", prompts, 12)):
+    for prompt, words in zip(prompts, model.words(prompts, 12)):
         assert len(words) <= 12 and words[-1] == "</s>"
         assert all(word in prompt or word.startswith("<") for word in words[:-1])
 
