@@ -856,6 +856,10 @@ def command(function):
 
     import fire
     from fire import decorators, parser
+    if {"-h", "--help"} & set(sys.argv[1:]):                     # of which **unknown would make an unknown flag
+        named = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
+        function.__signature__ = inspect.Signature(named)
+        fire.Fire(function, ["--", "--help"])
     # Words stay words: fire would read the prompt "1, 2" as a tuple. Numbers and None are for flags of other types.
     flags = {name: str if isinstance(p.default, str) else parser.DefaultParseValue
              for name, p in inspect.signature(function).parameters.items() if p.kind != p.VAR_POSITIONAL}

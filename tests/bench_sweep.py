@@ -270,7 +270,7 @@ def plan(what, layers, steps):
         lr = train.rate(2048, 32, 128, "txt", small=True)
         kinds = [{"trainer": "fae"}, {"trainer": "fae", "site": "txt", "lr": lr}, {"trainer": "fae", "site": "both"}]
     elif what == "sweep":
-        sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 8) for features in (1024, 4096, 16384)]
+        sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 8) for features in (1024, 4096, 8192, 16384)]
         kinds = [{"trainer": "fae", "features": features, "k": k} for features, k in sizes]
     elif what == "dense":
         kinds = [{"trainer": "fae", "features": features} for features in (1024, 2048, 4096)]

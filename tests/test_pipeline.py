@@ -1,4 +1,5 @@
 """Whole pipelines against diffusers' FluxPipeline, the scheduler, sampling and the command line."""
+import inspect
 import json
 import os
 import shutil
@@ -344,6 +345,15 @@ def test_command_line_error_is_one_line(tmp_path):
     done = shell(tmp_path, "a red cube", "--model", "nano", "--stpes", 3)
     assert done.returncode in (1, 2) and not done.stdout
     assert done.stderr.splitlines() == ["error: unknown flag --stpes (see --help)"]
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_every_flag(tmp_path, flag):
+    done = shell(tmp_path, flag)
+    assert done.returncode == 0, done.stderr
+    named = [p for p in inspect.signature(flux.main).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    assert named and all(f"--{p.name}=" in done.stdout + done.stderr for p in named)
+    assert "Additional flags" not in done.stdout + done.stderr and not list(tmp_path.iterdir())
 
 
 def shell(cwd, *argv):
