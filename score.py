@@ -98,11 +98,13 @@ def edits(subject, variant, level, means=None):
 # ---------------------------------------------------------------- the measures
 
 
-def score(model, subject, data, *, levels=8, steps=4, seed=0, batch=16, text_tokens=None, progress=None):
+def score(model, subject, data, *, captions=None, levels=8, steps=4, tokens=EVALUATED, seed=0, batch=16,
+          text_tokens=None, progress=None):
     """All measures of an SAE, as JSON can hold them (None: undefined). Raises ValueError for values not finite.
 
-    levels: noise levels of the loss, those of sampling in as many steps. steps: in which images are drawn. progress:
-    called with the name of the measure and the share done.
+    levels: noise levels of the loss, those of sampling in as many steps. steps: in which images are drawn. captions
+    (default: those of data), tokens: of the SAE's statistics, which need no images, and many tokens to tell a rare
+    feature from a dead one. progress: called with the name of the measure and the share done.
     """
     tell = progress or (lambda name, share: None)
     starts = list(prepared(model, data, levels, seed, batch, text_tokens))
@@ -119,7 +121,8 @@ def score(model, subject, data, *, levels=8, steps=4, seed=0, batch=16, text_tok
         "versions": {"jax": jax.__version__},
         "loss": summary(loss, change), "loss_where_trained": summary(loss[:, trained], change[:, trained]),
         "per_timestep": rows, "image": {"steps": steps} | distances(model, subject, starts, partial(tell, "images")),
-        "sae": statistics(model, subject, starts, partial(tell, "statistics")), **weights(subject.params)}
+        "sae": statistics(model, subject, captions or data.prompts, data.grid, tokens, seed, batch, text_tokens,
+                          partial(tell, "statistics")), **weights(subject.params)}
 
 
 def prepared(model, data, steps, seed, batch, text_tokens=None):
@@ -228,19 +231,21 @@ def streams(subject, acts, start):
         yield t, name, acts[t, :, part]
 
 
-def statistics(model, subject, starts, progress):
-    """`sae.evaluate` on the activations of the kind that it was trained on: from noise, at its own noise levels. Means
-    over groups by their tokens; "density": share of tokens at which each feature fires, as a histogram."""
-    rows, tokens = {}, 0
+def statistics(model, subject, captions, grid, tokens, seed, batch, text_tokens, progress):
+    """`sae.evaluate` on the activations of the kind that it was trained on: from noise, at its own noise levels, of at
+    least so many tokens; the captions begin again with new noise where they are too few. Means over groups by their
+    tokens; "density": share of tokens at which each feature fires, as a histogram."""
+    rows, done = {}, 0
     levels = np.append(subject.trained, 0).astype(np.float32)
-    for b, (real, start) in enumerate(starts):
-        acts = flux.capture(model, replace(start, sigmas=levels), layer=subject.layer, site=subject.site)
-        for t, name, x in streams(subject, acts[:, :len(real)], start):
+    while done < tokens:
+        numbers = np.arange(batch) + batch * len(next(iter(rows.values()), ()))
+        texts = [captions[i % len(captions)] for i in numbers]
+        start = beginning(model, texts, numbers, levels, grid, seed, text_tokens)
+        acts = flux.capture(model, start, layer=subject.layer, site=subject.site)
+        for t, name, x in streams(subject, acts, start):
             rows.setdefault((t, name), []).append(np.asarray(x, np.float32).reshape(-1, subject.cfg.d_in))
-        tokens += len(real) * acts.shape[2] * len(acts)
-        progress((b + 1) / len(starts))
-        if tokens >= EVALUATED:
-            break
+        done += acts.shape[0] * acts.shape[1] * acts.shape[2]
+        progress(min(done / tokens, 1))
     each = [sae.evaluate(subject.at(subject.trained[t])[name], subject.cfg, np.concatenate(x))
             for (t, name), x in rows.items()]
     share = np.array([one.tokens for one in each]) / sum(one.tokens for one in each)
@@ -452,18 +457,19 @@ def ablate_tokens(found, model, batch=16):
 # ---------------------------------------------------------------- the command line
 
 
-def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, prompts="", prompt_field="", images="", model="",
-         layer=None, site="", seed=0, batch=None, quant="", attribute=None, prompt="", **unknown):
+def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, tokens=EVALUATED, prompts="", prompt_field="",
+         images="", model="", layer=None, site="", seed=0, batch=None, quant="", attribute=None, prompt="", **unknown):
     """Score the SAE in the folder `checkpoint`, print a table, and write eval.json into it, or to --out FILE.
 
-    --n: images. --levels: noise levels of the loss. --steps: in which images are drawn. --images FOLDER: true images,
-    a name.txt with the caption beside each; otherwise nano's scenes are rendered, and other models' own samples stand
-    in. --model, --layer, --site: where the checkpoint does not say. --attribute 123 --prompt "a red cube" [--from
-    ckptA/]: what makes this feature fire, of the prompt's tokens and of the features of an earlier layer's SAE.
+    --n: images. --levels: noise levels of the loss. --steps: in which images are drawn. --tokens: for FVU, L0 and dead
+    features. --images FOLDER: true images, a name.txt with the caption beside each; otherwise nano's scenes are
+    rendered, and other models' own samples stand in. --model, --layer, --site: where the checkpoint does not say.
+    --attribute 123 --prompt "a red cube" [--from ckptA/]: what makes this feature fire, of the prompt's tokens and of
+    the features of an earlier layer's SAE.
     """
     upstream = str(unknown.pop("from", ""))                      # a word of Python's own
     flux.no_unknown_flags(unknown)
-    numbers = {"n": n, "levels": levels, "steps": steps, "seed": seed, "batch": batch, "layer": layer}
+    numbers = {"n": n, "levels": levels, "steps": steps, "tokens": tokens, "seed": seed, "batch": batch, "layer": layer}
     flux.check_whole({name: value for name, value in numbers.items() if value is not None})
     asked = attribute is not None
     if asked != bool(prompt) or (upstream and not asked):
@@ -472,9 +478,9 @@ def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, prompts="", prom
     file = Path(out) if out else Path(checkpoint) / FILE
     if not asked:
         check_out(file)
-        texts, given = captions(about, prompts, prompt_field, images, n)
+        given = captions(about, prompts, prompt_field, images, n)
         loaded, target = load(checkpoint, about, quant)
-        report(checkpoint, file, loaded, target, about, texts, given, levels, steps, seed, batch)
+        report(file, loaded, target, about, n, given, levels, steps, tokens, seed, batch)
         return
     if type(attribute) is not int or not 0 <= attribute < about["features"]:
         raise ValueError(f"--attribute {attribute}: the SAE has features 0 to {about['features'] - 1}")
@@ -534,21 +540,22 @@ def load(checkpoint, about, quant):
 
 
 def captions(about, prompts, field, images, n):
-    """(captions, images uint8 or None for the model's own, origin), from the flags and what the checkpoint says."""
-    run, size = about["run"], vae_size(about)
+    """(captions, images uint8 or None for the model's own, origin), from the flags and what the checkpoint says; more
+    than n captions where there are, for the SAE's statistics."""
+    run, size, many = about["run"], vae_size(about), max(n, EVALUATED // 64)
     source = prompts or run.get("prompts", "scenes")
     if images:
         if prompts:
             raise ValueError("--images brings its own captions: leave --prompts out")
-        return folder_of_images(images, n, size), f"images of {images}"
+        return *folder_of_images(images, n, size), f"images of {images}"
     if source != "scenes":
-        return (prompt_sources.take(source, field or run.get("prompt_field"), n), None), ""
+        return prompt_sources.take(source, field or run.get("prompt_field"), many), None, ""
     scenes = prompt_sources.scenes()
-    drawn = [scenes.sample(i) for i in range(n)]                 # train.py begins behind the first 10,000
+    drawn = [scenes.sample(i) for i in range(many)]              # train.py begins behind the first 10,000
     renders = None
     if (about["folder"] / "scenes.py").is_file():                # this model draws them
-        renders = [scenes.render(scene, size).image for scene in drawn]
-    return ([scenes.caption(scene) for scene in drawn], renders), "renders of held-out scenes"
+        renders = [scenes.render(scene, size).image for scene in drawn[:n]]
+    return [scenes.caption(scene) for scene in drawn], renders, "renders of held-out scenes"
 
 
 def vae_size(about):
@@ -556,14 +563,14 @@ def vae_size(about):
     return about["run"].get("size") or min(256, flux.default_size(about["folder"]))
 
 
-def report(checkpoint, file, model, target, about, texts, origin, levels, steps, seed, batch):
+def report(file, model, target, about, n, given, levels, steps, tokens, seed, batch):
     """Measure, write and print."""
-    run, (texts, images) = about["run"], texts
+    run, (texts, images, origin) = about["run"], given
     steps = steps or (28 if model.cfg.guidance_embeds else 4)
-    batch = min(batch or (16 if model.cfg.width <= 512 else 4), len(texts))
+    batch = min(batch or (16 if model.cfg.width <= 512 else 4), n, len(texts))
     options = {"seed": seed, "batch": batch, "text_tokens": run.get("text_tokens") or None}
-    data = dataset(model, texts, images, size=vae_size(about), steps=steps, origin=origin, **options)
-    print(f"data: {len(texts)} images, {data.origin}")
+    data = dataset(model, texts[:n], images, size=vae_size(about), steps=steps, origin=origin, **options)
+    print(f"data: {len(data.prompts)} images, {data.origin}")
     with tqdm(total=3.0, desc="scoring", dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}|") as bar:
         places = {"loss": 0, "images": 1, "statistics": 2}
 
@@ -571,7 +578,8 @@ def report(checkpoint, file, model, target, about, texts, origin, levels, steps,
             bar.set_description(name)
             bar.update(places[name] + share - bar.n)
 
-        found = score(model, target, data, levels=levels, steps=steps, progress=progress, **options)
+        found = score(model, target, data, captions=texts, levels=levels, steps=steps, tokens=tokens, progress=progress,
+                      **options)
     found |= {"model": str(about["model"]), "prompts": run.get("prompts", "scenes")}
     write(file, found | kept(file, found["weights"]))
     print(table(found))

@@ -131,7 +131,7 @@ def test_a_perfect_sae_loses_nothing(model, layer, site):
     who, both = subject(model, layer, site), jnp.concatenate([jnp.eye(128), -jnp.eye(128)])
     perfect = {"W_enc": both.T, "b_enc": jnp.zeros(256), "W_dec": both, "b_dec": jnp.zeros(128)}
     who = replace(who, params=[perfect], cfg=sae.Config(d_in=128, features=256, k=256))
-    found = score.score(model, who, score.dataset(model, PROMPTS, images()), levels=2, steps=2, batch=2)
+    found = score.score(model, who, score.dataset(model, PROMPTS, images()), levels=2, steps=2, tokens=500, batch=2)
     for row in (found["loss"], *found["per_timestep"]):
         assert row["spliced"] == pytest.approx(row["clean"], rel=1e-5) and row["change"]["spliced"] < 1e-9
         assert row["recovered_zero"] == pytest.approx(1, abs=1e-5) == row["recovered_mean"]
@@ -144,7 +144,7 @@ def test_a_perfect_sae_loses_nothing(model, layer, site):
 def scored(model):
     who = subject(model, 5, "img", timesteps=2, groups=2)
     tokens = score.dataset(model, PROMPTS, None, steps=1)
-    return who, tokens, score.score(model, who, tokens, levels=4, steps=2, batch=2)
+    return who, tokens, score.score(model, who, tokens, levels=4, steps=2, tokens=513, batch=2)
 
 
 def test_the_whole_is_the_mean_of_its_noise_levels(scored):
@@ -163,8 +163,9 @@ def test_the_whole_is_the_mean_of_its_noise_levels(scored):
 
 def test_statistics_are_those_of_evaluate_on_activations_from_noise(model, scored):
     who, _, found = scored
-    noise = flux.draw_noise(0, score.HELD_OUT + np.arange(3), (64, 64))
-    acts = flux.residuals(model, PROMPTS, layer=5, site="img", steps=2, noise=noise)
+    noise = flux.draw_noise(0, score.HELD_OUT + np.arange(6), (64, 64))     # 513 tokens are three batches of two images
+    acts = flux.residuals(model, 2 * PROMPTS, layer=5, site="img", steps=2, noise=noise)
+    assert found["sae"]["tokens"] == 6 * 64 * 2
     each = [sae.evaluate(p, who.cfg, x) for p, x in zip(who.params, acts)]
     for name in ("fvu", "fvu_standardized", "l0", "cosine"):
         assert found["sae"][name] == pytest.approx(np.mean([getattr(one, name) for one in each]), rel=1e-4)
@@ -191,7 +192,7 @@ def test_image_distances_are_those_of_generate(model, scored):
 
 def test_what_cannot_harm_has_nothing_to_recover(model):
     found = score.score(model, subject(model, 11, "txt"), score.dataset(model, PROMPTS[:1], images(1)), levels=1,
-                        steps=1, batch=1)                        # nothing reads the last block's text
+                        steps=1, tokens=1, batch=1)                        # nothing reads the last block's text
     assert found["loss"]["recovered_zero"] is None and found["image"]["spliced"] == {"rmse": 0.0, "psnr": None}
     json.dumps(found, allow_nan=False)
     assert "–" in score.table(found | {"model": "nano"})
@@ -201,7 +202,7 @@ def test_other_prompts_compile_nothing(model, scored):
     who = scored[0]
     before = flux._scan._cache_size()
     score.score(model, who, score.dataset(model, ["a cone", "a ball", "an image of a white box"], None, steps=1),
-                levels=4, steps=2, batch=2)
+                levels=4, steps=2, tokens=1, batch=2)
     assert flux._scan._cache_size() == before
 
 
@@ -286,12 +287,13 @@ def save(folder, layer=3, site="img", width=128, **about):
 
 def test_the_command_line(model, tmp_path, capsys):
     folder = save(tmp_path / "ckpt")
-    score.main(folder, n=2, levels=1, steps=1)
+    score.main(folder, n=2, levels=1, steps=1, tokens=4096)
     found = json.loads((folder / "eval.json").read_text())
     out = capsys.readouterr().out
     assert "2 images, renders of held-out scenes" in out and f"scores: {folder / 'eval.json'}" in out
     assert sorted(p.name for p in folder.iterdir()) == ["cfg.json", "eval.json", "sae_weights.safetensors"]
     assert found["kind"] == "fae score" and found["model"] == "nano" and found["images"] == 2
+    assert found["sae"]["tokens"] == 4096
     params, _ = sae.load_groups(folder)
     assert found["weights"] == sae.fingerprint(params)
     assert dash.read_scores(folder / "eval.json", sae.fingerprint(params)) == found
