@@ -533,6 +533,8 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
         found = collect_from(checkpoint, loader, params, cfg, building, prompts, prompt_field, n, steps, model, seed,
                              batch)
         strips_for(checkpoint, loader, params, cfg, found, building, steer)
+    if is_of(found, checkpoint):                                 # scores may be newer than what was collected
+        found.info["scores"] = read_scores(Path(checkpoint) / "eval.json", sae.fingerprint(params))
     pages.write(found, building, wanted)
     swap(building, out.resolve())
     print(f"dashboard: {out / 'index.html'}")
@@ -542,11 +544,16 @@ def strips_for(checkpoint, loader, params, cfg, found, folder, n):
     """`draw_strips` of n features, where any are asked for. Raises ValueError for another checkpoint's dashboard."""
     if not n:
         return
-    if found.info.get("checkpoint") != json.loads((Path(checkpoint) / "cfg.json").read_text(encoding="utf-8")):
+    if not is_of(found, checkpoint):
         raise ValueError(f"--steer: the dashboard in {folder} is of another checkpoint than {checkpoint}")
     loaded = loader()
     with tqdm(total=min(n, found.features), unit="feature", desc="steering", dynamic_ncols=True) as bar:
         draw_strips(loaded, params, cfg, found, folder / "steer", n, progress=bar.update)
+
+
+def is_of(found, checkpoint):
+    """Whether what was collected is of the checkpoint that lies in this folder now."""
+    return found.info.get("checkpoint") == json.loads((Path(checkpoint) / "cfg.json").read_text(encoding="utf-8"))
 
 
 def model_name(checkpoint, cfg, model):
@@ -584,8 +591,7 @@ def collect_from(checkpoint, loader, params, cfg, folder, source, field, n, step
     steps = steps or (28 if loaded.cfg.guidance_embeds else 4)
     info = {"model": str(name), "source": source,
             "checkpoint": json.loads((Path(checkpoint) / "cfg.json").read_text(encoding="utf-8")),
-            "metrics": read_metrics(Path(checkpoint) / "metrics.jsonl"), "versions": {"jax": jax.__version__},
-            "scores": read_scores(Path(checkpoint) / "eval.json", sae.fingerprint(params))}
+            "metrics": read_metrics(Path(checkpoint) / "metrics.jsonl"), "versions": {"jax": jax.__version__}}
     with tqdm(total=len(texts), unit="prompt", desc="collecting", dynamic_ncols=True) as bar:
         return collect(loaded, params, cfg, texts, folder, layer=about["layer"], site=about["site"], steps=steps,
                        timesteps=run.get("timesteps", 1), size=run.get("size") or None,

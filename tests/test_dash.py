@@ -298,6 +298,25 @@ def test_pages_are_rebuilt_without_the_model(built, tmp_path, monkeypatch):
     assert not [p for p in tmp_path.iterdir() if p.name != "dash"]
 
 
+def test_scores_that_came_later_are_shown_when_pages_are_rebuilt(built, tmp_path):
+    """train.py, dash.py, score.py, dash.py --pages_only; and not beside another SAE."""
+    folder, ckpt = built
+    shutil.copytree(folder, tmp_path / "dash")
+    shutil.copytree(ckpt, tmp_path / "ckpt", ignore=shutil.ignore_patterns("dash"))
+    part = {"clean": 0.5, "spliced": 0.625, "zero": 2.0, "mean": 1.5, "recovered_zero": 0.9166, "recovered_mean": 0.875}
+    found = {"kind": "fae score", "weights": sae.fingerprint(sae.load_groups(ckpt)[0]), "images": 7, "data": "cards",
+             "loss": part, "loss_where_trained": part, "per_timestep": [part | {"t": 1.0, "trained": True}],
+             "image": {"steps": 4, **{name: {"rmse": 3.0, "psnr": None} for name in ("spliced", "zero", "mean")}},
+             "sae": {"fvu": 0.25, "fvu_standardized": 0.25, "l0": 8.0, "dead": 0.5,
+                     "density": {"never": 48, "log10_from": [-2.0], "features": [48]}},
+             "decoder_norm": {"median": 1.0}, "encoder_decoder_cosine": {"median": 0.5}}
+    for weights, shown in ((found["weights"], True), ("of another SAE", False)):
+        (tmp_path / "ckpt" / "eval.json").write_text(json.dumps(found | {"weights": weights}))
+        dash.main(str(tmp_path / "ckpt"), out=str(tmp_path / "dash"), pages_only=True)
+        page = (tmp_path / "dash" / "run.html").read_text()
+        assert ("7 images, cards" in page and "0.917" in page) == shown == ("What the SAE leaves out" in page)
+
+
 def test_a_stopped_run_leaves_the_old_pages_and_goes_on(built, model, nano, tmp_path, monkeypatch):
     folder, ckpt = built
     out = tmp_path / "dash"
