@@ -261,19 +261,19 @@ kills, *flags = sys.argv[1:]
 code = os.waitpid(run("--out=straight", *flags), 0)[1]
 moments, state = random.Random(int(kills)), pathlib.Path("ckpt", sae.STATE)
 saved = lambda: state.stat().st_mtime_ns if state.exists() else 0
-found = []
+found, OVER = [], os.WEXITED | os.WNOHANG | os.WNOWAIT
 while not code:
-    start, before, saves = time.monotonic(), saved(), moments.choice([0, 1, 2])
-    wait = moments.expovariate(1 / 0.02) if saves else moments.uniform(0, 2)
+    start, before, saves, most = time.monotonic(), saved(), 0, moments.choice([1, 2, 5])
+    end = start + moments.uniform(0, 2) if most == 5 else float("inf")       # else a little after its first or second
     child = run("--out=ckpt", *flags, *["--resume"] * state.exists())
     if len(found) == int(kills):
         code = os.waitpid(child, 0)[1]
         break
-    while saves and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+    while saves < most and time.monotonic() < end and not os.waitid(os.P_PID, child, OVER):
         if saved() != before:
-            before, saves = saved(), saves - 1
+            before, saves = saved(), saves + 1
         time.sleep(0.0002)
-    time.sleep(wait)
+    time.sleep(moments.expovariate(1 / 0.02) if most < 5 else 0)
     os.kill(child, signal.SIGKILL)
     ended = os.waitpid(child, 0)[1]
     step = int(sae._load_arrays(state)[0]["step"]) if state.exists() else None
@@ -285,7 +285,7 @@ print(json.dumps([code, found]))
 def test_kills_at_random_moments_end_in_the_same_bytes(nano, tmp_path, environment):
     """kill -9 while loading, in the first harvest, in a step or a save; then --resume. KILLS=20 for as many."""
     kills = int(os.environ.get("KILLS", 5))
-    flags = TINY | {"batch": 60, "steps": 6 * kills, "log_every": 3, "save_every": 1, "model": str(nano)}
+    flags = TINY | {"batch": 60, "steps": 10 * kills, "log_every": 3, "save_every": 1, "model": str(nano)}
     command = [sys.executable, "-c", FORKED.format(root=str(ROOT)), str(kills)]
     command += [f"--{name}={value}" for name, value in flags.items()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True)
