@@ -553,7 +553,12 @@ def strips_for(checkpoint, loader, params, cfg, found, folder, n):
 
 def is_of(found, checkpoint):
     """Whether what was collected is of the checkpoint that lies in this folder now."""
-    return found.info.get("checkpoint") == json.loads((Path(checkpoint) / "cfg.json").read_text(encoding="utf-8"))
+    return found.info.get("checkpoint") == read_cfg(checkpoint)
+
+
+def read_cfg(checkpoint):
+    """cfg.json as it stands."""
+    return json.loads((Path(checkpoint) / sae.CONFIG).read_text(encoding="utf-8"))
 
 
 def model_name(checkpoint, cfg, model):
@@ -589,8 +594,7 @@ def collect_from(checkpoint, loader, params, cfg, folder, source, field, n, step
         texts = prompt_sources.take(source, field or run.get("prompt_field"), n)
     loaded = loader()
     steps = steps or (28 if loaded.cfg.guidance_embeds else 4)
-    info = {"model": str(name), "source": source,
-            "checkpoint": json.loads((Path(checkpoint) / "cfg.json").read_text(encoding="utf-8")),
+    info = {"model": str(name), "source": source, "checkpoint": read_cfg(checkpoint),
             "metrics": read_metrics(Path(checkpoint) / "metrics.jsonl"), "versions": {"jax": jax.__version__}}
     with tqdm(total=len(texts), unit="prompt", desc="collecting", dynamic_ncols=True) as bar:
         return collect(loaded, params, cfg, texts, folder, layer=about["layer"], site=about["site"], steps=steps,

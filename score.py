@@ -18,6 +18,7 @@ needs no true image.
 B batch, N images or tokens, L noise levels, D model width, F features. A "variant" is clean, spliced, zero or mean.
 """
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -235,16 +236,15 @@ def statistics(model, subject, captions, grid, tokens, seed, batch, text_tokens,
     """`sae.evaluate` on the activations of the kind that it was trained on: from noise, at its own noise levels, of at
     least so many tokens; the captions begin again with new noise where they are too few. Means over groups by their
     tokens; "density": share of tokens at which each feature fires, as a histogram."""
-    rows, done = {}, 0
+    rows, done, numbers = {}, 0, np.arange(batch)
     levels = np.append(subject.trained, 0).astype(np.float32)
     while done < tokens:
-        numbers = np.arange(batch) + batch * len(next(iter(rows.values()), ()))
         texts = [captions[i % len(captions)] for i in numbers]
         start = beginning(model, texts, numbers, levels, grid, seed, text_tokens)
         acts = flux.capture(model, start, layer=subject.layer, site=subject.site)
         for t, name, x in streams(subject, acts, start):
             rows.setdefault((t, name), []).append(np.asarray(x, np.float32).reshape(-1, subject.cfg.d_in))
-        done += acts.shape[0] * acts.shape[1] * acts.shape[2]
+        done, numbers = done + math.prod(acts.shape[:3]), numbers + batch
         progress(min(done / tokens, 1))
     each = [sae.evaluate(subject.at(subject.trained[t])[name], subject.cfg, np.concatenate(x))
             for (t, name), x in rows.items()]
@@ -541,7 +541,7 @@ def load(checkpoint, about, quant):
 
 def captions(about, prompts, field, images, n):
     """(captions, images uint8 or None for the model's own, origin), from the flags and what the checkpoint says; more
-    than n captions where there are, for the SAE's statistics."""
+    than n captions where there are, for the SAE's statistics: enough for images of 64 tokens, as nano's."""
     run, size, many = about["run"], vae_size(about), max(n, EVALUATED // 64)
     source = prompts or run.get("prompts", "scenes")
     if images:

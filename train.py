@@ -246,8 +246,8 @@ def rate(features, k, width, site, small):
     28 times where k is a quarter of the width, as nano's by default: the highest tried at which every layer keeps 95 %
     of its features. Beyond, less again: of k = 64 half of layer 0's die at 28 times it, 9 % at 4.5, at equal FVU. Of
     text tokens few differ: at 9 times it 34 % of layer 0's features die, at twice 4 %."""
-    share = k / width
-    times = 2 if site == "txt" else min(max(448 * share ** 2, 9), 0.4375 / share ** 3)
+    quarters = 4 * k / width
+    times = 2 if site == "txt" else min(max(28 * quarters ** 2, 9), 28 / quarters ** 3)
     return (times if small else 1) * sae.default_lr(features)
 
 

@@ -302,7 +302,7 @@ def test_scores_that_came_later_are_shown_when_pages_are_rebuilt(built, tmp_path
     """train.py, dash.py, score.py, dash.py --pages_only; and not beside another SAE."""
     folder, ckpt = built
     shutil.copytree(folder, tmp_path / "dash")
-    shutil.copytree(ckpt, tmp_path / "ckpt", ignore=shutil.ignore_patterns("dash"))
+    shutil.copytree(ckpt, tmp_path / "ckpt")
     part = {"clean": 0.5, "spliced": 0.625, "zero": 2.0, "mean": 1.5, "recovered_zero": 0.9166, "recovered_mean": 0.875}
     found = {"kind": "fae score", "weights": sae.fingerprint(sae.load_groups(ckpt)[0]), "images": 7, "data": "cards",
              "loss": part, "loss_where_trained": part, "per_timestep": [part | {"t": 1.0, "trained": True}],

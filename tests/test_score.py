@@ -192,7 +192,7 @@ def test_image_distances_are_those_of_generate(model, scored):
 
 def test_what_cannot_harm_has_nothing_to_recover(model):
     found = score.score(model, subject(model, 11, "txt"), score.dataset(model, PROMPTS[:1], images(1)), levels=1,
-                        steps=1, tokens=1, batch=1)                        # nothing reads the last block's text
+                        steps=1, tokens=1, batch=1)              # nothing reads the last block's text
     assert found["loss"]["recovered_zero"] is None and found["image"]["spliced"] == {"rmse": 0.0, "psnr": None}
     json.dumps(found, allow_nan=False)
     assert "–" in score.table(found | {"model": "nano"})
