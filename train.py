@@ -242,10 +242,11 @@ def schedule(steps):
 
 
 def rate(features, k, width, site, small):
-    """The learning rate. Short runs on a small model bear, and need, more than the SAE's default: 9 times it, and up to
-    28 times where k is a quarter of the width, as nano's by default: the highest tried at which every layer keeps 95 %
-    of its features. Beyond, less again: of k = 64 half of layer 0's die at 28 times it, 9 % at 4.5, at equal FVU. Of
-    text tokens few differ: at 9 times it 34 % of layer 0's features die, at twice 4 %."""
+    """The learning rate. Short runs on a small model bear, and need, more than the SAE's default: 9 times it (at k =
+    16, nano's layers 0 and 5 have a higher FVU at 14 times), and up to 28 times where k is a quarter of the width: the
+    highest tried at which every layer keeps 95 % of its features. Beyond, less again: of k = 64 half of layer 0's die
+    at 28 times it, 9 % at 4.5, at equal FVU. Of text tokens few differ: at 9 times it 34 % of layer 0's features die,
+    at twice 4 %."""
     quarters = 4 * k / width
     times = 2 if site == "txt" else min(max(28 * quarters ** 2, 9), 28 / quarters ** 3)
     return (times if small else 1) * sae.default_lr(features)
@@ -455,8 +456,8 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
     takes what suits the model (see `defaults`) or, with --resume, what the checkpoint says.
 
     --activation topk, batchtopk or jumprelu. --matryoshka 512,2048: nested prefixes of the features. --transcoder 7:
-    what is written is layer 7's residual. --normalization std (per dimension), pca (along principal axes) or scale (one
-    factor). --init: begin from an SAE, a folder of ours or SAELens', or owner/repo/folder on the hub. --push
+    what is written is layer 7's residual. --normalization pca (per dimension, then turned to the principal axes), std
+    (not turned) or scale (one factor). --init: begin from an SAE, a folder of ours or SAELens', or owner/repo/folder on the hub. --push
     owner/repo: put it on the Hugging Face hub at the end; with --resume, a finished one at once. --distributed: this
     process is one of several (of a TPU pod; elsewhere say which: --distributed host:port,processes,number).
     """
@@ -543,16 +544,19 @@ def prepare(model, given, out, resume, overwrite):
 def defaults(name, folder, cfg, given):
     """A Run from the flags that were given and, for the others, from the model. Raises ValueError for unfit values."""
     small, cpu = cfg.width <= 512, jax.devices()[0].platform == "cpu"
-    activation = "topk" if given.get("transcoder") is None else "batchtopk"      # SAELens has no TopK transcoder
+    transcoder = given.get("transcoder") is not None
+    activation = "batchtopk" if transcoder else "topk"           # SAELens has no TopK transcoder
     given = inherited(given, cfg.width) if "init" in given else given
+    k = max(1, min(32, cfg.width // 8))  # at a quarter of the width and more, what is found is a basis: 256 features fire
     source, field = ("scenes", None) if (folder / "scenes.py").is_file() else (sources.DATASET, sources.DATASET_FIELD)
     run = Run(**{
         "model": name, "layer": max(cfg.num_layers - 1, 0), "site": "img", "features": min(16 * cfg.width, 16384),
-        "k": 32, "steps": 1000 if small else 10_000, "batch": 2048, "prompts": source,
+        "k": k, "steps": 1000 if small else 10_000, "batch": 2048, "prompts": source,
         "prompt_field": None if "prompts" in given else field, "prompt_batch": 32 if small else 4,
         "seeds_per_prompt": 4 if small else 1, "timesteps": 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0,
         "text_tokens": 0, "lr": None, "seed": 0, "dtype": "float32" if cpu else "bfloat16",
-        "quant": flux.default_quant(folder), "activation": activation} | given)
+        "quant": flux.default_quant(folder), "activation": activation,
+        "normalization": "std" if transcoder else "pca"} | given)
     run = replace(run, matryoshka=prefixes(run.matryoshka, run.features))
     flux.residual_names(cfg, run.layer, run.site)
     if run.transcoder is not None:

@@ -88,7 +88,7 @@ def resident(mesh, chip, kind):
                     mesh, PartitionSpec(*[None] * len(depth), *shard.spec(mesh, part, name)))), one)
         return jax.tree_util.tree_map_with_path(leaf, table)
 
-    cfg = sae.Config(d_in=3072, features=16384, k=32)
+    cfg = sae.Config(d_in=3072, features=16384, k=32, normalization="pca")
     return {"flux": model(flux.table(flux.Config()), "transformer"), "t5": model(text.t5_table(text.T5Config()), "t5"),
             "clip": model(text.clip_table(text.CLIPConfig()), "clip"), "vae": vae_params(mesh),
             "sae": sae_state(mesh, cfg)}
@@ -136,7 +136,7 @@ def programs(mesh, models):
     for layer in (10, 18, 37):
         yield f"capture at {layer}, batch {B}", capture(layer), models["flux"], *inputs(B, 256)
     for features in (16384, 65536):
-        cfg_sae = sae.Config(d_in=3072, features=features, k=32)
+        cfg_sae = sae.Config(d_in=3072, features=features, k=32, normalization="pca")
         state = models["sae"] if features == 16384 else sae_state(mesh, cfg_sae)
         x = jax.ShapeDtypeStruct((2048, 3072), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
         yield f"SAE step, {features:,} features", partial(train_step, cfg=cfg_sae, mesh=shard.tensor(mesh)), state, x

@@ -74,7 +74,7 @@ class Loop:
     def __init__(self, run, harvest):
         self.harvest, self.number = harvest, 0
         harvest.ready(0)
-        self.cfg = sae.Config(d_in=harvest.rows.shape[1], features=run.features, k=run.k, lr=run.lr)
+        self.cfg = train.config(run, harvest.rows.shape[1], harvest.groups)
         self.state = sae.init(jax.random.key(0), self.cfg, harvest.rows.astype(np.float32)[:65536])
         self.step = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
 
@@ -154,9 +154,9 @@ def harvest_floor():
 
 
 def step_floor(features):
-    """(FLOPs of the encoder's product, bytes moved) of a step."""
+    """(FLOPs of the encoder's product and of turning tokens to the principal axes, bytes moved) of a step."""
     matrix, gathered = 4 * features * D, 4 * TOKENS * K * D * 4
-    return 2 * TOKENS * features * D, 2 * (3 * 2 + 2) * matrix + gathered
+    return 2 * TOKENS * (features + D) * D, 2 * (3 * 2 + 2) * matrix + gathered
 
 
 def flops(function, *shapes):

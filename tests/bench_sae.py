@@ -89,7 +89,7 @@ def activations(D, F, k, tokens):
 
 
 def ours(x, D, F, k, tokens):
-    cfg = sae.Config(d_in=D, features=F, k=k)
+    cfg = sae.Config(d_in=D, features=F, k=k, normalization="pca")
     step = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
     state = sae.init(jax.random.key(0), cfg, x[0])
     idle = jax.numpy.zeros_like(state.idle).at[:DEAD].set(cfg.dead_after)        # the middle of a run: AuxK works

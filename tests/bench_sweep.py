@@ -2,7 +2,7 @@
 
     python tests/bench_sweep.py results.jsonl --what sites           # texts, images, both (--steps 1000: train.py's;
                                                                      # --ckpts DIR keeps the images' SAEs: layer0, …)
-    python tests/bench_sweep.py results.jsonl --what sweep           # k = 8 … 64; F = 1,024 … 16,384 at k = 8
+    python tests/bench_sweep.py results.jsonl --what sweep           # k = 8 … 64; F = 1,024 … 16,384 at k = 8, 16
     python tests/bench_sweep.py results.jsonl --what beside          # SAELens and sparsify (pip install eai-sparsify)
     python tests/bench_sweep.py results.jsonl --what baselines       # PCA, MLP neurons, dictionaries by pursuit
     python tests/bench_sweep.py results.jsonl --what kinds           # BatchTopK, JumpReLU, nested prefixes
@@ -134,7 +134,8 @@ def batch(x, i, dtype=np.float32):
 def config(width, steps, features, k, **options):
     """train.py's recipe at small models."""
     lr = train.rate(features, k, width, "img", small=True)
-    return sae.Config(**{"d_in": width, "features": features, "k": k, "lr": lr} | train.schedule(steps) | options)
+    recipe = {"d_in": width, "features": features, "k": k, "lr": lr, "normalization": "pca"} | train.schedule(steps)
+    return sae.Config(**recipe | options)
 
 
 def ours(x, steps, group=None, **options):
@@ -150,7 +151,7 @@ def saelens(x, steps, lr=None, **options):
     from sae_lens import LoggingConfig, SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     torch.manual_seed(0)
-    start, cfg = begun(x, steps, **options)
+    start, cfg = begun(x, steps, **{"normalization": "std"} | options)
     schedule = {"lr_warm_up_steps": cfg.warmup, "lr_decay_steps": steps - cfg.warmup}
     model = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=cfg.d_in, d_sae=cfg.features, k=cfg.k))
     trainer = SAETrainer(data_provider=iter(()), sae=model, cfg=SAETrainerConfig(
@@ -176,7 +177,7 @@ def sparsify(x, steps, optimizer="signum", lr=None, **options):
     from sparsify import SparseCoder, SparseCoderConfig
     from sparsify.sign_sgd import SignSGD
     torch.manual_seed(0)
-    start, cfg = begun(x, steps, **options)
+    start, cfg = begun(x, steps, **{"normalization": "std"} | options)
     model = SparseCoder(cfg.d_in, SparseCoderConfig(num_latents=cfg.features, k=cfg.k))
     model.b_dec.data = torch.from_numpy(units(start, x, 0)).mean(0)
     scale = (cfg.features / 2 ** 14) ** -0.5
@@ -203,7 +204,7 @@ def sparsify(x, steps, optimizer="signum", lr=None, **options):
 
 
 def begun(x, steps, group=None, **options):
-    """(State, Config) of fae before its first step: the others get its normalization, and give their weights to it."""
+    """(State, Config) of fae before its first step: the others get its mean and std, and give their weights to it."""
     cfg = config(x.shape[1], steps, **options | ({} if group is None else {"groups": GROUPS}))
     sample = np.asarray(x[:65536], np.float32), None if group is None else group[:65536]
     return sae.init(jax.random.key(0), cfg, *sample), cfg
@@ -248,7 +249,7 @@ def itda(layer, steps, features, k):
 
 def pursued(layer, steps, features, k):
     """The decoder that `ours` ends with, its codes not from the encoder but by gradient pursuit."""
-    state, _, _ = ours(layer["train"], steps, features=features, k=k)
+    state, _, _ = ours(layer["train"], steps, features=features, k=k, normalization="std")
     u = (layer["test"] - np.asarray(state.mean)) / np.asarray(state.std) - np.asarray(state.params["b_dec"])
     return baselines.pursue(u, state.params["dec"], k)[0] + np.asarray(state.params["b_dec"])
 
@@ -262,21 +263,21 @@ BASELINES = {"PCA": pca, "MLP neurons": neurons, "random dictionary": random_dic
 
 def plan(what, layers, steps):
     """Jobs: dicts of `trainer`, `site`, `layer`, `steps` and what else the trainer takes."""
-    def jobs(trainer, site="img", steps=steps, features=2048, k=32, **options):
+    def jobs(trainer, site="img", steps=steps, features=2048, k=16, **options):
         job = {"trainer": trainer, "site": site, "steps": steps, "features": features, "k": k, **options}
         return [job | {"layer": layer} for layer in layers]
 
     if what == "sites":
-        lr = train.rate(2048, 32, 128, "txt", small=True)
+        lr = train.rate(2048, 16, 128, "txt", small=True)
         kinds = [{"trainer": "fae"}, {"trainer": "fae", "site": "txt", "lr": lr}, {"trainer": "fae", "site": "both"}]
     elif what == "sweep":
-        sizes = [(2048, k) for k in (8, 16, 32, 64)] + [(features, 8) for features in (1024, 4096, 8192, 16384)]
+        sizes = [(2048, k) for k in (8, 16, 32, 64)] + list(itertools.product((1024, 4096, 16384), (8, 16)))
         kinds = [{"trainer": "fae", "features": features, "k": k} for features, k in sizes]
     elif what == "dense":
-        kinds = [{"trainer": "fae", "features": features} for features in (1024, 2048, 4096)]
+        kinds = [{"trainer": "fae", "features": features, "k": 32} for features in (1024, 2048, 4096)]
     elif what == "beside":
         kinds = []
-        for k in (8, 32):
+        for k in (8, 16, 32):
             lr = train.rate(2048, k, 128, "img", small=True)
             theirs = [{"trainer": "fae"}, {"trainer": "SAELens"}, {"trainer": "SAELens", "lr": lr},
                       {"trainer": "sparsify"}, {"trainer": "sparsify", "optimizer": "adam", "lr": lr}]

@@ -124,10 +124,10 @@ def untrained(model, seed=0):
     return replace(model, params=jax.tree_util.tree_map_with_path(redraw, model.params))
 
 
-def trained_sae(tokens, steps, features=2048, k=32, seed=0):
+def trained_sae(tokens, steps, features=2048, k=16, seed=0):
     """An SAE on raw tokens [N, D] by train.py's recipe."""
     cfg = sae.Config(d_in=tokens.shape[1], features=features, k=k, lr=train.rate(features, k, 128, "img", small=True),
-                     **train.schedule(steps))
+                     normalization="pca", **train.schedule(steps))
     order = np.random.default_rng(seed).permutation(len(tokens))
     state = sae.init(jax.random.key(seed), cfg, np.asarray(tokens[order[:32768]], np.float32))
     for i in range(steps):

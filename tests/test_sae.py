@@ -658,8 +658,23 @@ def test_variants_fold_exactly(variant):
         if cfg.activation != "batchtopk":
             y = sae.decode(params, cfg, *sae.encode(params, cfg, read))
             mean, std = (sae._parts(cfg, a)[1] for a in sae._of_group(state, cfg, g))
-            back = (y - mean) @ (np.eye(y.shape[1]) if state.basis is None else state.basis) / std
+            back = (y - mean) / std @ (np.eye(y.shape[1]) if state.basis is None else state.basis)
             assert np.median(np.abs(back - out[rows])) < 1e-3 and y.shape[1] == (cfg.d_out or cfg.d_in)
+
+
+@pytest.mark.parametrize("groups", [(), ("a", "b")])
+def test_pca_only_turns(groups):
+    """It changes no distance, and leaves no correlation between the axes."""
+    u = {}
+    for name in ("std", "pca"):
+        cfg = dataclasses.replace(CFG, normalization=name, groups=groups)
+        x, group = batch(cfg, 4096, 0)
+        state = sae.init(jax.random.key(0), cfg, x, group)
+        u[name] = np.asarray(sae._standardize(x, state.mean, state.std, state.basis, group), np.float64)
+    np.testing.assert_allclose(u["pca"] @ u["pca"][:50].T, u["std"] @ u["std"][:50].T, atol=1e-3)
+    covariance = np.cov(u["pca"].T)
+    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 1e-3
+    assert np.abs(np.cov(u["std"].T) - np.eye(CFG.d_in)).max() > 0.02    # there was something to turn
 
 
 def dense(values, indices, features):

@@ -137,7 +137,7 @@ def test_metadata_says_how_to_make_it_again(trained, nano):
     assert metadata["run"] == TINY | {"model": str(nano), "site": "img", "prompts": "scenes", "prompt_field": None,
                                       "timesteps": 1, "lr": 9 * sae.default_lr(256), "seed": 0, "dtype": "float32",
                                       "quant": "none", "activation": "topk", "matryoshka": None,
-                                      "transcoder": None, "normalization": "std", "init": None}
+                                      "transcoder": None, "normalization": "pca", "init": None}
     rows = metadata["evaluation"]
     assert list(rows) == ["SAE", "PCA, 8 components", "random features"]
     assert 0 < rows["PCA, 8 components"]["fvu_standardized"] < rows["random features"]["fvu_standardized"]
@@ -491,7 +491,7 @@ LONGER = {"steps": 40, "save_every": 10}                         # what takes mo
 
 
 @pytest.mark.parametrize("flags, architecture", [
-    ({"activation": "batchtopk", "normalization": "pca"} | LONGER, "jumprelu"),
+    ({"activation": "batchtopk", "normalization": "std"} | LONGER, "jumprelu"),
     ({"activation": "jumprelu"}, "jumprelu"),
     ({"matryoshka": (16, 100)}, "topk"), ({"matryoshka": 64, "activation": "batchtopk"}, "jumprelu"),
     ({"transcoder": 4} | LONGER, "jumprelu_transcoder"), ({"site": "both", "timesteps": 2}, "topk")])
@@ -692,6 +692,8 @@ def test_defaults_fit_nano(nano):
     run = train.defaults("nano", Path(nano), cfg, {})
     assert (run.layer, run.site, run.features, run.prompts) == (cfg.num_layers - 1, "img", 16 * cfg.width, "scenes")
     assert run.dtype == "float32" and run.steps == 1000 and run.buffer >= run.batch
+    assert run.k == cfg.width // 8 and run.normalization == "pca"
+    assert train.defaults("nano", Path(nano), cfg, {"transcoder": 7}).normalization == "std"
     assert train.defaults("nano", Path(nano), cfg, {"prompts": "x.txt"}).prompts == "x.txt"
 
 
@@ -700,7 +702,7 @@ def test_defaults_fit_schnell(tmp_path, monkeypatch, platform, dtype):
     device = type("Device", (), {"platform": platform, "device_kind": "TPU v4"})
     monkeypatch.setattr(train.jax, "devices", lambda: [device])
     run = train.defaults("schnell", tmp_path, flux.Config(), {})
-    assert (run.layer, run.features, run.site, run.dtype) == (18, 16384, "img", dtype)
+    assert (run.layer, run.features, run.k, run.site, run.dtype) == (18, 16384, 32, "img", dtype)
     assert (run.prompts, run.prompt_field) == ("hf:opendiffusionai/cc12m-cleaned", "caption_llava_short")
     assert run.lr == sae.default_lr(16384) and run.quant == ("none" if platform == "cpu" else "nf4")
     given = train.defaults("schnell", tmp_path, flux.Config(), {"layer": 10, "features": 512, "prompts": "p.csv"})
