@@ -457,9 +457,9 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
 
     --activation topk, batchtopk or jumprelu. --matryoshka 512,2048: nested prefixes of the features. --transcoder 7:
     what is written is layer 7's residual. --normalization pca (per dimension, then turned to the principal axes), std
-    (not turned) or scale (one factor). --init: begin from an SAE, a folder of ours or SAELens', or owner/repo/folder on the hub. --push
-    owner/repo: put it on the Hugging Face hub at the end; with --resume, a finished one at once. --distributed: this
-    process is one of several (of a TPU pod; elsewhere say which: --distributed host:port,processes,number).
+    (not turned) or scale (one factor). --init: begin from an SAE, a folder of ours or SAELens', or owner/repo/folder on
+    the hub. --push owner/repo: put it on the Hugging Face hub at the end; with --resume, a finished one at once.
+    --distributed: this process is one of several (of a TPU pod; elsewhere say which: host:port,processes,number).
     """
     names = {field.name for field in fields(Run)} - {"model"}
     given = {name: value for name, value in locals().items() if name in names and value not in (None, "")}
@@ -547,7 +547,7 @@ def defaults(name, folder, cfg, given):
     transcoder = given.get("transcoder") is not None
     activation = "batchtopk" if transcoder else "topk"           # SAELens has no TopK transcoder
     given = inherited(given, cfg.width) if "init" in given else given
-    k = max(1, min(32, cfg.width // 8))  # at a quarter of the width and more, what is found is a basis: 256 features fire
+    k = max(1, min(32, cfg.width // 8))                          # at a quarter a ± basis of 256 features does it all
     source, field = ("scenes", None) if (folder / "scenes.py").is_file() else (sources.DATASET, sources.DATASET_FIELD)
     run = Run(**{
         "model": name, "layer": max(cfg.num_layers - 1, 0), "site": "img", "features": min(16 * cfg.width, 16384),
