@@ -547,7 +547,10 @@ def defaults(name, folder, cfg, given):
     transcoder = given.get("transcoder") is not None
     activation = "batchtopk" if transcoder else "topk"           # SAELens has no TopK transcoder
     given = inherited(given, cfg.width) if "init" in given else given
-    k = max(1, min(32, cfg.width // 8))                          # at a quarter a ± basis of 256 features does it all
+    # At a quarter of nano's width a signed basis, 256 features, does it all. Text tokens alone are few and alike: with k
+    # = 16 40 % of layer 0's features die, turned to the principal axes 8 %
+    text = given.get("site") == "txt"
+    k = 32 if text else max(1, min(32, cfg.width // 8))
     source, field = ("scenes", None) if (folder / "scenes.py").is_file() else (sources.DATASET, sources.DATASET_FIELD)
     run = Run(**{
         "model": name, "layer": max(cfg.num_layers - 1, 0), "site": "img", "features": min(16 * cfg.width, 16384),
@@ -556,7 +559,7 @@ def defaults(name, folder, cfg, given):
         "seeds_per_prompt": 4 if small else 1, "timesteps": 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0,
         "text_tokens": 0, "lr": None, "seed": 0, "dtype": "float32" if cpu else "bfloat16",
         "quant": flux.default_quant(folder), "activation": activation,
-        "normalization": "std" if transcoder else "pca"} | given)
+        "normalization": "std" if transcoder or text else "pca"} | given)
     run = replace(run, matryoshka=prefixes(run.matryoshka, run.features))
     flux.residual_names(cfg, run.layer, run.site)
     if run.transcoder is not None:

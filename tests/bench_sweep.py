@@ -268,8 +268,8 @@ def plan(what, layers, steps):
         return [job | {"layer": layer} for layer in layers]
 
     if what == "sites":
-        lr = train.rate(2048, 16, 128, "txt", small=True)
-        kinds = [{"trainer": "fae"}, {"trainer": "fae", "site": "txt", "lr": lr}, {"trainer": "fae", "site": "both"}]
+        text = {"site": "txt", "k": 32, "lr": train.rate(2048, 32, 128, "txt", small=True), "normalization": "std"}
+        kinds = [{"trainer": "fae"}, {"trainer": "fae"} | text, {"trainer": "fae", "site": "both"}]
     elif what == "sweep":
         sizes = [(2048, k) for k in (8, 16, 32, 64)] + list(itertools.product((1024, 4096, 16384), (8, 16)))
         kinds = [{"trainer": "fae", "features": features, "k": k} for features, k in sizes]

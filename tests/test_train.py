@@ -694,6 +694,8 @@ def test_defaults_fit_nano(nano):
     assert run.dtype == "float32" and run.steps == 1000 and run.buffer >= run.batch
     assert run.k == cfg.width // 8 and run.normalization == "pca"
     assert train.defaults("nano", Path(nano), cfg, {"transcoder": 7}).normalization == "std"
+    text = train.defaults("nano", Path(nano), cfg, {"site": "txt"})
+    assert (text.k, text.normalization, text.lr) == (32, "std", 2 * sae.default_lr(text.features))
     assert train.defaults("nano", Path(nano), cfg, {"prompts": "x.txt"}).prompts == "x.txt"
 
 
