@@ -547,8 +547,8 @@ def defaults(name, folder, cfg, given):
     transcoder = given.get("transcoder") is not None
     activation = "batchtopk" if transcoder else "topk"           # SAELens has no TopK transcoder
     given = inherited(given, cfg.width) if "init" in given else given
-    # At a quarter of nano's width a signed basis, 256 features, does it all. Text tokens alone are few and alike: with
-    # k = 16 40 % of layer 0's features die, turned to the principal axes 8 %
+    # At a quarter of nano's width some 200 features, pairs of opposite directions, do it all. Text tokens alone are few
+    # and alike: with k = 16 40 % of layer 0's features die, turned to the principal axes 8 %
     text = given.get("site") == "txt"
     k = 32 if text else max(1, min(32, cfg.width // 8))
     source, field = ("scenes", None) if (folder / "scenes.py").is_file() else (sources.DATASET, sources.DATASET_FIELD)
