@@ -211,7 +211,7 @@ def _normalization(cfg: Config, sample: np.ndarray, groups: np.ndarray):
     """-> mean [G, C], std [G, C], principal axes [C, C] or None, in float32.
 
     The axes change no distance and so no FVU, but Adam, which scales each coordinate by itself, gains from them: of
-    nano's layers 0 and 5 FVU falls by 1 % at k = 16, and by 1 to 7 % at 32, and fewer features fall silent.
+    nano's layers 0 and 5 FVU falls by 1 % at k = 16, by 1 to 5 % at 32, and fewer features fall silent.
     """
     if sample.ndim != 2 or sample.shape[1] != cfg.columns or len(sample) < 2:
         raise ValueError(f"sample has shape {sample.shape}; need [N, {cfg.columns}] with N >= 2")
