@@ -215,21 +215,22 @@ def _normalization(cfg: Config, sample: np.ndarray, groups: np.ndarray):
     """
     if sample.ndim != 2 or sample.shape[1] != cfg.columns or len(sample) < 2:
         raise ValueError(f"sample has shape {sample.shape}; need [N, {cfg.columns}] with N >= 2")
-    names = cfg.groups or ("all",)
+    names, turned = cfg.groups or ("all",), cfg.normalization == "pca"
     parts = [sample[groups == g] for g in range(len(names))]
     if few := [name for name, part in zip(names, parts) if len(part) < 2]:
         raise ValueError(f"sample holds fewer than two tokens of the group {few[0]}")
-    means, covariances = zip(*(_moments(part, full=cfg.normalization == "pca") for part in parts))
+    means, covariances = zip(*(_moments(part, full=turned) for part in parts))
     if cfg.normalization == "scale":  # as SAELens' expected_average_only_in: |x|² is D on average
         mean = np.zeros_like(means)
         std = np.sqrt([np.full_like(m, (m * m + c).mean()) for m, c in zip(means, covariances)])
         return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32), None
-    turned = cfg.normalization == "pca"
     std = [_spread(m, np.diag(c) if turned else c) for m, c in zip(means, covariances)]
     if not turned:
         return np.float32(means), np.float32(std), None
     pooled = sum(c / np.outer(s, s) * len(part) for c, s, part in zip(covariances, std, parts))
-    return np.float32(means), np.float32(std), np.float32(np.linalg.eigh(pooled)[1])
+    # Without variation any axes will do; `load_state` asks with such a sample, and eigh takes seconds at D = 3072
+    basis = np.linalg.eigh(pooled)[1] if pooled.any() else np.eye(cfg.d_in)
+    return np.float32(means), np.float32(std), np.float32(basis)
 
 
 def _check_groups(cfg: Config, group: Array | None) -> None:

@@ -241,6 +241,14 @@ def schedule(steps):
     return {"warmup": warmup, "decay": (warmup, steps + 1)}
 
 
+def recipe(site, width, transcoder=False):
+    """k and normalization. At k = 32, a quarter of nano's width, some 200 features, pairs of opposite directions, do
+    all the work. Text tokens alone are few and alike: at k = 16 40 % of layer 0's features die, turned to the principal
+    axes 8 %. Transcoders are not turned: what they read and what they write have different axes."""
+    text = site == "txt"
+    return {"k": 32 if text else max(1, min(32, width // 8)), "normalization": "std" if transcoder or text else "pca"}
+
+
 def rate(features, k, width, site, small):
     """The learning rate. Short runs on a small model bear, and need, more than the SAE's default: 9 times it (at k =
     16, nano's layers 0 and 5 have a higher FVU at 14 times), and up to 36 times where k is a quarter of the width.
@@ -546,19 +554,15 @@ def defaults(name, folder, cfg, given):
     transcoder = given.get("transcoder") is not None
     activation = "batchtopk" if transcoder else "topk"           # SAELens has no TopK transcoder
     given = inherited(given, cfg.width) if "init" in given else given
-    # At a quarter of nano's width some 200 features, pairs of opposite directions, do it all. Text tokens alone are few
-    # and alike: with k = 16 40 % of layer 0's features die, turned to the principal axes 8 %
-    text = given.get("site") == "txt"
-    k = 32 if text else max(1, min(32, cfg.width // 8))
     source, field = ("scenes", None) if (folder / "scenes.py").is_file() else (sources.DATASET, sources.DATASET_FIELD)
     run = Run(**{
         "model": name, "layer": max(cfg.num_layers - 1, 0), "site": "img", "features": min(16 * cfg.width, 16384),
-        "k": k, "steps": 1000 if small else 10_000, "batch": 2048, "prompts": source,
+        "steps": 1000 if small else 10_000, "batch": 2048, "prompts": source,
         "prompt_field": None if "prompts" in given else field, "prompt_batch": 32 if small else 4,
         "seeds_per_prompt": 4 if small else 1, "timesteps": 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0,
         "text_tokens": 0, "lr": None, "seed": 0, "dtype": "float32" if cpu else "bfloat16",
-        "quant": flux.default_quant(folder), "activation": activation,
-        "normalization": "std" if transcoder or text else "pca"} | given)
+        "quant": flux.default_quant(folder), "activation": activation}
+        | recipe(given.get("site"), cfg.width, transcoder) | given)
     run = replace(run, matryoshka=prefixes(run.matryoshka, run.features))
     flux.residual_names(cfg, run.layer, run.site)
     if run.transcoder is not None:

@@ -134,8 +134,8 @@ def batch(x, i, dtype=np.float32):
 def config(width, steps, features, k, **options):
     """train.py's recipe at small models."""
     lr = train.rate(features, k, width, "img", small=True)
-    recipe = {"d_in": width, "features": features, "k": k, "lr": lr, "normalization": "pca"} | train.schedule(steps)
-    return sae.Config(**recipe | options)
+    recipe = train.recipe("img", width) | train.schedule(steps) | {"k": k, "lr": lr}
+    return sae.Config(**{"d_in": width, "features": features} | recipe | options)
 
 
 def ours(x, steps, group=None, **options):
@@ -268,7 +268,8 @@ def plan(what, layers, steps):
         return [job | {"layer": layer} for layer in layers]
 
     if what == "sites":
-        text = {"site": "txt", "k": 32, "lr": train.rate(2048, 32, 128, "txt", small=True), "normalization": "std"}
+        text = {"site": "txt"} | train.recipe("txt", 128)
+        text |= {"lr": train.rate(2048, text["k"], 128, "txt", small=True)}
         kinds = [{"trainer": "fae"}, {"trainer": "fae"} | text, {"trainer": "fae", "site": "both"}]
     elif what == "sweep":
         sizes = [(2048, k) for k in (8, 16, 32, 64)] + list(itertools.product((1024, 4096, 16384), (8, 16)))

@@ -29,6 +29,7 @@ os.environ |= {"TQDM_DISABLE": "1", "JAX_PLATFORMS": "cpu"}
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "nano")]
 
+import bench_sweep
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,6 @@ import flux
 import pages
 import sae
 import score
-import train
 from harvest import reap
 
 BATCH, GRID, FIRST = 2048, (8, 8), 20_000                        # tokens of a step; first scene to train on
@@ -126,8 +126,7 @@ def untrained(model, seed=0):
 
 def trained_sae(tokens, steps, features=2048, k=16, seed=0):
     """An SAE on raw tokens [N, D] by train.py's recipe."""
-    cfg = sae.Config(d_in=tokens.shape[1], features=features, k=k, lr=train.rate(features, k, 128, "img", small=True),
-                     normalization="pca", **train.schedule(steps))
+    cfg = bench_sweep.config(tokens.shape[1], steps, features, k)
     order = np.random.default_rng(seed).permutation(len(tokens))
     state = sae.init(jax.random.key(seed), cfg, np.asarray(tokens[order[:32768]], np.float32))
     for i in range(steps):
