@@ -12,8 +12,9 @@ operations that are each other's derivatives (names as in sparse linear algebra)
 
 Each walks the k columns in a scan whose temporaries are [B, D]. Measured against gathering all of [B, k, D] at once
 this is 2 to 9 times as fast on two CPU cores (k = 32; B, D, F = 4096, 128, 2048 and 1024, 3072, 16384), and against a
-scatter sorted by feature 3 to 7 times. (On a CPU `outer` walks the rows of the batch instead: 1.2 to 2.4 times as fast
-again.) The whole gradient takes half the time of the dense one. On TPUs `plan` says whether the three are Pallas
+scatter sorted by feature 3 to 7 times. On a CPU `outer` walks the rows of the batch instead, 1.2 to 2.4 times as fast
+again, or where F x D is large the entries in order of their features, 1.5 to 2 times again; `sddmm` the rows, up to 1.8
+times. The whole gradient takes half the time of the dense one. On TPUs `plan` says whether the three are Pallas
 kernels or dense products, which needs the mesh: of one device, or of those over which F is split.
 """
 
@@ -84,11 +85,16 @@ def _spmm(values: Array, indices: Array, rows: Array) -> Array:
 
 def _sddmm(x: Array, rows: Array, indices: Array) -> Array:
     """x [B, D], rows [F, D], indices [B, k] -> [B, k]."""
-    return lax.map(lambda index: jnp.sum(x * rows[index], axis=-1), indices.T).T
+    by_row = lambda x, rows, indices: lax.map(lambda part: rows[part[1]] @ part[0], (x, indices), batch_size=8)
+    by_column = lambda x, rows, indices: lax.map(lambda index: jnp.sum(x * rows[index], axis=-1), indices.T).T
+    return lax.platform_dependent(x, rows, indices, cpu=by_row, default=by_column)
 
 
-def _outer(values: Array, indices: Array, x: Array, features: int) -> Array:
-    """values, indices [B, k], x [B, D] -> [F, D], summed in float32; repeated indices add up."""
+def _outer(values: Array, indices: Array, x: Array, features: int, spare: Array | None) -> Array:
+    """values, indices [B, k], x [B, D] -> [F, D], summed in float32, in the memory of `spare` if given.
+
+    Repeated indices add up.
+    """
 
     def add(total, part):
         value, index, row = part
@@ -97,34 +103,62 @@ def _outer(values: Array, indices: Array, x: Array, features: int) -> Array:
     def by_row(total, values, indices, x):  # what is added stays in a CPU's cache
         return lax.scan(add, total, (values, indices, x))[0]
 
+    def by_feature(total, values, indices, x):  # what it is added to does so, and x as far as it fits
+        feature, place = _by_feature(indices, features)
+        value, row = values.reshape(-1)[place], place // indices.shape[1]
+
+        def add(i, total):
+            sum = lax.dynamic_slice_in_dim(total, feature[i], 1) + value[i] * lax.dynamic_slice_in_dim(x, row[i], 1)
+            return lax.dynamic_update_slice_in_dim(total, sum, feature[i], 0)
+
+        return lax.fori_loop(0, len(place), add, total, unroll=2)
+
     def by_column(total, values, indices, x):
         return lax.scan(lambda total, part: add(total, (*part, x)), total, (values.T, indices.T))[0]
 
     dtype = jnp.promote_types(jnp.promote_types(values.dtype, x.dtype), jnp.float32)
     # Not a constant, which XLA would build once for several of these sums and then copy for each
-    start = jnp.full((features, x.shape[1]), 0 * values[0, 0], dtype)
-    return lax.platform_dependent(start, values, indices, x, cpu=by_row, default=by_column)
+    start = (jnp.full((features, x.shape[1]), 0 * values[0, 0], dtype) if spare is None
+             else by_rows(jnp.zeros_like, spare.astype(dtype)))
+    # Rows that fit a cache anyway, or are so short that a loop over entries costs more than adding them, go by_row
+    on_cpu = by_feature if start.size >= 2**22 and x.shape[1] >= 512 else by_row
+    return lax.platform_dependent(start, values, indices, x, cpu=on_cpu, default=by_column)
+
+
+def _by_feature(indices: Array, features: int) -> tuple[Array, Array]:
+    """[B, k] -> features in rising order, and where in the flattened `indices` each stands, [B k] both. Of two arrays
+    XLA's sort takes five times as long on a CPU, so both become one number if it has enough bits."""
+    flat, places = indices.reshape(-1), lax.iota(jnp.int32, indices.size)
+    bits = (indices.size - 1).bit_length()
+    if (features - 1).bit_length() + bits > 32:
+        return tuple(lax.sort((flat, places), num_keys=1))
+    key = lax.sort((flat.astype(jnp.uint32) << bits) | places.astype(jnp.uint32))
+    return (key >> bits).astype(jnp.int32), (key & (2**bits - 1)).astype(jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def sparse_decode(values: Array, indices: Array, W_dec: Array, mesh: Mesh | None = None) -> Array:
+def sparse_decode(
+    values: Array, indices: Array, W_dec: Array, mesh: Mesh | None = None, spare: Array | None = None
+) -> Array:
     """values, indices [B, k], W_dec [F, D] -> [B, D]: each row's k decoder rows, weighted and summed.
 
     Equals `sparse_decode_dense`, gradients included; those for `values` and `W_dec` touch active features only.
     mesh: the devices, in one row, over which F is split (or the only one): `plan` then chooses how. None: plain XLA.
+    spare [F, D]: memory, whatever it holds, for the gradient for `W_dec`. A CPU gains much if it is donated to the
+    program and leaves it as that gradient: fresh memory the system clears page by page, longer than the sum takes.
     """
     return _decode(values, indices, W_dec, mesh)[0]
 
 
-def _sparse_decode_forward(values, indices, W_dec, mesh):
+def _sparse_decode_forward(values, indices, W_dec, mesh, spare):
     out, entries = _decode(values, indices, W_dec, mesh)
-    return out, (values, indices, W_dec, entries)
+    return out, (values, indices, W_dec, entries, spare)
 
 
 def _sparse_decode_backward(mesh, residuals, g):
-    values, indices, W_dec, entries = residuals
-    d_values, d_W = _decode_gradients(values, indices, W_dec, entries, g, mesh)
-    return d_values.astype(values.dtype), None, d_W.astype(W_dec.dtype)
+    values, indices, W_dec, entries, spare = residuals
+    d_values, d_W = _decode_gradients(values, indices, W_dec, entries, g, spare, mesh)
+    return d_values.astype(values.dtype), None, d_W.astype(W_dec.dtype), None
 
 
 sparse_decode.defvjp(_sparse_decode_forward, _sparse_decode_backward)
@@ -161,14 +195,16 @@ def preactivations(x: Array, W_enc: Array, b_enc: Array) -> Array:
     return by_rows(lambda rows: rows + b_enc, product)
 
 
-def select(pre: Array, k: int, x: Array, W_enc: Array, b_enc: Array, mesh: Mesh | None = None) -> tuple[Array, Array]:
+def select(
+    pre: Array, k: int, x: Array, W_enc: Array, b_enc: Array, mesh: Mesh | None = None, spare: Array | None = None
+) -> tuple[Array, Array]:
     """ReLU of the top k of `pre` [B, F] -> values, indices [B, k]; differentiable in x, W_enc, b_enc, not in `pre`.
 
     `pre` is `preactivations(x, W_enc, b_enc)`, perhaps with entries masked by -inf (which become 0 without gradient).
-    The same `pre` can be selected from more than once. mesh: as for `sparse_decode`.
+    The same `pre` can be selected from more than once. mesh, spare: as for `sparse_decode`.
     """
     values, indices = topk(lax.stop_gradient(pre), k, mesh)
-    return _attach(jax.nn.relu(values), indices, x, W_enc, b_enc, mesh), indices
+    return _attach(jax.nn.relu(values), indices, x, W_enc, b_enc, mesh, spare), indices
 
 
 def sparse_encode(x: Array, W_enc: Array, b_enc: Array, k: int, mesh: Mesh | None = None) -> tuple[Array, Array]:
@@ -180,21 +216,21 @@ def sparse_encode(x: Array, W_enc: Array, b_enc: Array, k: int, mesh: Mesh | Non
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attach(values: Array, indices: Array, x: Array, W_enc: Array, b_enc: Array, mesh: Mesh | None) -> Array:
+def _attach(values, indices, x: Array, W_enc: Array, b_enc: Array, mesh: Mesh | None, spare: Array | None) -> Array:
     """`values` [B, k] as they are, with the derivative of ReLU(x[b] . W_enc[indices[b, j]] + b_enc[indices[b, j]])."""
     return values
 
 
-def _attach_forward(values, indices, x, W_enc, b_enc, mesh):
-    return values, (values > 0, indices, x, W_enc, b_enc)
+def _attach_forward(values, indices, x, W_enc, b_enc, mesh, spare):
+    return values, (values > 0, indices, x, W_enc, b_enc, spare)
 
 
 def _attach_backward(mesh, residuals, g):
-    active, indices, x, W_enc, b_enc = residuals
+    active, indices, x, W_enc, b_enc, spare = residuals
     g = jnp.where(active, g, 0)
-    d_x, d_W = _encode_gradients(g, indices, x, W_enc, mesh)
+    d_x, d_W = _encode_gradients(g, indices, x, W_enc, spare, mesh)
     d_b = jnp.zeros_like(b_enc).at[indices.reshape(-1)].add(g.reshape(-1).astype(b_enc.dtype))
-    return jnp.zeros_like(g), None, d_x.astype(x.dtype), d_W.astype(W_enc.dtype), d_b
+    return jnp.zeros_like(g), None, d_x.astype(x.dtype), d_W.astype(W_enc.dtype), d_b, None
 
 
 _attach.defvjp(_attach_forward, _attach_backward)
@@ -216,9 +252,9 @@ def _decode(values, indices, rows, mesh):
     return _on_each(mesh, here, (WHOLE, WHOLE, SPLIT), (WHOLE, SPLIT))(values, indices, rows)
 
 
-def _decode_gradients(values, indices, rows, entries, g, mesh):
+def _decode_gradients(values, indices, rows, entries, g, spare, mesh):
     """-> those of values, [B, k], and rows, [F, D]."""
-    def here(values, indices, rows, entries, g):
+    def here(values, indices, rows, entries, g, spare):
         how, values, indices, mine = _prepared(mesh, values, indices, rows)
         if isinstance(how, Kernels):
             d_rows, dots = outer_kernel(entries, g, rows, len(rows), values.shape[1], how)
@@ -226,24 +262,25 @@ def _decode_gradients(values, indices, rows, entries, g, mesh):
         _, sddmm, outer = PLAIN[how]
         d_values = sddmm(g, rows, indices)
         d_values = d_values if mine is None else jnp.where(mine, d_values, 0)
-        return _summed(mesh, d_values), outer(values, indices, g, len(rows))
+        return _summed(mesh, d_values), outer(values, indices, g, len(rows), spare)
 
-    specs = (WHOLE, WHOLE, SPLIT, SPLIT, WHOLE), (WHOLE, SPLIT)
-    return _on_each(mesh, here, *specs)(values, indices, rows, entries, g)
+    specs = (WHOLE, WHOLE, SPLIT, SPLIT, WHOLE, SPLIT), (WHOLE, SPLIT)
+    return _on_each(mesh, here, *specs)(values, indices, rows, entries, g, spare)
 
 
-def _encode_gradients(g, indices, x, rows, mesh):
+def _encode_gradients(g, indices, x, rows, spare, mesh):
     """g, indices [B, k], x [B, D], rows [F, D] -> those of x and rows."""
-    def here(g, indices, x, rows):
+    def here(g, indices, x, rows, spare):
         how, g, indices, _ = _prepared(mesh, g, indices, rows)
         if isinstance(how, Kernels):
             entries = _entries(g, indices, len(rows))
             d_x = spmm_kernel(entries, rows, g.shape, how)
             return _summed(mesh, d_x), outer_kernel(entries, x, None, len(rows), g.shape[1], how)
         spmm, _, outer = PLAIN[how]
-        return _summed(mesh, spmm(g, indices, rows)), outer(g, indices, x, len(rows))
+        return _summed(mesh, spmm(g, indices, rows)), outer(g, indices, x, len(rows), spare)
 
-    return _on_each(mesh, here, (WHOLE, WHOLE, WHOLE, SPLIT), (WHOLE, SPLIT))(g, indices, x, rows)
+    specs = (WHOLE, WHOLE, WHOLE, SPLIT, SPLIT), (WHOLE, SPLIT)
+    return _on_each(mesh, here, *specs)(g, indices, x, rows, spare)
 
 
 WHOLE, SPLIT = False, True                                       # how an array lies on a mesh: on axis 0, if at all
@@ -307,7 +344,7 @@ def _sddmm_dense(x, rows, indices):
     return jnp.take_along_axis(jnp.matmul(x, rows.T, precision=lax.Precision.HIGH), indices, axis=1)
 
 
-def _outer_dense(values, indices, x, F):
+def _outer_dense(values, indices, x, F, spare):
     return jnp.matmul(_scattered(values, indices, F).T, x, precision=lax.Precision.HIGH)
 
 

@@ -47,6 +47,7 @@ import kernels
 
 Params = dict[str, Array]
 CONFIG, WEIGHTS, STATE = "cfg.json", "sae_weights.safetensors", "state.safetensors"
+FORMAT = 2  # of state.safetensors, and of what its numbers mean; in 1 "pca" whitened
 NEVER = 2**30  # tokens since it last fired, of a feature that never did
 TMP = ".fae-tmp"                                                 # how names of unfinished saves end
 ACTIVATIONS, NORMALIZATIONS = ("topk", "batchtopk", "jumprelu"), ("std", "pca", "scale")
@@ -155,18 +156,25 @@ class State(NamedTuple):
     idle: Array  # [F] int32, tokens since the feature last fired
     threshold: Array | None  # BatchTopK: running mean of the lowest value that is among the top of a batch
     step: Array  # int32
+    spare: Params | None  # of a CPU: memory for the gradients of enc and dec, with the last ones; not in files
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def init(key: Array, cfg: Config, sample: np.ndarray, groups: np.ndarray | None = None) -> State:
-    """sample [N, C] of raw residuals, the group [N] of each -> a state: normalization and pre-bias from the data, tied
-    weights (A.1). Raises ValueError for samples of other shapes, that are not finite, or without one of the groups."""
+def init(
+    key: Array, cfg: Config, sample: np.ndarray, groups: np.ndarray | None = None, like: State | None = None
+) -> State:
+    """sample [N, C] of raw residuals, the group [N] of each -> a state: normalization (or that of the state `like`) and
+    pre-bias from the data, tied weights (A.1). Raises ValueError for samples of other shapes, that are not finite, or
+    without one of the groups."""
     sample = np.asarray(sample)
     _check_groups(cfg, groups)
-    mean, std, basis = _normalization(cfg, sample, np.zeros(len(sample), int) if groups is None else groups)
-    mean, std = (mean, std) if cfg.groups else (mean[0], std[0])
+    if like is None:
+        mean, std, basis = _normalization(cfg, sample, np.zeros(len(sample), int) if groups is None else groups)
+        mean, std = (mean, std) if cfg.groups else (mean[0], std[0])
+    else:
+        mean, std, basis = like.mean, like.std, like.basis
     some = slice(0, 32768)
     with jax.ensure_compile_time_eval():  # so that `jax.eval_shape` can ask for the state's shapes
         of = None if groups is None else groups[some]
@@ -174,7 +182,12 @@ def init(key: Array, cfg: Config, sample: np.ndarray, groups: np.ndarray | None 
     params, threshold = _tied(key, cfg, u[:1024], _geometric_median(u))
     idle, count = jnp.full(cfg.features, NEVER, jnp.int32), jnp.zeros((), jnp.int32)
     return State(params, *(None if a is None else jnp.asarray(a) for a in (mean, std, basis)),
-                 _optimizer(cfg).init(params), idle, threshold, count)
+                 _optimizer(cfg).init(params), idle, threshold, count, _spare(params))
+
+
+def _spare(params: Params) -> Params | None:
+    """Memory for gradients that lasts from step to step, see `kernels.sparse_decode`."""
+    return {name: jnp.zeros_like(params[name]) for name in ("enc", "dec")} if jax.default_backend() == "cpu" else None
 
 
 @jax.jit(static_argnums=1)
@@ -327,17 +340,27 @@ def _variation(u: Array) -> Array:
     return jnp.maximum(jnp.sum((u - u.mean(0)) ** 2), 1e-30)
 
 
-def _reconstruct(params: Params, cfg: Config, u: Array, mesh: Mesh | None = None):
-    """-> loss, (FVU, pre-activations [B, F], values, indices, reconstruction).
+def _gradients(params: Params, cfg: Config, u: Array, mesh: Mesh | None, spare: Params | None):
+    """-> what `_reconstruct` returns, the gradients of its loss."""
+    returned, grads = jax.value_and_grad(_reconstruct, has_aux=True)(params, cfg, u, mesh, spare)
+    if cfg.d_out is None:  # b_dec shifts every pre-activation, as b_enc does: one product instead of a sum per token
+        seen = jnp.matmul(grads["b_enc"], params["enc"], precision=lax.Precision.HIGH)
+        grads = grads | {"b_dec": grads["b_dec"] - seen}
+    return returned, grads
+
+
+def _reconstruct(params: Params, cfg: Config, u: Array, mesh: Mesh | None = None, spare: Params | None = None):
+    """-> loss, (FVU, values, indices, reconstruction). Its gradient for b_dec lacks the
+    encoder's part.
 
     The loss is the FVU or, with nested prefixes, the mean of their FVUs; of JumpReLU SAEs with the penalty on L0.
     """
-    x, y = _seen(params, cfg, u), _parts(cfg, u)[1]
+    x, y, spare = lax.stop_gradient(_seen(params, cfg, u)), _parts(cfg, u)[1], spare or {}
     pre = kernels.preactivations(x, params["enc"], params["b_enc"])
-    values, indices, penalty = _activate(params, cfg, x, pre, mesh)
-    outs = _nested(params, cfg, values, indices, mesh)
+    values, indices, penalty = _activate(params, cfg, x, pre, mesh, spare.get("enc"))
+    outs = _nested(params, cfg, values, indices, mesh, spare.get("dec"))
     fvus = [jnp.sum((y - out) ** 2) / _variation(y) for out in outs]
-    return sum(fvus) / len(fvus) + penalty, (fvus[-1], pre, values, indices, outs[-1])
+    return sum(fvus) / len(fvus) + penalty, (fvus[-1], values, indices, outs[-1])
 
 
 def _seen(params: Params, cfg: Config, u: Array) -> Array:
@@ -345,10 +368,10 @@ def _seen(params: Params, cfg: Config, u: Array) -> Array:
     return u - params["b_dec"] if cfg.d_out is None else _parts(cfg, u)[0]
 
 
-def _nested(params: Params, cfg: Config, values: Array, indices: Array, mesh: Mesh | None) -> list[Array]:
+def _nested(params: Params, cfg: Config, values: Array, indices: Array, mesh: Mesh | None, spare) -> list[Array]:
     """Reconstructions [B, d_out] from each prefix of the features; the last one from all of them."""
     if cfg.matryoshka is None:
-        return [kernels.sparse_decode(values, indices, params["dec"], mesh) + params["b_dec"]]
+        return [kernels.sparse_decode(values, indices, params["dec"], mesh, spare) + params["b_dec"]]
     outs, total, start = [], params["b_dec"], 0
     for end in cfg.matryoshka:
         inside = (start <= indices) & (indices < end)
@@ -357,18 +380,19 @@ def _nested(params: Params, cfg: Config, values: Array, indices: Array, mesh: Me
     return outs
 
 
-def _activate(params: Params, cfg: Config, x: Array, pre: Array, mesh: Mesh | None = None):
+def _activate(params: Params, cfg: Config, x: Array, pre: Array, mesh: Mesh | None, spare: Array | None):
     """-> values, indices [B, cfg.width], and what the loss adds to reach the wanted L0."""
     weights = x, params["enc"], params["b_enc"]
     if cfg.activation == "topk":
-        return *kernels.select(pre, cfg.k, *weights, mesh), 0.0
+        return *kernels.select(pre, cfg.k, *weights, mesh, spare), 0.0
     if cfg.activation == "batchtopk":
-        values, indices = kernels.select(pre, cfg.width, *weights, mesh)
+        values, indices = kernels.select(pre, cfg.width, *weights, mesh, spare)
         return jnp.where(values >= _lowest(values, cfg.k), values, 0), indices, 0.0
     threshold = jnp.exp(params["log_threshold"])
     # What lies below a threshold, but within the reach of its pseudo-derivative, is selected too
     reach = lax.stop_gradient(threshold * (1 - cfg.bandwidth / 2))
-    above, indices = kernels.select(pre - reach, cfg.width, x, params["enc"], params["b_enc"] - reach, mesh)
+    above, indices = kernels.select(pre - reach, cfg.width, x, params["enc"], params["b_enc"] - reach, mesh,
+                                    spare)
     p, log_threshold = jnp.where(above > 0, above + reach[indices], 0), params["log_threshold"][indices]
     l0 = jnp.sum(_jump(p, log_threshold, cfg.bandwidth, False)) / len(x)
     penalty = cfg.l0_coefficient * (l0 / cfg.k - 1) ** 2
@@ -403,13 +427,15 @@ def _jump_backward(bandwidth, relu, residuals, g):
 _jump.defvjp(_jump_forward, _jump_backward)
 
 
-def _aux_loss(params: Params, cfg: Config, u: Array, pre: Array, dead: Array, error: Array, mesh=None) -> Array:
+def _aux_loss(params: Params, cfg: Config, u: Array, dead: Array, error: Array, mesh=None) -> Array:
     """AuxK (appendix A.2): how badly the k_aux best *dead* features reconstruct what the living left, y - y_hat.
 
     After the ReLU, as in the main loss: without it dead features learn to explain the error with negative values,
     which never fire. Its gradient reaches the dead features' rows and biases only.
     """
     x = lax.stop_gradient(_seen(params, cfg, u))
+    # Anew, or [B, F] of memory would have to wait for this through every step
+    pre = kernels.preactivations(x, params["enc"], params["b_enc"])
     masked = jnp.where(dead, pre, -jnp.inf)
     values, indices = kernels.select(masked, cfg.k_aux, x, params["enc"], params["b_enc"], mesh)
     return jnp.sum((error - kernels.sparse_decode(values, indices, params["dec"], mesh)) ** 2) / _variation(error)
@@ -423,24 +449,28 @@ def _aux_loss_of_few(rows: Params, there: Array, x: Array, error: Array) -> Arra
     return jnp.sum((error - product(values, rows["dec"])) ** 2) / _variation(error)
 
 
-def _with_aux(grads: Params, params: Params, cfg: Config, u: Array, pre: Array, dead: Array, error: Array, mesh):
-    """Adds AuxK's gradient, but only while some feature is dead: it costs next to nothing otherwise, and little as long
-    as these are few."""
+def _with_aux(grads: Params, params: Params, cfg: Config, u: Array, dead: Array, error: Array, mesh):
+    """Adds AuxK's gradient, but only while some feature is dead: it costs next to nothing otherwise, and the less the
+    fewer these are."""
     count = jnp.sum(dead)
     (places,) = jnp.nonzero(dead, size=cfg.k_aux, fill_value=0)
     rows = {name: params[name][places] for name in ("enc", "b_enc", "dec")}
+    sizes = [0, *sorted({cfg.k_aux, max(cfg.k_aux // 2, 1), max(cfg.k_aux // 8, 1)})]
 
-    def few(rows):
-        there = jnp.arange(cfg.k_aux) < count
-        return jax.value_and_grad(_aux_loss_of_few)(rows, there, _seen(params, cfg, u), error)
+    def few(size, rows):
+        first, there = jax.tree.map(lambda row: row[:size], rows), jnp.arange(size) < count
+        loss, aux = jax.value_and_grad(_aux_loss_of_few)(first, there, _seen(params, cfg, u), error)
+        return loss, jax.tree.map(lambda row, a: jnp.zeros_like(row).at[:size].set(a), rows, aux)
 
     def many(grads):
-        loss, aux = jax.value_and_grad(_aux_loss)(params, cfg, u, pre, dead, error, mesh)
+        loss, aux = jax.value_and_grad(_aux_loss)(params, cfg, u, dead, error, mesh)
         return loss, jax.tree.map(lambda g, a: g + cfg.aux_coefficient * a, grads, aux)
 
     of_many, grads = lax.cond(count > cfg.k_aux, many, lambda grads: (jnp.zeros(()), grads), grads)
-    of_few, aux = lax.cond((count > 0) & (count <= cfg.k_aux), few,
-                           lambda rows: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, rows)), rows)
+    # Up to how many? More than k_aux are `many`, and leave nothing to these
+    size = jnp.searchsorted(jnp.asarray(sizes), jnp.where(count > cfg.k_aux, 0, count))
+    of_few, aux = lax.switch(size, [lambda rows: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, rows)),
+                                    *(partial(few, size) for size in sizes[1:])], rows)
     added = {name: grads[name].at[places].add(cfg.aux_coefficient * a) for name, a in aux.items()}
     return of_many + of_few, grads | added
 
@@ -462,13 +492,12 @@ def step(
     _check_groups(cfg, group)
     params = state.params
     u = _standardize(x, state.mean, state.std, state.basis, group)
-    gradient = jax.value_and_grad(_reconstruct, has_aux=True)
-    (loss, (fvu, pre, values, indices, out)), grads = gradient(params, cfg, u, mesh)
+    (loss, (fvu, values, indices, out)), grads = _gradients(params, cfg, u, mesh, state.spare)
     fired = jnp.zeros(cfg.features, bool).at[indices].max(values > 0)
     idle = jnp.where(fired, 0, jnp.minimum(state.idle, NEVER) + len(x))
     dead = idle >= cfg.dead_after
     y = _parts(cfg, u)[1]
-    aux, grads = _with_aux(grads, params, cfg, u, pre, dead, y - out, mesh)
+    aux, grads = _with_aux(grads, params, cfg, u, dead, y - out, mesh)
     params, opt = _updated(state, cfg, grads, idle)
     metrics = {
         "loss": loss + cfg.aux_coefficient * aux,
@@ -479,8 +508,8 @@ def step(
         "dead": jnp.mean(dead),
         "variance_explained": jnp.mean(_correlation(y, out) ** 2),
     }
-    threshold = _followed(state, values)
-    return State(params, state.mean, state.std, state.basis, opt, idle, threshold, state.step + 1), metrics
+    new = state._replace(params=params, opt=opt, idle=idle, threshold=_followed(state, values), step=state.step + 1)
+    return new._replace(spare=state.spare and {name: grads[name] for name in state.spare}), metrics
 
 
 def _followed(state: State, values: Array) -> Array | None:
@@ -741,8 +770,9 @@ def checkpoint(
     resumed run goes on. Where cfg has groups, the folder is the SAE on raw residuals of the first one, and a subfolder
     for each of the others, named like it, the same SAE on theirs.
     """
-    arrays = _flatten(state) | {f"extra/{name}": np.asarray(value) for name, value in (extra or {}).items()}
-    header = {"config": dataclasses.asdict(cfg)}
+    arrays = _flatten(state._replace(spare=None))
+    arrays |= {f"extra/{name}": np.asarray(value) for name, value in (extra or {}).items()}
+    header = {"format": FORMAT, "config": dataclasses.asdict(cfg)}
     files = {STATE: lambda path: _save_arrays(path, arrays, header)}
     for g, name in reversed(list(enumerate(cfg.groups or ("",)))):
         told = {**(metadata or {}), **({"group": name} if name else {})}
@@ -929,7 +959,10 @@ def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]
         cfg = Config(**header["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no usable config in its header: {error!r}") from None
-    template = jax.eval_shape(lambda: init(jax.random.key(0), cfg, *_blank_sample(cfg)))
+    if (written := header.get("format", 1)) != FORMAT:
+        raise ValueError(f"{path} is of format {written}, of another version of sae.py; this one goes on from format "
+                         f"{FORMAT} only (the SAE beside it can be loaded all the same)")
+    template = jax.eval_shape(lambda: init(jax.random.key(0), cfg, *_blank_sample(cfg)))._replace(spare=None)
     extra = {name[6:]: arrays.pop(name) for name in list(arrays) if name.startswith("extra/")}
     paths, structure = jax.tree_util.tree_flatten_with_path(template)
     expected = {_name(keys): leaf for keys, leaf in paths}
@@ -937,7 +970,8 @@ def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]
     for name, leaf in expected.items():
         if arrays[name].dtype != leaf.dtype:
             raise ValueError(f"{path}: {name} is {arrays[name].dtype}; need {leaf.dtype}")
-    return jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in expected]), cfg, extra
+    state = jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in expected])
+    return state._replace(spare=_spare(state.params)), cfg, extra
 
 
 def _blank_sample(cfg: Config) -> tuple[np.ndarray, np.ndarray | None]:

@@ -324,8 +324,7 @@ def evaluate(run, harvest, state, cfg):
         variances = np.linalg.eigvalsh(np.cov(u.astype(np.float64), rowvar=False))
         unexplained = float(max(0, variances[:-run.k].sum() / variances.sum()))
         rows[f"PCA, {run.k} components"] = {"fvu_standardized": unexplained, "l0": float(min(run.k, cfg.d_in))}
-    fresh = sae.init(jax.random.key(run.seed), cfg, x, group if cfg.groups else None)
-    fresh = fresh._replace(mean=state.mean, std=state.std, basis=state.basis)
+    fresh = sae.init(jax.random.key(run.seed), cfg, x, group if cfg.groups else None, like=state)
     return rows | {"random features": mean_score(scores(fresh, cfg, parts))}
 
 

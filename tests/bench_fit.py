@@ -104,7 +104,7 @@ def vae_params(mesh):
 
 def sae_state(mesh, cfg):
     sample = np.random.default_rng(0).standard_normal((64, cfg.d_in), np.float32)
-    state = jax.eval_shape(lambda: sae.init(jax.random.key(0), cfg, sample))
+    state = jax.eval_shape(lambda: sae.init(jax.random.key(0), cfg, sample)._replace(spare=None))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(
         shard.tensor(mesh), shard.split_spec(leaf.shape, cfg.features))), state)
 

@@ -2,10 +2,10 @@
 
     pip install eai-sparsify                                     # optional; SAELens is a test requirement
 
-float32, Adam, no dead features. Ours is the whole `sae.step` of train.py, with its statistics, normalization and test
-for dead features; SAELens' is its SAETrainer's step; sparsify's Trainer needs a language model, so its SparseCoder is
-stepped here as the Trainer does it, with torch's Adam. All take turns; medians of seconds a step, ratios to ours, and
-thousands of page faults.
+float32, Adam. Ours is the whole `sae.step` of train.py, with its statistics, normalization and AuxK for 1 % of dead
+features, of which the others have none; SAELens' is its SAETrainer's step; sparsify's Trainer needs a language model,
+so its SparseCoder is stepped here as the Trainer does it, with torch's Adam. All take turns; medians of seconds a step,
+ratios to ours, and thousands of page faults.
 """
 import importlib.metadata
 import os
@@ -93,10 +93,10 @@ def ours(x, D, F, k, tokens):
     step = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
     state = sae.init(jax.random.key(0), cfg, x[0])
     idle = jax.numpy.zeros_like(state.idle).at[:DEAD].set(cfg.dead_after)        # the middle of a run: AuxK works
-    states = [state._replace(idle=idle)]
+    states, batches = [state._replace(idle=idle)], [jax.numpy.asarray(a) for a in x]
 
     def run(i):
-        state, metrics = step(states.pop(), cfg, x[i % 2])
+        state, metrics = step(states.pop(), cfg, batches[i % 2])
         states.append(jax.block_until_ready((state, metrics))[0])
 
     return run
@@ -105,8 +105,8 @@ def ours(x, D, F, k, tokens):
 def encoder_alone(x, D, F, k, tokens):
     r = np.random.default_rng(0)
     W, b = jax.numpy.asarray(r.standard_normal((F, D), dtype=np.float32)), jax.numpy.zeros(F)
-    product = jax.jit(kernels.preactivations)
-    return lambda i: product(x[i % 2], W, b).block_until_ready()
+    product, batches = jax.jit(kernels.preactivations), [jax.numpy.asarray(a) for a in x]
+    return lambda i: product(batches[i % 2], W, b).block_until_ready()
 
 
 def saelens(x, D, F, k, tokens, rescale=True):

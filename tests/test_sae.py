@@ -158,14 +158,13 @@ def test_aux_makes_dead_features_point_at_the_error():
     """The sign: descending AuxK's gradient lowers |e - e_hat|, for e = u - u_hat, and moves dead features only."""
     state, x = trained(), residuals(256, seed=8)
     u = (x - state.mean) / state.std
-    _, (_, _, _, _, u_hat) = sae._reconstruct(state.params, CFG, u)
+    _, (_, _, _, u_hat) = sae._reconstruct(state.params, CFG, u)
     dead, error = jnp.arange(CFG.features) < 20, u - u_hat
 
     @jax.jit
     @jax.value_and_grad
     def loss(params):
-        pre = kernels.preactivations(u - params["b_dec"], params["enc"], params["b_enc"])
-        return sae._aux_loss(params, CFG, u, pre, dead, error)
+        return sae._aux_loss(params, CFG, u, dead, error)
 
     params, (before, _) = state.params, loss(state.params)
     for _ in range(30):
@@ -177,15 +176,15 @@ def test_aux_makes_dead_features_point_at_the_error():
     assert loss(params)[0] < 0.97 * before
 
 
-@pytest.mark.parametrize("dead", [(), (7,), (0, 3, 9, 20, 31, 49), (1, 2, 3, 5, 8, 13, 21)])
+@pytest.mark.parametrize("dead", [(), (7,), (4, 40), (0, 3, 9, 20, 31, 49), (1, 2, 3, 5, 8, 13, 21)])
 def test_aux_of_few_dead_features_is_that_of_many(dead):
     """Where k_aux are dead, or fewer, each token has them all, and dense products do: the same loss and gradient."""
     cfg = dataclasses.replace(CFG, k_aux=6)
     state, x = trained(cfg=cfg), residuals(256, seed=8)
     u, dead = (x - state.mean) / state.std, jnp.isin(jnp.arange(50), jnp.array(dead, int))
-    (_, (_, pre, _, _, out)), grads = jax.value_and_grad(sae._reconstruct, has_aux=True)(state.params, cfg, u)
-    loss, total = jax.jit(sae._with_aux, static_argnums=(2, 7))(grads, state.params, cfg, u, pre, dead, u - out, None)
-    expected, added = jax.value_and_grad(sae._aux_loss)(state.params, cfg, u, pre, dead, u - out, None)
+    (_, (_, _, _, out)), grads = jax.value_and_grad(sae._reconstruct, has_aux=True)(state.params, cfg, u)
+    loss, total = jax.jit(sae._with_aux, static_argnums=(2, 6))(grads, state.params, cfg, u, dead, u - out, None)
+    expected, added = jax.value_and_grad(sae._aux_loss)(state.params, cfg, u, dead, u - out, None)
     np.testing.assert_allclose(loss, expected if dead.any() else 0, rtol=1e-5)
     for name, gradient in grads.items():
         wanted = np.asarray(added[name]) * (cfg.aux_coefficient if dead.any() else 0)
@@ -206,6 +205,27 @@ def test_auxk_revives_dead_features(coefficient):
             assert metrics["dead"] >= 0.5 and np.isfinite(metrics["aux"]) and metrics["aux"] > 0
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
     assert metrics["dead"] < 0.2 if coefficient else metrics["dead"] > 0.5, metrics["dead"]
+
+
+def test_memory_for_gradients():
+    """State.spare, which is not in files: whatever it holds, or without it, the same step."""
+    state, x = trained(), residuals(64, seed=1)
+    full = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state.spare)
+    steps = [STEP(state._replace(spare=spare), CFG, x) for spare in (state.spare, full, None)]
+    assert {name: a.shape for name, a in steps[0][0].spare.items()} == {"enc": (50, 12), "dec": (50, 12)}
+    assert_same(*steps[:2])
+    assert_same((steps[0][0]._replace(spare=None), steps[0][1]), steps[2])
+
+
+def test_init_in_the_space_of_another_state():
+    """Its mean, std and axes; the rest is what a state of that sample standardized so would have."""
+    cfg = dataclasses.replace(CFG, normalization="pca")
+    other, x = sae.init(jax.random.key(1), cfg, 3 * residuals(300, seed=1) + 1), residuals(300, seed=2)
+    fresh = sae.init(jax.random.key(0), cfg, x, like=other)
+    for name in ("mean", "std", "basis"):
+        np.testing.assert_array_equal(getattr(fresh, name), getattr(other, name))
+    u = np.asarray(sae._standardize(x, other.mean, other.std, other.basis, None))
+    np.testing.assert_allclose(fresh.params["b_dec"], sae._geometric_median(u), atol=1e-5)
 
 
 def test_idle_counts_tokens_since_a_feature_fired():
@@ -338,7 +358,7 @@ def test_folded_equals_training_space():
     state, x = trained(), residuals(128, seed=4)
     params = sae.fold(state, CFG)
     u = (x - state.mean) / state.std
-    _, (_, _, values, indices, u_hat) = sae._reconstruct(state.params, CFG, u)
+    _, (_, values, indices, u_hat) = sae._reconstruct(state.params, CFG, u)
     raw_values, raw_indices = sae.encode(params, CFG, x)
     np.testing.assert_array_equal(raw_indices, indices)
     np.testing.assert_allclose(raw_values, values, rtol=1e-4, atol=1e-4)
@@ -410,7 +430,7 @@ def test_resumed_run_is_bit_identical(tmp_path):
     state, loaded, extra = sae.load_state(tmp_path / "run")
     assert loaded == cfg and set(extra) == {"key", "position"}
     assert_same((extra["key"], extra["position"]), (np.asarray(key), np.asarray(position)))
-    assert_same(state, trained(5, cfg))
+    assert_same(state._replace(spare=None), trained(5, cfg)._replace(spare=None))
     for i in range(5, 12):
         state, _ = STEP(state, cfg, residuals(64, seed=i))
     assert_same(state, straight)
@@ -582,9 +602,12 @@ def test_broken_states_are_named(tmp_path):
     save_file(
         arrays | {"idle": arrays["idle"].astype(np.float32)},
         path,
-        {"fae": json.dumps({"config": dataclasses.asdict(CFG)})},
+        {"fae": json.dumps({"config": dataclasses.asdict(CFG), "format": sae.FORMAT})},
     )
     with pytest.raises(ValueError, match="idle is float32; need int32"):
+        sae.load_state(tmp_path / "run")
+    save_file(arrays, path, {"fae": json.dumps({"config": dataclasses.asdict(CFG)})})
+    with pytest.raises(ValueError, match="is of format 1, of another version"):
         sae.load_state(tmp_path / "run")
 
 
@@ -643,7 +666,8 @@ def test_variants_fold_exactly(variant):
     cfg, state = variant
     x, group = batch(cfg, 300, 999)
     u = np.asarray(sae._standardize(x, state.mean, state.std, state.basis, group))
-    _, (_, pre, values, indices, out) = sae._reconstruct(state.params, cfg, u)
+    _, (_, values, indices, out) = sae._reconstruct(state.params, cfg, u)
+    pre = kernels.preactivations(sae._seen(state.params, cfg, u), state.params["enc"], state.params["b_enc"])
     for g in range(max(len(cfg.groups), 1)):
         rows = slice(None) if group is None else group == g
         params = sae.fold(state, cfg, g)
@@ -707,7 +731,7 @@ def test_variants_in_saelens(variant, tmp_path):
         assert (np.abs(ours - y) / np.abs(y).max(0)).max() < 1e-5
     restored, again, _ = sae.load_state(tmp_path / "sae")
     assert again == cfg
-    assert_same(restored, state)
+    assert_same(restored._replace(spare=None), state._replace(spare=None))
     sae.checkpoint(tmp_path / "sae", state, cfg)                 # replaces all of them
 
 
@@ -752,7 +776,7 @@ def test_batchtopk_selects_as_saelens():
     cfg = sae.Config(d_in=9, features=40, k=4, activation="batchtopk")
     x, params = normal(31, 9), {"enc": normal(40, 9, seed=1), "b_enc": normal(40, seed=2) / 3}
     pre = kernels.preactivations(x, params["enc"], params["b_enc"])
-    values, indices, _ = sae._activate(params, cfg, x, pre)
+    values, indices, _ = sae._activate(params, cfg, x, pre, None, None)
     theirs = BatchTopK(4)(torch.from_numpy(np.array(pre))).numpy()
     assert (theirs > 0).sum(1).max() <= cfg.width and len(set((theirs > 0).sum(1))) > 1
     np.testing.assert_allclose(dense(values, indices, 40), theirs, atol=1e-5)
@@ -769,7 +793,7 @@ def test_jumprelu_derivatives_are_saelens():
 
     def loss(params):
         pre = kernels.preactivations(x, params["enc"], params["b_enc"])
-        values, indices, penalty = sae._activate(params, cfg, x, pre)
+        values, indices, penalty = sae._activate(params, cfg, x, pre, None, None)
         return jnp.sum((kernels.sparse_decode(values, indices, params["dec"]) - target) ** 2) + penalty
 
     value, grads = jax.value_and_grad(loss)(params)
@@ -791,7 +815,7 @@ def test_nested_prefixes_against_numpy():
     cfg = sae.Config(d_in=9, features=40, k=4, matryoshka=(5, 17, 40))
     params = sae.init(jax.random.key(0), cfg, normal(100, 9)).params
     u = normal(31, 9, seed=6)
-    loss, (_, _, values, indices, _) = sae._reconstruct(params, cfg, u)
+    loss, (_, values, indices, _) = sae._reconstruct(params, cfg, u)
     z = dense(values, indices, 40)
     outs = [z[:, :end] @ np.asarray(params["dec"])[:end] + np.asarray(params["b_dec"]) for end in (5, 17, 40)]
     expected = np.mean([((u - out) ** 2).sum() / ((u - u.mean(0)) ** 2).sum() for out in outs])
