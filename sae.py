@@ -356,8 +356,7 @@ def _reconstruct(params: Params, cfg: Config, u: Array, mesh: Mesh | None = None
     The loss is the FVU or, with nested prefixes, the mean of their FVUs; of JumpReLU SAEs with the penalty on L0.
     """
     x, y, spare = lax.stop_gradient(_seen(params, cfg, u)), _parts(cfg, u)[1], spare or {}
-    pre = kernels.preactivations(x, params["enc"], params["b_enc"])
-    values, indices, penalty = _activate(params, cfg, x, pre, mesh, spare.get("enc"))
+    values, indices, penalty = _activate(params, cfg, x, mesh, spare.get("enc"))
     outs = _nested(params, cfg, values, indices, mesh, spare.get("dec"))
     fvus = [jnp.sum((y - out) ** 2) / _variation(y) for out in outs]
     return sum(fvus) / len(fvus) + penalty, (fvus[-1], values, indices, outs[-1])
@@ -380,19 +379,18 @@ def _nested(params: Params, cfg: Config, values: Array, indices: Array, mesh: Me
     return outs
 
 
-def _activate(params: Params, cfg: Config, x: Array, pre: Array, mesh: Mesh | None, spare: Array | None):
+def _activate(params: Params, cfg: Config, x: Array, mesh: Mesh | None = None, spare: Array | None = None):
     """-> values, indices [B, cfg.width], and what the loss adds to reach the wanted L0."""
-    weights = x, params["enc"], params["b_enc"]
+    if cfg.activation != "jumprelu":
+        values, indices = kernels.sparse_encode(x, params["enc"], params["b_enc"], cfg.width, mesh, spare)
     if cfg.activation == "topk":
-        return *kernels.select(pre, cfg.k, *weights, mesh, spare), 0.0
+        return values, indices, 0.0
     if cfg.activation == "batchtopk":
-        values, indices = kernels.select(pre, cfg.width, *weights, mesh, spare)
         return jnp.where(values >= _lowest(values, cfg.k), values, 0), indices, 0.0
     threshold = jnp.exp(params["log_threshold"])
     # What lies below a threshold, but within the reach of its pseudo-derivative, is selected too
     reach = lax.stop_gradient(threshold * (1 - cfg.bandwidth / 2))
-    above, indices = kernels.select(pre - reach, cfg.width, x, params["enc"], params["b_enc"] - reach, mesh,
-                                    spare)
+    above, indices = kernels.sparse_encode(x, params["enc"], params["b_enc"] - reach, cfg.width, mesh, spare)
     p, log_threshold = jnp.where(above > 0, above + reach[indices], 0), params["log_threshold"][indices]
     l0 = jnp.sum(_jump(p, log_threshold, cfg.bandwidth, False)) / len(x)
     penalty = cfg.l0_coefficient * (l0 / cfg.k - 1) ** 2
@@ -434,10 +432,8 @@ def _aux_loss(params: Params, cfg: Config, u: Array, dead: Array, error: Array, 
     which never fire. Its gradient reaches the dead features' rows and biases only.
     """
     x = lax.stop_gradient(_seen(params, cfg, u))
-    # Anew, or [B, F] of memory would have to wait for this through every step
-    pre = kernels.preactivations(x, params["enc"], params["b_enc"])
-    masked = jnp.where(dead, pre, -jnp.inf)
-    values, indices = kernels.select(masked, cfg.k_aux, x, params["enc"], params["b_enc"], mesh)
+    b_enc = jnp.where(dead, params["b_enc"], -jnp.inf)
+    values, indices = kernels.sparse_encode(x, params["enc"], b_enc, cfg.k_aux, mesh)
     return jnp.sum((error - kernels.sparse_decode(values, indices, params["dec"], mesh)) ** 2) / _variation(error)
 
 

@@ -88,8 +88,8 @@ def activations(D, F, k, tokens):
     return batches
 
 
-def ours(x, D, F, k, tokens):
-    cfg = sae.Config(d_in=D, features=F, k=k, normalization="pca")
+def ours(x, D, F, k, tokens, normalization="pca"):
+    cfg = sae.Config(d_in=D, features=F, k=k, normalization=normalization)
     step = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
     state = sae.init(jax.random.key(0), cfg, x[0])
     idle = jax.numpy.zeros_like(state.idle).at[:DEAD].set(cfg.dead_after)        # the middle of a run: AuxK works
@@ -141,7 +141,8 @@ def sparsify(x, D, F, k, tokens):
     return run
 
 
-TRAINERS = {"fae": ours, "the encoder's product alone": encoder_alone, "sparsify": sparsify, "SAELens": saelens,
+TRAINERS = {"fae": ours, "fae, not turned to principal axes": partial(ours, normalization="std"),
+            "the encoder's product alone": encoder_alone, "sparsify": sparsify, "SAELens": saelens,
             "SAELens, without rescaling": partial(saelens, rescale=False)}
 
 if __name__ == "__main__":

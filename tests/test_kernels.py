@@ -216,15 +216,31 @@ def test_selecting_from_masked_preactivations():
     x, W, b = normal(0, 8, 5), normal(1, 12, 5), np.ones(12, np.float32)
     allowed = np.arange(12) < 2
 
-    def loss(W):
-        pre = jnp.where(allowed, kernels.preactivations(x, W, b), -jnp.inf)
-        values, indices = kernels.select(pre, 6, x, W, b)
-        return jnp.sum(values**2), (values, indices)
+    def masked(W):
+        return kernels.select(jnp.where(allowed, kernels.preactivations(x, W, b), -jnp.inf), 6, x, W, b)
 
-    result = jax.jit(jax.value_and_grad(loss, has_aux=True))(W)
-    values, indices, gradient = map(np.asarray, (*result[0][1], result[1]))
-    assert np.isfinite(gradient).all() and (gradient[2:] == 0).all() and (gradient[:2] != 0).all()
-    assert (values[:, 2:] == 0).all() and (indices[:, :2] < 2).all()
+    def without_bias(W):
+        return kernels.sparse_encode(x, W, jnp.where(allowed, b, -jnp.inf), 6)
+
+    for encode in (masked, without_bias):
+        def loss(W, encode=encode):
+            values, indices = encode(W)
+            return jnp.sum(values**2), (values, indices)
+
+        result = jax.jit(jax.value_and_grad(loss, has_aux=True))(W)
+        values, indices, gradient = map(np.asarray, (*result[0][1], result[1]))
+        assert np.isfinite(gradient).all() and (gradient[2:] == 0).all() and (gradient[:2] != 0).all()
+        assert (values[:, 2:] == 0).all() and (indices[:, :2] < 2).all()
+
+
+@pytest.mark.parametrize("rows", [512, 1536, 1540])
+def test_encoding_in_pieces(rows):
+    """The same features, in the same rows, as of all at once."""
+    x, W, b = normal(0, rows, 6), normal(1, 40, 6), normal(2, 40)
+    values, indices = jax.jit(kernels.sparse_encode, static_argnums=3)(x, W, b, 5)
+    expected, places = kernels.sparse_encode_dense(x, W, b, 5)
+    np.testing.assert_array_equal(indices, places)
+    np.testing.assert_allclose(values, expected, atol=1e-5)
 
 
 def test_topk_is_exact_and_checks_k():

@@ -776,7 +776,7 @@ def test_batchtopk_selects_as_saelens():
     cfg = sae.Config(d_in=9, features=40, k=4, activation="batchtopk")
     x, params = normal(31, 9), {"enc": normal(40, 9, seed=1), "b_enc": normal(40, seed=2) / 3}
     pre = kernels.preactivations(x, params["enc"], params["b_enc"])
-    values, indices, _ = sae._activate(params, cfg, x, pre, None, None)
+    values, indices, _ = sae._activate(params, cfg, x)
     theirs = BatchTopK(4)(torch.from_numpy(np.array(pre))).numpy()
     assert (theirs > 0).sum(1).max() <= cfg.width and len(set((theirs > 0).sum(1))) > 1
     np.testing.assert_allclose(dense(values, indices, 40), theirs, atol=1e-5)
@@ -792,8 +792,7 @@ def test_jumprelu_derivatives_are_saelens():
     params = jax.tree.map(jnp.asarray, params | {"log_threshold": np.full(14, np.log(0.8), np.float32)})
 
     def loss(params):
-        pre = kernels.preactivations(x, params["enc"], params["b_enc"])
-        values, indices, penalty = sae._activate(params, cfg, x, pre, None, None)
+        values, indices, penalty = sae._activate(params, cfg, x)
         return jnp.sum((kernels.sparse_decode(values, indices, params["dec"]) - target) ** 2) + penalty
 
     value, grads = jax.value_and_grad(loss)(params)
