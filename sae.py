@@ -337,7 +337,8 @@ def _parallel(gradient: Array, rows: Array) -> Array:
 
 def _variation(u: Array) -> Array:
     """[B, D] -> the summed squared deviation from the batch's mean, never zero."""
-    return jnp.maximum(jnp.sum((u - u.mean(0)) ** 2), 1e-30)
+    centered = u - u.mean(0)
+    return jnp.maximum(jnp.vdot(centered, centered, precision=lax.Precision.HIGHEST), 1e-30)
 
 
 def _gradients(params: Params, cfg: Config, u: Array, mesh: Mesh | None, spare: Params | None):
@@ -358,7 +359,7 @@ def _reconstruct(params: Params, cfg: Config, u: Array, mesh: Mesh | None = None
     x, y, spare = lax.stop_gradient(_seen(params, cfg, u)), _parts(cfg, u)[1], spare or {}
     values, indices, penalty = _activate(params, cfg, x, mesh, spare.get("enc"))
     outs = _nested(params, cfg, values, indices, mesh, spare.get("dec"))
-    fvus = [jnp.sum((y - out) ** 2) / _variation(y) for out in outs]
+    fvus = [jnp.sum((out - y) ** 2) / _variation(y) for out in outs]
     return sum(fvus) / len(fvus) + penalty, (fvus[-1], values, indices, outs[-1])
 
 
