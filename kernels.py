@@ -103,7 +103,7 @@ def _outer(values: Array, indices: Array, x: Array, features: int, spare: Array 
     def by_row(total, values, indices, x):  # what is added stays in a CPU's cache
         return lax.scan(add, total, (values, indices, x))[0]
 
-    def by_feature(total, values, indices, x):  # what it is added to does so, and x as far as it fits
+    def by_feature(total, values, indices, x):  # the row added to stays in a cache, and x where it fits one
         feature, place = _by_feature(indices, features)
         value, row = values.reshape(-1)[place], place // indices.shape[1]
 

@@ -351,8 +351,7 @@ def _gradients(params: Params, cfg: Config, u: Array, mesh: Mesh | None, spare: 
 
 
 def _reconstruct(params: Params, cfg: Config, u: Array, mesh: Mesh | None = None, spare: Params | None = None):
-    """-> loss, (FVU, values, indices, reconstruction). Its gradient for b_dec lacks the
-    encoder's part.
+    """-> loss, (FVU, values, indices, reconstruction). The loss's gradient for b_dec lacks the encoder's part.
 
     The loss is the FVU or, with nested prefixes, the mean of their FVUs; of JumpReLU SAEs with the penalty on L0.
     """
