@@ -494,7 +494,7 @@ LONGER = {"steps": 40, "save_every": 10}                         # what takes mo
     ({"activation": "batchtopk", "normalization": "std"} | LONGER, "jumprelu"),
     ({"activation": "jumprelu"}, "jumprelu"),
     ({"matryoshka": (16, 100)}, "topk"), ({"matryoshka": 64, "activation": "batchtopk"}, "jumprelu"),
-    ({"transcoder": 4} | LONGER, "jumprelu_transcoder"), ({"site": "both", "timesteps": 2}, "topk")])
+    ({"transcoder": 4} | LONGER, "jumprelu_transcoder"), ({"site": "both", "timesteps": 2} | LONGER, "topk")])
 def test_other_saes_train_load_in_sae_lens_and_resume(start, monkeypatch, tmp_path, model, flags, architecture):
     from sae_lens import SAE
     start(**flags, out="straight")
