@@ -107,11 +107,11 @@ def _outer(values: Array, indices: Array, x: Array, features: int, spare: Array 
         feature, place = _by_feature(indices, features)
         value, row = values.reshape(-1)[place], place // indices.shape[1]
 
-        def add(i, total):
-            sum = lax.dynamic_slice_in_dim(total, feature[i], 1) + value[i] * lax.dynamic_slice_in_dim(x, row[i], 1)
-            return lax.dynamic_update_slice_in_dim(total, sum, feature[i], 0)
+        def add_entry(i, total):
+            new = lax.dynamic_slice_in_dim(total, feature[i], 1) + value[i] * lax.dynamic_slice_in_dim(x, row[i], 1)
+            return lax.dynamic_update_slice_in_dim(total, new, feature[i], 0)
 
-        return lax.fori_loop(0, len(place), add, total, unroll=2)
+        return lax.fori_loop(0, len(place), add_entry, total, unroll=2)
 
     def by_column(total, values, indices, x):
         return lax.scan(lambda total, part: add(total, (*part, x)), total, (values.T, indices.T))[0]

@@ -451,7 +451,7 @@ def _with_aux(grads: Params, params: Params, cfg: Config, u: Array, dead: Array,
     count = jnp.sum(dead)
     (places,) = jnp.nonzero(dead, size=cfg.k_aux, fill_value=0)
     rows = {name: params[name][places] for name in ("enc", "b_enc", "dec")}
-    sizes = [0, *sorted({cfg.k_aux, max(cfg.k_aux // 2, 1), max(cfg.k_aux // 8, 1)})]
+    sizes = [0, *sorted({max(cfg.k_aux // part, 1) for part in (1, 2, 8)})]
 
     def few(size, rows):
         first, there = jax.tree.map(lambda row: row[:size], rows), jnp.arange(size) < count

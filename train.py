@@ -221,7 +221,7 @@ def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, 
         if int(state.step) < run.steps:
             return None
         bar.set_description("evaluating")
-        state = shard.whole(state)
+        state = shard.whole(state._replace(spare=None))
         rows = evaluate(run, harvest, state, cfg)
     save(out, state, cfg, metadata | {"evaluation": rows})
     return rows
@@ -271,7 +271,7 @@ def loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, 
     steps that are not in metrics.jsonl yet."""
     def keep():
         unlogged = {name: np.array([m[name] for m in window]) for name in (window or [{}])[0]}
-        save(out, shard.whole(state), cfg, metadata, unlogged)
+        save(out, shard.whole(state._replace(spare=None)), cfg, metadata, unlogged)
 
     state = shard.split(mesh, state, run.features) if mesh else state
     where = (jax.tree.map(lambda leaf: leaf.sharding, state), shard.everywhere(mesh)) if mesh else None
