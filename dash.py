@@ -38,7 +38,9 @@ import flux
 import pages
 import prompts as prompt_sources
 import sae
+import session
 import shard
+from session import Mistake
 
 HELD_OUT = 1_500_000_000                                         # number of the first noise: no training step sees it
 EDGES = np.concatenate([[0], 10 ** np.arange(-4, 4.01, 0.1)]).astype(np.float32)   # of the histogram's bins; last: more
@@ -115,7 +117,7 @@ def load(folder):
         with safe_open(folder / "stats.safetensors", "np") as file:
             return Collected(**{name: file.get_tensor(name) for name in file.keys()}, info=info)  # noqa: SIM118
     except Exception as error:
-        raise ValueError(f"{folder} holds no collected statistics: {error}") from None
+        raise Mistake(f"{folder} holds no collected statistics: {error}") from None
 
 
 def save(folder, found):
@@ -350,7 +352,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
         options = {"size": size, "noise": noise, "text_tokens": text_tokens}
         acts = flux.capture(model, flux.prepare(model, full, steps=timesteps, **options), layer=layer, site=site)
         if not bool(jnp.isfinite(acts).all()):
-            raise ValueError(f"activations of prompts {done} to {done + len(part) - 1} hold NaN or Inf")
+            raise Mistake(f"activations of prompts {done} to {done + len(part) - 1} hold NaN or Inf")
         codes = (np.moveaxis(x, 1, 0).reshape(batch, layout.positions, -1)
                  for x in encode(params, cfg, acts.astype(jnp.float32), site, text_tokens))
         drawn = flux.generate(model, full, steps=steps, **options)
@@ -373,7 +375,7 @@ def encode(params, cfg, acts, site, text_tokens):
     """acts [timesteps, B, N, D] → values, indices [timesteps, B, N, most features of a token], by each group's SAE."""
     groups = flux.token_groups(site, len(acts), text_tokens) if len(params) > 1 else [("", slice(None), slice(None))]
     if len(groups) != len(params):
-        raise ValueError(f"the checkpoint has SAEs for {len(params)} groups of tokens; site {site} with {len(acts)} "
+        raise Mistake(f"the checkpoint has SAEs for {len(params)} groups of tokens; site {site} with {len(acts)} "
                          f"timestep(s) has {len(groups)}")
     found = [sae.encode(p, cfg, acts[t, ..., part, :]) for p, (_, t, part) in zip(params, groups)]
     shape = (*acts.shape[:3], max(values.shape[-1] for values, _ in found))
@@ -511,15 +513,15 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
     with the feature ablated, as it is, and times 2, 4 and 8; with --pages_only for a dashboard that is there.
     --model: where the checkpoint's own is not to be found.
     """
-    flux.no_unknown_flags(unknown)
+    session.no_unknown_flags(unknown)
     out = Path(out)
     check_out(out, pages_only)
     given = {"n": n, "seed": seed, "steps": steps, "batch": batch, "steer": steer}
-    flux.check_whole({name: value for name, value in given.items() if value is not None})
+    session.check_whole({name: value for name, value in given.items() if value is not None})
     params, cfg = sae.load_groups(checkpoint)
     wanted = feature_range(features, cfg.features)
     if steer and cfg.d_out is not None:
-        raise ValueError(f"--steer: {checkpoint} is a transcoder, which writes what belongs to another layer")
+        raise Mistake(f"--steer: {checkpoint} is a transcoder, which writes what belongs to another layer")
     building = out.resolve().with_name(f".{out.resolve().name}.{'pages' if pages_only else 'building'}")
     loader = lru_cache(lambda: load_model(checkpoint, cfg, model, quant))
     if pages_only:
@@ -545,7 +547,7 @@ def strips_for(checkpoint, loader, params, cfg, found, folder, n):
     if not n:
         return
     if not is_of(found, checkpoint):
-        raise ValueError(f"--steer: the dashboard in {folder} is of another checkpoint than {checkpoint}")
+        raise Mistake(f"--steer: the dashboard in {folder} is of another checkpoint than {checkpoint}")
     loaded = loader()
     with tqdm(total=min(n, found.features), unit="feature", desc="steering", dynamic_ncols=True) as bar:
         draw_strips(loaded, params, cfg, found, folder / "steer", n, progress=bar.update)
@@ -566,7 +568,7 @@ def model_name(checkpoint, cfg, model):
     about = sae.load_metadata(checkpoint)
     missing = [name for name in ("model", "layer", "site") if name not in about]
     if missing:
-        raise ValueError(f"{checkpoint} does not say its {' or '.join(missing)} (it was not written by train.py)")
+        raise Mistake(f"{checkpoint} does not say its {' or '.join(missing)} (it was not written by train.py)")
     name = model or about["model"]
     described = flux.read_config(name)[1]
     flux.residual_names(described, about["layer"], about["site"])
@@ -576,7 +578,7 @@ def model_name(checkpoint, cfg, model):
 
 def load_model(checkpoint, cfg, model, quant):
     run = sae.load_metadata(checkpoint).get("run") or {}
-    options = shard.arguments(shard.several(), flux.quantized(quant or run.get("quant", "none")))
+    options = shard.arguments(shard.several(), session.quantized(quant or run.get("quant", "none")))
     return flux.load(model_name(checkpoint, cfg, model), dtype=jnp.dtype(run.get("dtype", "float32")), **options)
 
 
@@ -608,9 +610,9 @@ def check_out(out, pages_only):
     """Refuse, before any work, a folder that is not a dashboard."""
     ours = (out / "collect" / "collect.json").is_file()
     if out.exists() and not ours and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not a dashboard; choose another --out")
+        raise Mistake(f"{out} exists and is not a dashboard; choose another --out")
     if pages_only and not ours:
-        raise ValueError(f"--pages_only: there is no dashboard in {out} yet")
+        raise Mistake(f"--pages_only: there is no dashboard in {out} yet")
 
 
 def feature_range(text, F):
@@ -625,7 +627,7 @@ def feature_range(text, F):
             wanted.update(range(low, high))
         return sorted(wanted)
     except ValueError:
-        raise ValueError(f"--features {text}: give numbers or ranges from 0 to {F - 1}, as in 0:200,512") from None
+        raise Mistake(f"--features {text}: give numbers or ranges from 0 to {F - 1}, as in 0:200,512") from None
 
 
 def swap(new, out):
@@ -654,4 +656,4 @@ def read_scores(path, weights):
 
 
 if __name__ == "__main__":
-    flux.command(main)
+    session.command(main)

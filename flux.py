@@ -1,6 +1,6 @@
 """FLUX.1 in raw JAX: the MMDiT, loading, sampling, and one layer's activations.
 
-Copy it with `harvest.py`, `text.py` and `vae.py`, which it imports.
+Copy it with `harvest.py`, `text.py`, `vae.py` and `weights.py`, which it imports; `session.py` for the command line.
 
     model = flux.load("nano")                                             # or "schnell", "dev", a folder, a repo id
     images = flux.generate(model, ["a red cube"], steps=8, size=128)      # uint8 [1, 128, 128, 3]
@@ -13,7 +13,6 @@ A layer is one number: the double blocks come first, then the single blocks. The
 `double.img`, `double.txt`, `single.img`, `single.txt` and their MLP neurons as `double.img.neurons`,
 `double.txt.neurons`, `single.neurons`, each stacked over the layers of its kind (see `harvest.py`).
 """
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
@@ -27,7 +26,9 @@ import numpy as np
 
 import text as text_encoders
 import vae
+import weights as tensor_files
 from harvest import plant, reap, sow
+from weights import Mistake
 
 REPOS = {"schnell": "black-forest-labs/FLUX.1-schnell", "dev": "black-forest-labs/FLUX.1-dev"}
 SITES = ("img", "txt", "both")
@@ -50,7 +51,7 @@ class Config:
 
     def __post_init__(self):
         if sum(self.axes_dims_rope) != self.attention_head_dim:
-            raise ValueError(f"axes_dims_rope {self.axes_dims_rope} must add up to attention_head_dim, "
+            raise Mistake(f"axes_dims_rope {self.axes_dims_rope} must add up to attention_head_dim, "
                              f"{self.attention_head_dim}")
 
     @property
@@ -107,9 +108,9 @@ def catch(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, 
 def residual_names(cfg, layer, site):
     """Under which names block `layer` sows its residual stream at `site`. Raises ValueError for unknown ones."""
     if site not in SITES:
-        raise ValueError(f"unknown site {site!r}: it is one of {', '.join(SITES)}")
+        raise Mistake(f"unknown site {site!r}: it is one of {', '.join(SITES)}")
     if not isinstance(layer, (int, np.integer)) or not 0 <= layer < cfg.layers:
-        raise ValueError(f"unknown layer {layer!r}: the model has layers 0 to {cfg.layers - 1} "
+        raise Mistake(f"unknown layer {layer!r}: the model has layers 0 to {cfg.layers - 1} "
                          f"({cfg.num_layers} double, {cfg.num_single_layers} single)")
     kind = "double" if layer < cfg.num_layers else "single"
     return tuple(f"{kind}.{s}" for s in (("txt", "img") if site == "both" else (site,)))
@@ -130,7 +131,7 @@ def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=(), edits
     _check_inputs(cfg, *inputs, grid)
     loaded = sum(jax.tree.leaves(params[kind])[0].shape[0] for kind in ("double", "single"))
     if loaded < (stop or cfg.layers) or (stop is None and "out" not in params):
-        raise ValueError(f"the model was loaded only up to layer {loaded - 1}")
+        raise Mistake(f"the model was loaded only up to layer {loaded - 1}")
     for edit in edits:
         residual_names(cfg, edit.layer, "both")                  # raises for a layer that there is not
     whole, stop = stop is None, stop or cfg.layers
@@ -338,19 +339,19 @@ def _scan(block, x, stack, layers, context):
 
 def _check_inputs(cfg, latents, text, pooled, timestep, guidance, grid):
     if latents.ndim != 3 or latents.shape[1:] != (grid[0] * grid[1], cfg.in_channels):
-        raise ValueError(f"latents are {list(latents.shape)}; a grid of {grid[0]}x{grid[1]} tokens needs "
+        raise Mistake(f"latents are {list(latents.shape)}; a grid of {grid[0]}x{grid[1]} tokens needs "
                          f"[B, {grid[0] * grid[1]}, {cfg.in_channels}]")
     B = latents.shape[0]
     if text.ndim != 3 or (text.shape[0], text.shape[2]) != (B, cfg.joint_attention_dim):
-        raise ValueError(f"text is {list(text.shape)}; it must be [{B}, T, {cfg.joint_attention_dim}]")
+        raise Mistake(f"text is {list(text.shape)}; it must be [{B}, T, {cfg.joint_attention_dim}]")
     for name, x, shape in (("pooled", pooled, (B, cfg.pooled_projection_dim)), ("timestep", timestep, (B,)),
                            ("guidance", guidance, (B,))):
         if x is not None and np.shape(x) != shape:
-            raise ValueError(f"{name} is {list(np.shape(x))}; it must be {list(shape)}")
+            raise Mistake(f"{name} is {list(np.shape(x))}; it must be {list(shape)}")
     if cfg.guidance_embeds and guidance is None:
-        raise ValueError("this model has a guidance embedding: pass guidance [B], for example 3.5")
+        raise Mistake("this model has a guidance embedding: pass guidance [B], for example 3.5")
     if guidance is not None and not cfg.guidance_embeds:
-        raise ValueError("this model has no guidance embedding (it is of the schnell kind): leave guidance out")
+        raise Mistake("this model has no guidance embedding (it is of the schnell kind): leave guidance out")
 
 
 # ---------------------------------------------------------------- its tensors, and loading
@@ -388,7 +389,7 @@ BFL = {
 
 
 def table(cfg, layout=DIFFUSERS):
-    """Every tensor of the transformer, once (see `text.Tensor`), under the names of one file layout."""
+    """Every tensor of the transformer, once (see `weights.Tensor`), under the names of one file layout."""
     D, C, K = cfg.width, cfg.in_channels, cfg.attention_head_dim
     names = {ours + k: [prefix + name for name in v.split()]
              for ours, (prefix, part) in layout.items() for k, v in part.items()}
@@ -396,10 +397,10 @@ def table(cfg, layout=DIFFUSERS):
 
     def lin(path, n_in, *widths, std=None):
         widths = widths if len(names[path]) > 1 else [sum(widths)]
-        return text_encoders.linear(n_in, dict(zip(names[path], widths)), layers=depth.get(path.split(".")[0]), std=std)
+        return tensor_files.linear(n_in, dict(zip(names[path], widths)), layers=depth.get(path.split(".")[0]), std=std)
 
     def norm(path):
-        return text_encoders.Tensor((K,), {names[path][0]: K}, depth[path.split(".")[0]], mean=1.0)
+        return tensor_files.Tensor((K,), {names[path][0]: K}, depth[path.split(".")[0]], mean=1.0)
 
     def mlp(path, n_in):
         return {"fc1": lin(f"{path}.fc1", n_in, D, std=0.02), "fc2": lin(f"{path}.fc2", D, D, std=0.02)}
@@ -427,25 +428,25 @@ def load_transformer(path, *, put=None, dtype=jnp.bfloat16, unpack=None, last=No
     """(Config, params) from a diffusers `transformer/` folder or from Black Forest Labs' single safetensors file.
 
     put: (name, array [in, out] of one layer, a numpy array) → the leaf to keep, called once per weight as it streams
-    from disk; the layers' leaves are then stacked. unpack: see `text.open_weights`; what it joins, `put` gets as it is
-    (`quant.put` and `quant.unpack` are such functions). last: the last layer that will be run; the blocks after it, and
-    what comes after the blocks, are not loaded. Raises ValueError on a missing, unexpected or misshapen tensor.
+    from disk; the layers' leaves are then stacked. unpack: see `weights.open_weights`; what it joins, `put` gets as it
+    is (`quant.put` and `quant.unpack` are such functions). last: the last layer that will be run; the blocks after it,
+    and what comes after the blocks, are not loaded. Raises ValueError on a missing, unexpected or misshapen tensor.
     """
-    weights = text_encoders.open_weights(path, unpack)
+    weights = tensor_files.open_weights(path, unpack)
     if Path(path).is_dir():
-        cfg, layout = text_encoders.read_config(Config, Path(path) / "config.json"), DIFFUSERS
+        cfg, layout = tensor_files.read_config(Config, Path(path) / "config.json"), DIFFUSERS
     else:
         weights = {name.removeprefix("model.diffusion_model."): piece for name, piece in weights.items()}
         weights = {k: _Swapped(v) if k.startswith(BFL[""][1]["out.mod"]) else v for k, v in weights.items()}
         cfg, layout = _bfl_config(weights, path), BFL
     tensors = table(cfg, layout)
     if last is not None:
-        text_encoders.check_tensors(tensors, weights)
+        tensor_files.check_tensors(tensors, weights)
         depth = {"double": min(cfg.num_layers, last + 1), "single": max(0, last + 1 - cfg.num_layers)}
         tensors = {name: jax.tree.map(lambda tensor: replace(tensor, layers=depth[name]), part) if name in depth
                    else part for name, part in tensors.items() if name != "out"}
-        weights = {name: weights[name] for name in text_encoders.file_shapes(tensors)}
-    return cfg, text_encoders.load_tensors(tensors, weights, put=put, dtype=dtype)
+        weights = {name: weights[name] for name in tensor_files.file_shapes(tensors)}
+    return cfg, tensor_files.load_tensors(tensors, weights, put=put, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -475,7 +476,7 @@ def _bfl_config(weights, path):
             guidance_embeds="guidance_in.in_layer.weight" in weights,
             axes_dims_rope=(K - 4 * (7 * K // 32), 2 * (7 * K // 32), 2 * (7 * K // 32)))
     except KeyError as error:
-        raise ValueError(f"{path} is not Black Forest Labs' FLUX.1 transformer: {error} is missing") from None
+        raise Mistake(f"{path} is not Black Forest Labs' FLUX.1 transformer: {error} is missing") from None
 
 
 @dataclass(frozen=True)
@@ -507,7 +508,7 @@ class Model:
 def read_config(model):
     """(folder, transformer Config) of `model`, without its weights: enough to check flags before a long load."""
     folder = resolve(model, ["transformer/config.json", "vae/config.json"])
-    return folder, text_encoders.read_config(Config, folder / "transformer" / "config.json")
+    return folder, tensor_files.read_config(Config, folder / "transformer" / "config.json")
 
 
 def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None, walk=None, last=None):
@@ -531,7 +532,7 @@ def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None, 
         clip=text_encoders.load_clip(folder / "text_encoder", put=part("clip"), dtype=dtype, unpack=unpack),
         vae=(vae.load(folder / "vae", put=part("vae"), dtype=dtype) if last is None
              else (vae.config(folder / "vae"), None)),
-        scheduler=text_encoders.read_json(folder / "scheduler" / "scheduler_config.json"),
+        scheduler=tensor_files.read_json(folder / "scheduler" / "scheduler_config.json"),
         source=folder, text_tokens=min(tokens, 512 if cfg.guidance_embeds else 256), size=default_size(folder),
         walk=walk)
 
@@ -548,7 +549,7 @@ def resolve(model, files=PARTS):
         return Path(model)
     repo = REPOS.get(str(model), str(model))
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise ValueError(f"unknown model {str(model)!r}: give nano, schnell, dev, a folder or a repo id owner/name")
+        raise Mistake(f"unknown model {str(model)!r}: give nano, schnell, dev, a folder or a repo id owner/name")
     return download(repo, files)
 
 
@@ -558,17 +559,11 @@ def download(repo, files):
     try:
         return Path(snapshot_download(repo, allow_patterns=files))
     except errors.GatedRepoError:
-        raise ValueError(f"{repo} is gated: accept its license on the hub, then log in with `hf auth login`") from None
+        raise Mistake(f"{repo} is gated: accept its license on the hub, then log in with `hf auth login`") from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(f"no repo {repo} on the hub (or it is private and you are not logged in)") from None
+        raise Mistake(f"no repo {repo} on the hub (or it is private and you are not logged in)") from None
     except Exception as error:                                   # the HTTP library of the hub client raises its own
-        raise ValueError(f"cannot fetch {repo}: {(str(error) or repr(error)).splitlines()[0]}") from None
-
-
-def default_model():
-    """What "auto" stands for on this machine, and why: ("schnell" or "nano", reason)."""
-    kind = jax.devices()[0].platform
-    return ("nano", "JAX sees only a CPU") if kind == "cpu" else ("schnell", f"JAX sees a {kind.upper()}")
+        raise Mistake(f"cannot fetch {repo}: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 # ---------------------------------------------------------------- sampling
@@ -583,7 +578,7 @@ def sigmas(scheduler, steps, tokens):
     for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
                  "stochastic_sampling"):
         if scheduler.get(name):
-            raise ValueError(f"the scheduler sets {name}, which FLUX.1 does not use and fae does not implement")
+            raise Mistake(f"the scheduler sets {name}, which FLUX.1 does not use and fae does not implement")
     s = np.linspace(1, 1 / steps, steps).astype(np.float32)
     if scheduler.get("use_dynamic_shifting"):
         low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
@@ -678,7 +673,7 @@ def prepare(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, t
     """Check the arguments of `generate`, encode the prompts and draw the noise."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
-        raise ValueError("no prompt given")
+        raise Mistake("no prompt given")
     _check_number("steps", steps, 1, 10_000)
     _check_number("seed", seed, -2**31, 2**31 - 1)               # what fits JAX's default integers
     if guidance is not None:
@@ -688,7 +683,7 @@ def prepare(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, t
     if noise is None:
         noise = draw_noise(seed, jnp.arange(len(prompts)), shape[1:])
     elif np.shape(noise) != shape:
-        raise ValueError(f"noise is {list(np.shape(noise))}; {len(prompts)} prompt(s) at this size need {list(shape)}")
+        raise Mistake(f"noise is {list(np.shape(noise))}; {len(prompts)} prompt(s) at this size need {list(shape)}")
     if guidance is None and model.cfg.guidance_embeds:
         guidance = 3.5
     if guidance is not None:
@@ -708,7 +703,7 @@ def draw_noise(seed, numbers, shape):
 def _check_number(name, value, low=-np.inf, high=np.inf, kinds=(int, np.integer)):
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         kind = "a number" if float in kinds else f"a whole number from {low} to {high}"
-        raise ValueError(f"{name} is {value!r}; it must be {kind}")
+        raise Mistake(f"{name} is {value!r}; it must be {kind}")
 
 
 def token_grid(model, size):
@@ -724,13 +719,13 @@ def check_size(folder, size):
 
 def default_size(folder):
     """Pixels a side of the model in that folder where nobody says."""
-    return text_encoders.read_json(folder / "vae" / "config.json").get("sample_size", 1024)
+    return tensor_files.read_json(folder / "vae" / "config.json").get("sample_size", 1024)
 
 
 def _grid(cfg, size):
     sides, pixels = size if isinstance(size, (tuple, list)) else (size, size), 2 * cfg.downsampling
     if len(sides) != 2 or not all(isinstance(n, (int, np.integer)) and n >= pixels and n % pixels == 0 for n in sides):
-        raise ValueError(f"size is {size!r}; it must be a multiple of {pixels} pixels, or two: height,width")
+        raise Mistake(f"size is {size!r}; it must be a multiple of {pixels} pixels, or two: height,width")
     return sides[0] // pixels, sides[1] // pixels
 
 
@@ -781,18 +776,20 @@ def main(*prompts, model="auto", steps=4, seed=0, size=None, guidance=None, nois
     """Draw images: one PNG per prompt at --out (numbered where there are several)."""
     from PIL import Image
     from tqdm import tqdm
-    no_unknown_flags(unknown)
+
+    import session
+    session.no_unknown_flags(unknown)
     if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"--dtype {dtype}: it is bfloat16, float16 or float32")
+        raise Mistake(f"--dtype {dtype}: it is bfloat16, float16 or float32")
     if not prompts:
-        raise ValueError('no prompt given: python flux.py "a red cube" --model nano')
+        raise Mistake('no prompt given: python flux.py "a red cube" --model nano')
     noise = None if noise is None else _read_noise(noise)
     if Path(out).suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out {out}: its name must end like an image's, for example .png")
-    name = announce(model)
+        raise Mistake(f"--out {out}: its name must end like an image's, for example .png")
+    name = session.announce(model)
     if size is not None:
         check_size(read_config(name)[0], size)
-    formats = quantized(quant or default_quant(resolve(name)))
+    formats = session.quantized(quant or session.default_quant(resolve(name)))
     loaded = load(name, dtype=jnp.dtype(dtype), transformer=transformer, **formats)
     size = loaded.size if size is None else size
     with tqdm(total=steps, unit="step", delay=1e-3) as bar:      # the delay: no bar is drawn before an error
@@ -810,67 +807,10 @@ def _read_noise(file):
     try:
         return np.load(file, allow_pickle=False)
     except (EOFError, ValueError) as error:
-        raise ValueError(f"--noise {file} is not a .npy file: {error}") from None
-
-
-def announce(model):
-    """Print which model runs, and why it was chosen; "auto" becomes a name."""
-    name, why = default_model() if model == "auto" else (model, "as asked")
-    print(f"model: {name} ({why})")
-    return name
-
-
-def default_quant(folder):
-    """The format of the weights where no flag says: nf4 where JAX sees an accelerator, none for nano and on a CPU."""
-    return "none" if jax.devices()[0].platform == "cpu" or (folder / "scenes.py").is_file() else "nf4"
-
-
-def quantized(name):
-    """Arguments of `load` for weights in the format `name` (nf4, int8 or none); "none" does without quant.py."""
-    try:
-        import quant
-    except ModuleNotFoundError:
-        if name == "none":
-            return {}
-        raise ValueError(f"--quant {name} needs quant.py beside flux.py") from None
-    return {"put": quant.put(name), "unpack": quant.unpack}
-
-
-def no_unknown_flags(flags):
-    if flags:
-        names = ", ".join(f"--{name}" for name in flags)
-        raise ValueError(f"unknown flag{'s' * (len(flags) > 1)} {names} (see --help)")
-
-
-def check_whole(flags):
-    """Raise ValueError for one of `flags` {name: value} that is not a whole number from 1 (0 where that fits)."""
-    for name, value in flags.items():
-        least = 0 if name in ("layer", "size", "text_tokens", "seed") else 1
-        if type(value) is not int or not least <= value < 2 ** 31:
-            raise ValueError(f"--{name} {value}: it must be a whole number from {least}")
-
-
-def command(function):
-    """Run `function` as a command line. A user's mistake ends in one line on stderr, not in a traceback."""
-    import inspect
-
-    import fire
-    from fire import decorators, parser
-    if {"-h", "--help"} & set(sys.argv[1:]):                     # of which **unknown would make an unknown flag
-        named = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
-        function.__signature__ = inspect.Signature(named)
-        fire.Fire(function, ["--", "--help"])
-    # Words stay words: fire would read the prompt "1, 2" as a tuple. Numbers and None are for flags of other types.
-    flags = {name: str if isinstance(p.default, str) else parser.DefaultParseValue
-             for name, p in inspect.signature(function).parameters.items() if p.kind != p.VAR_POSITIONAL}
-    decorators.SetParseFn(str)(function)
-    decorators.SetParseFns(**flags)(function)
-    try:
-        fire.Fire(function)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise Mistake(f"--noise {file} is not a .npy file: {error}") from None
 
 
 if __name__ == "__main__":
-    command(main)
+    import flux
+    import session
+    session.command(flux.main)

@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path
 
 import sae
+from sae import Mistake
 
 COLUMNS = {"fvu_standardized": "FVU (std.)", "fvu": "FVU (raw)", "l0": "L0", "dead": "dead", "cosine": "cosine"}
 
@@ -25,18 +26,18 @@ def check(repo):
         owner, _ = repo.split("/")
         validate_repo_id(repo)
     except ValueError:
-        raise ValueError(f"--push {repo}: it takes the id of a repo, owner/name") from None
+        raise Mistake(f"--push {repo}: it takes the id of a repo, owner/name") from None
     try:
         who = HfApi().whoami()
     except errors.LocalTokenNotFoundError:
-        raise ValueError(f"--push {repo}: there is no token; log in with `hf auth login`") from None
+        raise Mistake(f"--push {repo}: there is no token; log in with `hf auth login`") from None
     except Exception as error:                                   # the HTTP library of the hub client raises its own
-        raise ValueError(f"--push {repo}: cannot ask the hub who you are: {line(error)}") from None
+        raise Mistake(f"--push {repo}: cannot ask the hub who you are: {line(error)}") from None
     owners = [who["name"], *(organization["name"] for organization in who.get("orgs", ()))]
     if owner not in owners:
-        raise ValueError(f"--push {repo}: you may write to repos of {', '.join(owners)}")
+        raise Mistake(f"--push {repo}: you may write to repos of {', '.join(owners)}")
     if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise ValueError(f"--push {repo}: your token may only read; log in with another by `hf auth login`")
+        raise Mistake(f"--push {repo}: your token may only read; log in with another by `hf auth login`")
 
 
 def upload(folder, repo, base=None):
@@ -58,7 +59,7 @@ def upload(folder, repo, base=None):
         api.create_commit(repo, [CommitOperationAdd(name, data) for name, data in added.items()],
                           commit_message=f"SAE of layer {about['layer']} ({about['site']})")
     except Exception as error:
-        raise ValueError(f"cannot push to {repo}: {line(error)}") from None
+        raise Mistake(f"cannot push to {repo}: {line(error)}") from None
     return f"{api.endpoint}/{repo}"
 
 

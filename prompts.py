@@ -19,6 +19,10 @@ SUFFIXES = (".txt", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
 HELD_OUT_SCENES = 10_000                                         # the first ones are for evaluation
 
 
+class Mistake(ValueError):
+    """What the caller can put right; its message is one line that names the value and what would be right."""
+
+
 def read(source, field=None):
     """Prompts, streamed: from a text file (one a line), CSV or JSON lines (plain or .gz), parquet (with pyarrow), or
     `hf:owner/dataset[/file]`. Blank ones are skipped. Raises ValueError naming a file or field that does not fit."""
@@ -27,11 +31,11 @@ def read(source, field=None):
     elif Path(source).is_file():
         files = [source]
     else:
-        raise ValueError(f"no prompt file {source!r}; give a file, or hf:owner/dataset[/file]")
+        raise Mistake(f"no prompt file {source!r}; give a file, or hf:owner/dataset[/file]")
     for file in files:
         for number, prompt in enumerate(_prompts_in(Path(file), field), 1):
             if not isinstance(prompt or "", str):
-                raise ValueError(f"{file}: prompt {number} is {prompt!r}, not a string")
+                raise Mistake(f"{file}: prompt {number} is {prompt!r}, not a string")
             if prompt and prompt.strip():
                 yield prompt.strip()
 
@@ -45,14 +49,14 @@ def stream(source, field=None):
         for prompt in read(source, field):
             yield prompt
         if prompt is None:
-            raise ValueError(f"{source} holds no prompts")
+            raise Mistake(f"{source} holds no prompts")
 
 
 def take(source, field, n):
     """The first n prompts of a source, or all where it has fewer. Raises ValueError where it has none."""
     first = list(itertools.islice(read(source, field), n))
     if not first:
-        raise ValueError(f"{source} holds no prompts")
+        raise Mistake(f"{source} holds no prompts")
     return first
 
 
@@ -83,14 +87,14 @@ def _prompts_in(path, field):
             else:
                 yield from file
         except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError, csv.Error) as error:
-            raise ValueError(f"{path} cannot be read as {suffix or 'text'}: {error}") from None
+            raise Mistake(f"{path} cannot be read as {suffix or 'text'}: {error}") from None
 
 
 def _json_prompt(line, field, where):
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
+        raise Mistake(f"{where} is not JSON: {error}") from None
     return row[_field(row, field, where)] if isinstance(row, dict) else row
 
 
@@ -98,7 +102,7 @@ def _parquet(path, field):
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
+        raise Mistake(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
     table = parquet.ParquetFile(path)
     field = _field(table.schema_arrow.names, field, path)
     for batch in table.iter_batches(columns=[field]):
@@ -108,7 +112,7 @@ def _parquet(path, field):
 def _field(names, field, where):
     found = [name for name in ([field] if field else FIELDS) if name in names]
     if not found:
-        raise ValueError(f"{where} has no field {field or ' or '.join(FIELDS)!r}, but {', '.join(names) or 'none'}; "
+        raise Mistake(f"{where} has no field {field or ' or '.join(FIELDS)!r}, but {', '.join(names) or 'none'}; "
                          "name it by --prompt_field")
     return found[0]
 
@@ -118,12 +122,12 @@ def _hub_files(name):
     from huggingface_hub import HfApi, hf_hub_download
     owner, dataset, *file = name.split("/", 2) if name.count("/") else (name, "")
     if not owner or not dataset:
-        raise ValueError(f"hf:{name}: write hf:owner/dataset or hf:owner/dataset/file")
+        raise Mistake(f"hf:{name}: write hf:owner/dataset or hf:owner/dataset/file")
     repo = f"{owner}/{dataset}"
     files = file or [f for f in sorted(_hub(HfApi().list_repo_files, repo))
                      if f.removesuffix(".gz").endswith(SUFFIXES) and not f.endswith((".txt", ".json"))]
     if not files:
-        raise ValueError(f"the dataset {repo} holds no csv, jsonl or parquet file")
+        raise Mistake(f"the dataset {repo} holds no csv, jsonl or parquet file")
     yield from (_hub(hf_hub_download, repo, f) for f in files)
 
 
@@ -132,7 +136,7 @@ def _hub(call, repo, *file):
     try:
         return call(repo, *file, repo_type="dataset")
     except errors.GatedRepoError:
-        raise ValueError(f"the dataset {repo} is gated: accept its terms on the hub, then `hf auth login`") from None
+        raise Mistake(f"the dataset {repo} is gated: accept its terms on the hub, then `hf auth login`") from None
     except Exception as error:                                   # or whatever the hub's HTTP library raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot fetch {'/'.join((repo, *file))} from the hub: {reason}") from None
+        raise Mistake(f"cannot fetch {'/'.join((repo, *file))} from the hub: {reason}") from None

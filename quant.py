@@ -34,6 +34,10 @@ BLOCK, NESTED_BLOCK, SPAN = 64, 256, 1024
 TINY = np.float32(1e-38)                                         # stands in for the scale of a block of zeros
 
 
+class Mistake(ValueError):
+    """What the caller can put right; its message is one line that names the value and what would be right."""
+
+
 class Quantized:
     """What NF4 and Int8 share: they look like the array [..., in, out] that they stand for."""
     ndim = property(lambda self: len(self.shape))
@@ -122,7 +126,7 @@ def nf4(w, block=BLOCK, *, nested=False, dtype=None, chip=None):
     """
     w, kind = _checked(w, dtype)
     if block < 2 or block % 2:
-        raise ValueError(f"block is {block}; it must be an even number of weights, such as 64")
+        raise Mistake(f"block is {block}; it must be an even number of weights, such as 64")
     codes, scales = (np.asarray(part) for part in _fast_codes(jax.device_put(w, _host()), block))
     if scales.min() < 1e-30:                                     # XLA takes the smallest floats for zeros
         codes, scales = _codes(w, block, np)
@@ -145,7 +149,7 @@ def put(name, *, nested=False, dtype=None, chip=None):
     (nf4, int8 or none). What else there is, is small, and stays as it is. Raises ValueError for another name."""
     chip = chip or chip_of()
     if name not in FORMATS:
-        raise ValueError(f"unknown quantization {name!r}: it is one of {', '.join(FORMATS)}")
+        raise Mistake(f"unknown quantization {name!r}: it is one of {', '.join(FORMATS)}")
     if name == "int8" and chip == "v4":
         warnings.warn("a TPU v4 multiplies no int8: weights stay 8 bits in memory and are decoded to be used",
                       stacklevel=2)
@@ -180,11 +184,11 @@ def chip_of(device=None):
 def _checked(w, dtype):
     w = np.asarray(w)
     if w.ndim < 2:
-        raise ValueError(f"a weight of shape {list(w.shape)}; quantization needs [..., in, out]")
+        raise Mistake(f"a weight of shape {list(w.shape)}; quantization needs [..., in, out]")
     if not np.isfinite(w.astype(np.float32).sum()):              # a sum of finite numbers may overflow: then look again
         bad = np.argwhere(~np.isfinite(w.astype(np.float32)))
         if len(bad):
-            raise ValueError(f"the weight holds {w[tuple(bad[0])]} at {bad[0].tolist()}; only finite numbers can be "
+            raise Mistake(f"the weight holds {w[tuple(bad[0])]} at {bad[0].tolist()}; only finite numbers can be "
                              "quantized")
     return w, jnp.dtype(dtype or w.dtype).name
 
@@ -622,7 +626,7 @@ def save(file, tree):
         if isinstance(leaf, dict):
             for key, value in leaf.items():
                 if "." in key:
-                    raise ValueError(f"the key {key!r} holds a dot, which separates keys in the file")
+                    raise Mistake(f"the key {key!r} holds a dot, which separates keys in the file")
                 add(f"{name}.{key}" if name else key, value)
         else:
             arrays[name] = np.ascontiguousarray(leaf)
@@ -639,7 +643,7 @@ def load(file, *, chip=None):
         try:
             kinds = json.loads((reader.metadata() or {})["quantized"])
         except KeyError:
-            raise ValueError(f"{file} was not written by quant.save") from None
+            raise Mistake(f"{file} was not written by quant.save") from None
         tree = {}
         for name in reader.keys():                               # noqa: SIM118 (it is no dict)
             *parents, key = name.split(".")
@@ -675,7 +679,7 @@ def unpack(weights):
     for name in weights:
         weight, found, kind = name.partition(".quant_state.")
         if found and kind != "bitsandbytes__nf4":
-            raise ValueError(f"{weight} is quantized as {kind}; of bitsandbytes' types only nf4 can be read")
+            raise Mistake(f"{weight} is quantized as {kind}; of bitsandbytes' types only nf4 can be read")
         if found:
             packed[weight] = Packed(weight, {s: weights[weight + s] for s in ("", *SIBLINGS) if weight + s in weights})
     used = {weight + s for weight in packed for s in SIBLINGS}
@@ -689,7 +693,7 @@ class Packed:
     def __init__(self, name, parts):
         self.parts, self.state = parts, json.loads(bytes(parts[STATE][:]))
         if not np.allclose(parts[".quant_map"][:], TABLE):
-            raise ValueError(f"{name} has a table of its own; only NormalFloat4's can be read")
+            raise Mistake(f"{name} has a table of its own; only NormalFloat4's can be read")
 
     def get_shape(self):
         return list(self.state["shape"])

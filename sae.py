@@ -56,6 +56,10 @@ ARCHITECTURES = ("topk", "jumprelu", "jumprelu_transcoder", *RELU)
 SAE_LENS_VERSION = "6.54.12"  # the format written; SAELens takes a file that names no version >= 6 for an old one
 
 
+class Mistake(ValueError):
+    """What the caller can put right; its message is one line that names the value and what would be right."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The shape of an SAE and how it is trained. None means: derive it from the shape; read back, it is a number."""
@@ -85,7 +89,7 @@ class Config:
 
     def __post_init__(self):
         if self.d_in < 1 or not 1 <= self.k <= self.features:
-            raise ValueError(f"d_in = {self.d_in}, k = {self.k}, features = {self.features}; need 1 <= k <= features")
+            raise Mistake(f"d_in = {self.d_in}, k = {self.k}, features = {self.features}; need 1 <= k <= features")
         defaults = {
             "k_aux": default_k_aux(self.d_in, self.features),
             "dead_after": default_dead_after(self.features, self.k),
@@ -112,16 +116,16 @@ class Config:
 
 def _check_choices(cfg: Config) -> None:
     if not 1 <= cfg.k_aux <= cfg.features:
-        raise ValueError(f"k_aux = {cfg.k_aux} of {cfg.features} features; it must lie in 1..features")
+        raise Mistake(f"k_aux = {cfg.k_aux} of {cfg.features} features; it must lie in 1..features")
     for name, known in (("activation", ACTIVATIONS), ("normalization", NORMALIZATIONS)):
         if getattr(cfg, name) not in known:
-            raise ValueError(f"{name} is {getattr(cfg, name)!r}; it is one of {', '.join(known)}")
+            raise Mistake(f"{name} is {getattr(cfg, name)!r}; it is one of {', '.join(known)}")
     ends = cfg.matryoshka
     whole = ends is None or all(type(end) is int for end in ends)
     if ends is not None and (not whole or list(ends) != sorted({*ends, cfg.features}) or ends[0] < 1):
-        raise ValueError(f"matryoshka = {ends}: prefixes rise to all {cfg.features} features")
+        raise Mistake(f"matryoshka = {ends}: prefixes rise to all {cfg.features} features")
     if cfg.d_out is not None and (cfg.d_out < 1 or cfg.activation == "topk" or cfg.normalization == "pca"):
-        raise ValueError("a transcoder has d_out >= 1, a threshold (activation batchtopk or jumprelu: SAELens knows no "
+        raise Mistake("a transcoder has d_out >= 1, a threshold (activation batchtopk or jumprelu: SAELens knows no "
                          f"TopK transcoder) and no PCA; not {cfg.d_out}, {cfg.activation}, {cfg.normalization}")
 
 
@@ -227,11 +231,11 @@ def _normalization(cfg: Config, sample: np.ndarray, groups: np.ndarray):
     nano's layers 0 and 5 FVU falls by 1 % at k = 16, by 1 to 5 % at 32, and fewer features fall silent.
     """
     if sample.ndim != 2 or sample.shape[1] != cfg.columns or len(sample) < 2:
-        raise ValueError(f"sample has shape {sample.shape}; need [N, {cfg.columns}] with N >= 2")
+        raise Mistake(f"sample has shape {sample.shape}; need [N, {cfg.columns}] with N >= 2")
     names, turned = cfg.groups or ("all",), cfg.normalization == "pca"
     parts = [sample[groups == g] for g in range(len(names))]
     if few := [name for name, part in zip(names, parts) if len(part) < 2]:
-        raise ValueError(f"sample holds fewer than two tokens of the group {few[0]}")
+        raise Mistake(f"sample holds fewer than two tokens of the group {few[0]}")
     means, covariances = zip(*(_moments(part, full=turned) for part in parts))
     if cfg.normalization == "scale":  # as SAELens' expected_average_only_in: |x|² is D on average
         mean = np.zeros_like(means)
@@ -248,7 +252,7 @@ def _normalization(cfg: Config, sample: np.ndarray, groups: np.ndarray):
 
 def _check_groups(cfg: Config, group: Array | None) -> None:
     if (group is None) == bool(cfg.groups):
-        raise ValueError(f"cfg.groups are {cfg.groups}: the group of each token is needed if there are any, else not")
+        raise Mistake(f"cfg.groups are {cfg.groups}: the group of each token is needed if there are any, else not")
 
 
 def _moments(sample: np.ndarray, full: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -259,7 +263,7 @@ def _moments(sample: np.ndarray, full: bool) -> tuple[np.ndarray, np.ndarray]:
     var = sum(c.T @ c if full else (c**2).sum(0) for c in centered) / len(sample)
     if not np.isfinite(mean).all() or not np.isfinite(var).all():
         bad = ~np.isfinite(np.diag(var) if full else var)
-        raise ValueError(f"sample is not finite in {int(bad.sum())} of {len(mean)} dimensions")
+        raise Mistake(f"sample is not finite in {int(bad.sum())} of {len(mean)} dimensions")
     return mean, var
 
 
@@ -484,7 +488,7 @@ def step(
     dead_after tokens) and `variance_explained` (see `Evaluation`; without PCA raw space would give the same).
     """
     if x.ndim != 2 or x.shape[1] != cfg.columns:
-        raise ValueError(f"x has shape {x.shape}; need [B, {cfg.columns}]")
+        raise Mistake(f"x has shape {x.shape}; need [B, {cfg.columns}]")
     _check_groups(cfg, group)
     params = state.params
     u = _standardize(x, state.mean, state.std, state.basis, group)
@@ -603,7 +607,7 @@ def encode(params: Params, cfg: Config, x: Array, width: int | None = None) -> t
         width = cfg.k
     if width is None:
         if isinstance(most, jax.core.Tracer):
-            raise ValueError("with thresholds, encode needs `width` under jit: the most features that a token may have")
+            raise Mistake("with thresholds, encode needs `width` under jit: the most features that a token may have")
         width = min(cfg.features, 16 * max(1, -(-int(most) // 16)))
     values, indices = _select(params, flat, pre, width)
     return values.reshape(*x.shape[:-1], width), indices.reshape(*x.shape[:-1], width)
@@ -707,7 +711,7 @@ def evaluate(params: Params, cfg: Config, batches: Array | Iterable[Array]) -> E
         sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
         total = sums if total is None else {name: total[name] + sums[name] for name in sums}
     if total is None:
-        raise ValueError("no residuals to evaluate on")
+        raise Mistake("no residuals to evaluate on")
     n = float(total["tokens"])
     var_x, var_y = total["xx"] - total["x"] ** 2 / n, total["yy"] - total["y"] ** 2 / n
     covariance, alive = total["xy"] - total["x"] * total["y"] / n, var_x > 0
@@ -848,7 +852,7 @@ def load(folder: str | Path) -> tuple[Params, Config]:
     cfg = _config(described)
     arrays, header = _load_arrays(folder / WEIGHTS)
     if header.get("origin", origin := _origin(described)) != origin:
-        raise ValueError(f"{folder / WEIGHTS} is of another run than {folder / CONFIG}: its model, layer, site, seed, "
+        raise Mistake(f"{folder / WEIGHTS} is of another run than {folder / CONFIG}: its model, layer, site, seed, "
                          f"group are {header['origin']}, not {origin}")
     arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
     if described["architecture"] in RELU:
@@ -900,7 +904,7 @@ def at_timestep(params: list[Params], t: int, streams: int) -> list[Params]:
 def check_width(cfg: Config, width: int, folder: str | Path, model: str | Path) -> None:
     """Raises ValueError unless the SAE in `folder` reads residuals of `model`, which has this width."""
     if cfg.d_in != width:
-        raise ValueError(f"the SAE in {folder} is for width {cfg.d_in}, but {model} has width {width}")
+        raise Mistake(f"the SAE in {folder} is for width {cfg.d_in}, but {model} has width {width}")
 
 
 def load_metadata(folder: str | Path) -> dict[str, Any]:
@@ -911,30 +915,30 @@ def load_metadata(folder: str | Path) -> dict[str, Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     """cfg.json, checked. Defaults where a file is silent are those of SAELens' classes."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: {path.parent} is not an SAE folder")
+        raise Mistake(f"{path} is missing: {path.parent} is not an SAE folder")
     try:
         read = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise Mistake(f"{path} is not JSON: {error}") from None
     architecture = read.get("architecture") if isinstance(read, dict) else read
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture is {architecture!r}; need one of {', '.join(ARCHITECTURES)}")
+        raise Mistake(f"{path}: architecture is {architecture!r}; need one of {', '.join(ARCHITECTURES)}")
     defaults = {"apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": False, "metadata": {}}
     described = defaults | {"normalize_activations": "none", "reshape_activations": "none"} | read
     counts = {"k": architecture == "topk", "d_out": architecture.endswith("transcoder")}
     for name in ("d_in", "d_sae", *(name for name, needed in counts.items() if needed)):
         if type(described.get(name)) is not int or described[name] < 1:
-            raise ValueError(f"{path}: {name} is {described.get(name)!r}; need a positive integer")
+            raise Mistake(f"{path}: {name} is {described.get(name)!r}; need a positive integer")
     for name in ("normalize_activations", "reshape_activations"):
         if described[name] != "none":
-            raise ValueError(f"{path}: {name} is {described[name]!r}; only 'none' can be loaded")
+            raise Mistake(f"{path}: {name} is {described[name]!r}; only 'none' can be loaded")
     seal = described["metadata"].get("digest") if isinstance(described["metadata"], dict) else None
     try:
         whole = seal is None or seal["sha256"] == _digest(read, seal["of"], seal["of_metadata"])
     except (KeyError, TypeError):
         whole = False
     if not whole:
-        raise ValueError(f"{path} is damaged: its digest is another (if it was edited on purpose, remove the digest)")
+        raise Mistake(f"{path} is damaged: its digest is another (if it was edited on purpose, remove the digest)")
     return described
 
 
@@ -954,9 +958,9 @@ def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]
     try:
         cfg = Config(**header["config"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: no usable config in its header: {error!r}") from None
+        raise Mistake(f"{path}: no usable config in its header: {error!r}") from None
     if (written := header.get("format", 1)) != FORMAT:
-        raise ValueError(f"{path} is of format {written}, of another version of sae.py; this one goes on from format "
+        raise Mistake(f"{path} is of format {written}, of another version of sae.py; this one goes on from format "
                          f"{FORMAT} only (the SAE beside it can be loaded all the same)")
     template = jax.eval_shape(lambda: init(jax.random.key(0), cfg, *_blank_sample(cfg)))._replace(spare=None)
     extra = {name[6:]: arrays.pop(name) for name in list(arrays) if name.startswith("extra/")}
@@ -965,7 +969,7 @@ def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]
     _check_arrays(path, arrays, {name: leaf.shape for name, leaf in expected.items()})
     for name, leaf in expected.items():
         if arrays[name].dtype != leaf.dtype:
-            raise ValueError(f"{path}: {name} is {arrays[name].dtype}; need {leaf.dtype}")
+            raise Mistake(f"{path}: {name} is {arrays[name].dtype}; need {leaf.dtype}")
     state = jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in expected])
     return state._replace(spare=_spare(state.params)), cfg, extra
 
@@ -1001,16 +1005,16 @@ def _checksum(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> st
 
 def _load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
+        raise Mistake(f"{path} is missing")
     try:
         with safetensors.safe_open(path, "np") as file:
             names, header = file.keys(), json.loads((file.metadata() or {}).get("fae", "{}"))
             arrays = {name: file.get_tensor(name) for name in names}
             saved = header.pop("sha256", None)
     except Exception as error:  # safetensors' own, and what numpy says to types that it does not know
-        raise ValueError(f"{path} is damaged: {error} ({path.stat().st_size} bytes)") from None
+        raise Mistake(f"{path} is damaged: {error} ({path.stat().st_size} bytes)") from None
     if saved is not None and saved != _checksum(arrays, header):
-        raise ValueError(f"{path} is damaged: its contents are not those that were saved")
+        raise Mistake(f"{path} is damaged: its contents are not those that were saved")
     return arrays, header
 
 
@@ -1018,12 +1022,12 @@ def _check_arrays(source: Any, arrays: Mapping[str, np.ndarray], shapes: Mapping
     """Exactly these names and shapes, and every number finite; else a ValueError that names the first offender."""
     if arrays.keys() != shapes.keys():
         missing, unknown = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
-        raise ValueError(f"{source}: missing tensors {missing}, unknown tensors {unknown}")
+        raise Mistake(f"{source}: missing tensors {missing}, unknown tensors {unknown}")
     for name, array in arrays.items():
         if array.shape != tuple(shapes[name]):
-            raise ValueError(f"{source}: {name} has shape {list(array.shape)}; its config says {list(shapes[name])}")
+            raise Mistake(f"{source}: {name} has shape {list(array.shape)}; its config says {list(shapes[name])}")
         if not np.isfinite(array).all():
-            raise ValueError(f"{source}: {name} holds {int((~np.isfinite(array)).sum())} values that are not finite")
+            raise Mistake(f"{source}: {name} holds {int((~np.isfinite(array)).sum())} values that are not finite")
 
 
 def _write(folder: Path, files: Mapping[str, Any], cfg: Config) -> None:
@@ -1063,7 +1067,7 @@ def _check_replaceable(path: Path, cfg: Config) -> None:
     new, old = _description(cfg, {}), _read_config(path)
     for name in new.keys() - {"dtype", "device", "metadata"}:
         if old[name] != new[name]:
-            raise ValueError(f"{path}: {name} is {old[name]!r}, not {new[name]!r}; save another SAE to another folder")
+            raise Mistake(f"{path}: {name} is {old[name]!r}, not {new[name]!r}; save another SAE to another folder")
 
 
 def _sync(path: Path) -> None:

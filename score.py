@@ -32,8 +32,10 @@ from tqdm import tqdm
 import flux
 import prompts as prompt_sources
 import sae
+import session
 import shard
 import vae
+from session import Mistake
 
 HELD_OUT = 1_750_000_000                                         # number of the first noise: no training step sees it
 VARIANTS = ("clean", "spliced", "zero", "mean")
@@ -169,7 +171,7 @@ def losses(model, subject, data, starts, progress):
             progress((b + 1 + len(starts) * (variants == ("mean",))) / len(starts) / 2)
     if not np.isfinite(loss).all():
         bad = VARIANTS[int(np.argmin(np.isfinite(loss).all((1, 2))))]
-        raise ValueError(f"the loss is NaN or Inf: {bad}, layer {subject.layer}")
+        raise Mistake(f"the loss is NaN or Inf: {bad}, layer {subject.layer}")
     return loss, change
 
 
@@ -309,9 +311,9 @@ def folder_of_images(folder, n, size):
     from PIL import Image, ImageOps
     files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))[:n]
     if not files:
-        raise ValueError(f"--images {folder}: there is no folder with .png, .jpg or .webp files")
+        raise Mistake(f"--images {folder}: there is no folder with .png, .jpg or .webp files")
     if missing := [f for f in files if not f.with_suffix(".txt").is_file()]:
-        raise ValueError(f"--images {folder}: {missing[0].name} has no caption {missing[0].with_suffix('.txt').name}")
+        raise Mistake(f"--images {folder}: {missing[0].name} has no caption {missing[0].with_suffix('.txt').name}")
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     read = [np.asarray(ImageOps.fit(Image.open(f).convert("RGB"), (width, height))) for f in files]
     return [f.with_suffix(".txt").read_text(encoding="utf-8").strip() for f in files], np.stack(read)
@@ -345,9 +347,9 @@ class Forward:
 
     def __init__(self, model, target, source, feature, start, where=None):
         if not 0 <= feature < target.cfg.features:
-            raise ValueError(f"feature {feature}: the SAE has features 0 to {target.cfg.features - 1}")
+            raise Mistake(f"feature {feature}: the SAE has features 0 to {target.cfg.features - 1}")
         if source and source.layer >= target.layer:
-            raise ValueError(f"attribution goes from an earlier layer to a later one, not from layer {source.layer} to "
+            raise Mistake(f"attribution goes from an earlier layer to a later one, not from layer {source.layer} to "
                              f"layer {target.layer}")
         self.model, self.target, self.source, self.start, self.feature = model, target, source, start, feature
         saes, tokens = target.at(1.0), self.residual(target)
@@ -356,7 +358,7 @@ class Forward:
         self.b = jnp.concatenate([jnp.full(x.shape[1], saes[name]["b_enc"][feature]) for name, x in tokens.items()])
         self.where = self.fires(tokens)[0] > 0
         if not self.where.any():
-            raise ValueError(f"feature {feature} does not fire for this prompt and noise: nothing to explain")
+            raise Mistake(f"feature {feature} does not fire for this prompt and noise: nothing to explain")
 
     def residual(self, subject):
         """{name: [1, tokens, D]} of the unchanged pass."""
@@ -468,12 +470,12 @@ def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, tokens=EVALUATED
     the features of an earlier layer's SAE.
     """
     upstream = str(unknown.pop("from", ""))                      # a word of Python's own
-    flux.no_unknown_flags(unknown)
+    session.no_unknown_flags(unknown)
     numbers = {"n": n, "levels": levels, "steps": steps, "tokens": tokens, "seed": seed, "batch": batch, "layer": layer}
-    flux.check_whole({name: value for name, value in numbers.items() if value is not None})
+    session.check_whole({name: value for name, value in numbers.items() if value is not None})
     asked = attribute is not None
     if asked != bool(prompt) or (upstream and not asked):
-        raise ValueError('--attribute needs a prompt: --attribute 123 --prompt "a red cube" --from ckptA/')
+        raise Mistake('--attribute needs a prompt: --attribute 123 --prompt "a red cube" --from ckptA/')
     about = described(checkpoint, model, layer, site)
     file = Path(out) if out else Path(checkpoint) / FILE
     if not asked:
@@ -483,10 +485,10 @@ def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, tokens=EVALUATED
         report(file, loaded, target, about, n, given, levels, steps, tokens, seed, batch)
         return
     if type(attribute) is not int or not 0 <= attribute < about["features"]:
-        raise ValueError(f"--attribute {attribute}: the SAE has features 0 to {about['features'] - 1}")
+        raise Mistake(f"--attribute {attribute}: the SAE has features 0 to {about['features'] - 1}")
     earlier = described(upstream, about["model"], None, "") if upstream else None
     if earlier and earlier["layer"] >= about["layer"]:
-        raise ValueError(f"--from {upstream} is an SAE of layer {earlier['layer']}: attribution needs one before layer "
+        raise Mistake(f"--from {upstream} is an SAE of layer {earlier['layer']}: attribution needs one before layer "
                          f"{about['layer']}, that of {checkpoint}")
     loaded, target = load(checkpoint, about, quant)
     source = subject(loaded, upstream, earlier["layer"], earlier["site"]) if upstream else None
@@ -501,14 +503,14 @@ def described(checkpoint, model="", layer=None, site=""):
     about = dict(sae.load_metadata(checkpoint))
     for name, value in (("layer", layer), ("site", site or None)):
         if value is not None and about.get(name, value) != value:
-            raise ValueError(f"--{name} {value}: the SAE in {checkpoint} is of {name} {about[name]}")
+            raise Mistake(f"--{name} {value}: the SAE in {checkpoint} is of {name} {about[name]}")
         about[name] = about.get(name, value)
     about["model"] = model or about.get("model")
     missing = [name for name in ("model", "layer", "site") if about[name] is None]
     if missing:
-        raise ValueError(f"{checkpoint} does not say its {' or '.join(missing)}: give --{' --'.join(missing)}")
+        raise Mistake(f"{checkpoint} does not say its {' or '.join(missing)}: give --{' --'.join(missing)}")
     if cfg.d_out is not None:
-        raise ValueError(f"{checkpoint} is a transcoder, which reconstructs another layer than it reads: it cannot be "
+        raise Mistake(f"{checkpoint} is a transcoder, which reconstructs another layer than it reads: it cannot be "
                          "spliced in")
     about["folder"], about["cfg"] = flux.read_config(about["model"])
     flux.residual_names(about["cfg"], about["layer"], about["site"])
@@ -526,7 +528,7 @@ def subject(model, checkpoint, layer=None, site=None):
     trained = flux.sigmas(model.scheduler, run.get("timesteps", 1), grid[0] * grid[1])[:-1]
     names = flux.residual_names(model.cfg, about["layer"], about["site"])
     if len(params) not in (1, len(names) * len(trained)):
-        raise ValueError(f"{checkpoint} has SAEs for {len(params)} groups of tokens, not {len(names) * len(trained)}, "
+        raise Mistake(f"{checkpoint} has SAEs for {len(params)} groups of tokens, not {len(names) * len(trained)}, "
                          f"those of site {about['site']} with {len(trained)} timestep(s)")
     return Subject(params, cfg, int(about["layer"]), about["site"], names, trained)
 
@@ -534,7 +536,7 @@ def subject(model, checkpoint, layer=None, site=None):
 def load(checkpoint, about, quant):
     """(model, Subject) as the run had them."""
     run = about["run"]
-    options = shard.arguments(shard.several(), flux.quantized(quant or run.get("quant", "none")))
+    options = shard.arguments(shard.several(), session.quantized(quant or run.get("quant", "none")))
     model = flux.load(about["model"], dtype=jnp.dtype(run.get("dtype", "float32")), **options)
     return model, subject(model, checkpoint, about["layer"], about["site"])
 
@@ -546,7 +548,7 @@ def captions(about, prompts, field, images, n):
     source = prompts or run.get("prompts", "scenes")
     if images:
         if prompts:
-            raise ValueError("--images brings its own captions: leave --prompts out")
+            raise Mistake("--images brings its own captions: leave --prompts out")
         return *folder_of_images(images, n, size), f"images of {images}"
     if source != "scenes":
         return prompt_sources.take(source, field or run.get("prompt_field"), many), None, ""
@@ -589,14 +591,14 @@ def report(file, model, target, about, n, given, levels, steps, tokens, seed, ba
 def check_out(file):
     """Refuse, before any work, to write where something else is."""
     if not file.parent.is_dir():
-        raise ValueError(f"--out {file}: there is no folder {file.parent}")
+        raise Mistake(f"--out {file}: there is no folder {file.parent}")
     if file.exists():
         try:
             ours = file.is_file() and json.loads(file.read_text(encoding="utf-8"))["kind"] == KIND
         except (ValueError, KeyError, TypeError):
             ours = False
         if not ours:
-            raise ValueError(f"{file} exists and was not written by score.py; choose another --out")
+            raise Mistake(f"{file} exists and was not written by score.py; choose another --out")
 
 
 def kept(file, weights):
@@ -657,4 +659,4 @@ def explain(model, target, feature, prompt, source, seed, size, text_tokens, sho
 
 
 if __name__ == "__main__":
-    flux.command(main)
+    session.command(main)

@@ -30,6 +30,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 SMALL = 2 ** 20                                                  # bytes: what is smaller is on every chip, whole
 AXES = ("data", "fsdp")
 
+class Mistake(ValueError):
+    """What the caller can put right; its message is one line that names the value and what would be right."""
+
+
 # ---------------------------------------------------------------- placement
 
 
@@ -45,7 +49,7 @@ def mesh(devices=None, *, data=1):
     """
     devices = list(jax.devices() if devices is None else devices)
     if not isinstance(data, int) or data < 1 or len(devices) % data:
-        raise ValueError(f"data is {data!r}: it must divide the number of devices, {len(devices)}")
+        raise Mistake(f"data is {data!r}: it must divide the number of devices, {len(devices)}")
     return Mesh(np.array(devices).reshape(data, -1), AXES)
 
 
@@ -72,13 +76,13 @@ def spec(mesh, array, name=None):
     if array.size * array.dtype.itemsize <= SMALL:
         return PartitionSpec()
     divisors = [k for k in range(1, 65) if array.shape[-1] % k == 0]
-    raise ValueError(f"{name or 'a weight'} of shape {list(array.shape)} cannot be split over {n} chips; its last axis "
+    raise Mistake(f"{name or 'a weight'} of shape {list(array.shape)} cannot be split over {n} chips; its last axis "
                      f"divides by {', '.join(map(str, divisors))}: choose fsdp (devices / data) among them")
 
 
 def check(mesh, features):
     if features % mesh.size:
-        raise ValueError(f"{features} features cannot be split over {mesh.size} devices: take a multiple of "
+        raise Mistake(f"{features} features cannot be split over {mesh.size} devices: take a multiple of "
                          f"{mesh.size}")
 
 
@@ -131,7 +135,7 @@ def join(address=None, processes=None, number=None):
         jax.distributed.initialize(address, processes, number, heartbeat_timeout_seconds=HEARTBEAT,
                                    shutdown_timeout_seconds=HEARTBEAT)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"no other processes found ({error}); where the system does not name them, give the first "
+        raise Mistake(f"no other processes found ({error}); where the system does not name them, give the first "
                          "one's address, how many there are, and the number of this one: localhost:1234,2,0") from None
 
 
@@ -155,10 +159,6 @@ def of_all(array):
     """The arrays that the hosts give, of one shape, stacked on a new axis 0, on every host."""
     from jax.experimental import multihost_utils
     return multihost_utils.process_allgather(array, tiled=False)
-
-
-class Mistake(ValueError):
-    """What is wrong on one host, raised on all."""
 
 
 def together(function, *args):

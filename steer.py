@@ -34,7 +34,9 @@ from tqdm import tqdm
 import flux
 import prompts as prompt_sources
 import sae
+import session
 import shard
+from session import Mistake
 
 HELD_OUT = 1_500_000_000                                         # number of the first noise: no training step sees it
 
@@ -76,9 +78,9 @@ class Change:
 
     def __post_init__(self):
         if not isinstance(self.feature, (int, np.integer)) or not 0 <= self.feature < self.of.cfg.features:
-            raise ValueError(f"feature {self.feature!r}: {self.of.name} has features 0 to {self.of.cfg.features - 1}")
+            raise Mistake(f"feature {self.feature!r}: {self.of.name} has features 0 to {self.of.cfg.features - 1}")
         if not math.isfinite(self.scale) or not math.isfinite(self.add):
-            raise ValueError(f"feature {self.feature}: scale {self.scale} and add {self.add} must be finite")
+            raise Mistake(f"feature {self.feature}: scale {self.scale} and add {self.add} must be finite")
 
 
 def load(folder, model, *, layer=None, site=None, prompts=64, seed=0):
@@ -101,15 +103,15 @@ def opened(folder, *, layer=None, site=None, model="", source="", field=""):
     folder = Path(folder)
     params, cfg = sae.load_groups(folder)
     if cfg.d_out is not None:
-        raise ValueError(f"{folder} is a transcoder: what it writes belongs to another layer; steering needs an SAE")
+        raise Mistake(f"{folder} is a transcoder: what it writes belongs to another layer; steering needs an SAE")
     about = sae.load_metadata(folder)
     run = about.get("run") or {}
     for name, flag in (("layer", layer), ("site", site)):
         if flag is not None and about.get(name, flag) != flag:
-            raise ValueError(f"--{name} {flag}: {folder} was trained at {name} {about[name]}")
+            raise Mistake(f"--{name} {flag}: {folder} was trained at {name} {about[name]}")
     said = {"layer": about.get("layer", layer), "site": about.get("site", site), "model": model or about.get("model")}
     if missing := [f"--{name}" for name, value in said.items() if value is None]:
-        raise ValueError(f"{folder} does not say where it belongs (it was not written by train.py): give "
+        raise Mistake(f"{folder} does not say where it belongs (it was not written by train.py): give "
                          f"{' and '.join(missing)}")
     if not source and not (source := run.get("prompts")):
         scenes = (flux.read_config(said["model"])[0] / "scenes.py").is_file()
@@ -118,7 +120,7 @@ def opened(folder, *, layer=None, site=None, model="", source="", field=""):
                   text_tokens=run.get("text_tokens") or None, source=source, field=field or run.get("prompt_field"))
     groups = len(flux.token_groups(place.site, place.timesteps, 1)) if place.site in flux.SITES else 0
     if len(params) not in (1, groups):
-        raise ValueError(f"{folder} has SAEs for {len(params)} groups of tokens; site {place.site} with "
+        raise Mistake(f"{folder} has SAEs for {len(params)} groups of tokens; site {place.site} with "
                          f"{place.timesteps} timestep(s) has {groups}")
     return Dictionary(folder.resolve().name, params, cfg, place)
 
@@ -159,7 +161,7 @@ def calibrated(model, dictionary, prompts, *, seed=0, batch=16, progress=None):
             progress(batch)
     fired = count > 0
     if not fired.any() or not np.isfinite(total).all():
-        raise ValueError(f"{dictionary.name}: no feature fires, or some are not finite, at layer {place.layer} "
+        raise Mistake(f"{dictionary.name}: no feature fires, or some are not finite, at layer {place.layer} "
                          f"({place.site}) on {len(prompts)} prompts: is it an SAE of this model?")
     typical = total / np.maximum(count, 1)
     typical = np.where(fired, typical, np.median(typical[fired]))
@@ -194,9 +196,9 @@ def edits(model, start, changes, *, strength=1.0, during=None, boxes=()):
     edit_of = []
     for dictionary in {id(c.of): c.of for c in changes}.values():
         if boxes and dictionary.place.site == "txt":
-            raise ValueError(f"{dictionary.name} is of text tokens, which lie in no box of the image")
+            raise Mistake(f"{dictionary.name} is of text tokens, which lie in no box of the image")
         if dictionary.typical is None:
-            raise ValueError(f"{dictionary.name} has no typical activations yet (see `calibrated`)")
+            raise Mistake(f"{dictionary.name} has no typical activations yet (see `calibrated`)")
         if rows := amounts([c for c in changes if c.of is dictionary], strength):
             edit_of.append(lru_cache(lambda t, d=dictionary, rows=rows: _edit(model, d, t, rows, where)))
             edit_of[-1].times = flux.nearest_timesteps(model, dictionary.place.timesteps, start.grid, start.sigmas[:-1])
@@ -276,14 +278,14 @@ def _changing(cfg):
 def check_once(changes):
     named = [c.feature for c in changes]
     if twice := [f for f in named if named.count(f) > 1]:
-        raise ValueError(f"feature {twice[0]} is changed twice; say it once, as in {twice[0]}*0+8")
+        raise Mistake(f"feature {twice[0]} is changed twice; say it once, as in {twice[0]}*0+8")
 
 
 def check_during(during, steps):
     """(first, end) of sampling steps; all where during is None. Raises ValueError outside of them."""
     first, end = (0, steps) if during is None else during
     if not 0 <= first < end <= steps:
-        raise ValueError(f"during {first}:{end}: of {steps} sampling steps the first is 0 and the end at most {steps}, "
+        raise Mistake(f"during {first}:{end}: of {steps} sampling steps the first is 0 and the end at most {steps}, "
                          f"as in 0:{max(1, steps // 2)}")
     return first, end
 
@@ -291,7 +293,7 @@ def check_during(during, steps):
 def check_box(box, grid):
     row, column, row_end, column_end = box
     if not (0 <= row < row_end <= grid[0] and 0 <= column < column_end <= grid[1]):
-        raise ValueError(f"box {','.join(map(str, box))}: the image has {grid[0]} rows and {grid[1]} columns of "
+        raise Mistake(f"box {','.join(map(str, box))}: the image has {grid[0]} rows and {grid[1]} columns of "
                          f"tokens; give row,column,row_end,column_end, half open (all of it: 0,0,{grid[0]},{grid[1]})")
     return box
 
@@ -309,17 +311,17 @@ def parsed(text, dictionaries):
     for part in filter(None, (part.strip() for part in text.split(","))):
         found = CHANGE.fullmatch(part.replace(" ", ""))
         if not found or not (found["scale"] or found["add"]):
-            raise ValueError(f"--set {part}: write 123*4 to multiply what feature 123 is, 123*0 to ablate it, 123+8 or "
+            raise Mistake(f"--set {part}: write 123*4 to multiply what feature 123 is, 123*0 to ablate it, 123+8 or "
                              "123-8 to add 8 typical activations or take them away")
         try:
             changes.append(Change(_named(found["name"], dictionaries), int(found["feature"]),
                                   float(found["scale"] or 1), float(found["add"] or 0)))
         except ValueError as error:
-            raise ValueError(f"--set {part}: {error}") from None
+            raise Mistake(f"--set {part}: {error}") from None
     for dictionary in dictionaries:
         check_once([c for c in changes if c.of is dictionary])
     if not changes:
-        raise ValueError('--set says no feature to change; as in --set "123+8, 77*0"')
+        raise Mistake('--set says no feature to change; as in --set "123+8, 77*0"')
     return changes
 
 
@@ -329,10 +331,10 @@ def _named(name, dictionaries):
     if name is None and len(names) == 1:
         return dictionaries[0]
     if name is None:
-        raise ValueError(f"of which checkpoint? write {names[0]}:{'…'}, or 0:… for the first; there are {known}")
+        raise Mistake(f"of which checkpoint? write {names[0]}:{'…'}, or 0:… for the first; there are {known}")
     places = {place for place, known in enumerate(names) if name in (known, str(place))}
     if len(places) != 1:
-        raise ValueError(f"{'more than one' if places else 'no'} checkpoint is meant by {name!r}; there are {known}")
+        raise Mistake(f"{'more than one' if places else 'no'} checkpoint is meant by {name!r}; there are {known}")
     return dictionaries[places.pop()]
 
 
@@ -347,9 +349,9 @@ def main(*words, set="", steps=None, during="", box="", grid="0,0.5,1,2", seed=0
     --calibrate: prompts on which typical activations are measured, of --prompts (default: what the SAE was trained on).
     --model, --layer, --site: for an SAE that does not say where it belongs.
     """
-    flux.no_unknown_flags(unknown)
+    session.no_unknown_flags(unknown)
     given = {"seed": seed, "steps": steps, "size": size, "calibrate": calibrate, "layer": layer}
-    flux.check_whole({name: value for name, value in given.items() if value is not None})
+    session.check_whole({name: value for name, value in given.items() if value is not None})
     folders, texts = told_apart(words)
     found = [opened(folder, layer=layer, site=site or None, model=model, source=prompts, field=prompt_field)
              for folder in folders]
@@ -362,7 +364,7 @@ def main(*words, set="", steps=None, during="", box="", grid="0,0.5,1,2", seed=0
     for part in options["boxes"]:
         check_box(part, tokens)
     if options["boxes"] and (textual := [d.name for d in found if d.place.site == "txt"]):
-        raise ValueError(f"--box: {textual[0]} is of text tokens, which lie in no image")
+        raise Mistake(f"--box: {textual[0]} is of text tokens, which lie in no image")
     files = [f"{row}-x{strength:g}.png" for row in range(len(texts)) for strength in strengths]
     check_out(Path(out), files)
     run = {"steps": steps, "seed": seed, "size": size, "guidance": guidance}
@@ -387,12 +389,12 @@ def told_apart(words):
         folders.append(word)
     texts = list(words[len(folders):])
     if not folders:
-        raise ValueError(f"{words[0] if words else 'no argument'} is not a checkpoint's folder: python steer.py ckpt/ "
+        raise Mistake(f"{words[0] if words else 'no argument'} is not a checkpoint's folder: python steer.py ckpt/ "
                          '"a red cube" --set "123+8"')
     if not texts:
-        raise ValueError(f'no prompt given: python steer.py {" ".join(folders)} "a red cube" --set "123+8"')
+        raise Mistake(f'no prompt given: python steer.py {" ".join(folders)} "a red cube" --set "123+8"')
     if missing := [text for text in texts if text.endswith("/")]:
-        raise ValueError(f"there is no folder {missing[0]}")
+        raise Mistake(f"there is no folder {missing[0]}")
     return folders, texts
 
 
@@ -401,7 +403,7 @@ def same_model(dictionaries):
     named = {flux.REPOS.get(d.place.model, d.place.model): d for d in dictionaries}
     if len(named) > 1:
         said = " and ".join(f"{d.name} of {model}" for model, d in named.items())
-        raise ValueError(f"the checkpoints belong to different models, {said}; --model says which one is meant")
+        raise Mistake(f"the checkpoints belong to different models, {said}; --model says which one is meant")
     name = dictionaries[0].place.model
     folder, cfg = flux.read_config(name)
     for dictionary in dictionaries:
@@ -410,7 +412,7 @@ def same_model(dictionaries):
 
 
 def load_model(dictionaries, name, quant):
-    options = shard.arguments(shard.several(), flux.quantized(quant or flux.default_quant(flux.resolve(name))))
+    options = shard.arguments(shard.several(), session.quantized(quant or session.default_quant(flux.resolve(name))))
     print(f"model: {name}; " + ", ".join(f"{d.name}: layer {d.place.layer} ({d.place.site})" for d in dictionaries))
     dtype = "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
     return flux.load(name, dtype=jnp.dtype(dtype), **options)
@@ -450,14 +452,14 @@ def read_during(text):
         return None
     found = re.fullmatch(r"(\d+):(\d+)", text.replace(" ", ""))
     if not found:
-        raise ValueError(f"--during {text}: give the first sampling step, from 0, and the end, as in 0:5")
+        raise Mistake(f"--during {text}: give the first sampling step, from 0, and the end, as in 0:5")
     return int(found[1]), int(found[2])
 
 
 def read_boxes(text):
     boxes = [part.strip("() ") for part in text.split(";") if part.strip("() ")]
     if bad := [box for box in boxes if not re.fullmatch(r"\d+(\s*,\s*\d+){3}", box)]:
-        raise ValueError(f"--box {bad[0]}: give row,column,row_end,column_end in image tokens, as in 2,2,6,6")
+        raise Mistake(f"--box {bad[0]}: give row,column,row_end,column_end in image tokens, as in 2,2,6,6")
     return [tuple(map(int, box.split(","))) for box in boxes]
 
 
@@ -468,14 +470,14 @@ def read_grid(text):
     except ValueError:
         strengths = []
     if not strengths or not np.isfinite(strengths).all():
-        raise ValueError(f"--grid {text}: give strengths, as in 0,1,2,4")
+        raise Mistake(f"--grid {text}: give strengths, as in 0,1,2,4")
     return list(dict.fromkeys(strengths if 0 in strengths else [0.0, *strengths]))
 
 
 def check_out(out, files):
     """Refuse, before any work, to replace what steer.py did not write; returns the names of what it did."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is not a folder; choose another --out")
+        raise Mistake(f"{out} is not a folder; choose another --out")
     ours = []
     if (out / "steer.json").is_file():
         try:
@@ -485,7 +487,7 @@ def check_out(out, files):
             pass
     for name in ("steer.json", "steer.png", *files):
         if (out / name).exists() and name not in ours:
-            raise ValueError(f"{out / name} is there and not of steer.py; choose another --out")
+            raise Mistake(f"{out / name} is there and not of steer.py; choose another --out")
     return [name for name in ours if name == Path(name).name]
 
 
@@ -524,4 +526,4 @@ def sheet(images: np.ndarray, titles: Sequence[str], prompts: Sequence[str], tit
 
 
 if __name__ == "__main__":
-    flux.command(main)
+    session.command(main)

@@ -11,12 +11,10 @@ a run stands, so a resumed run harvests its chunk again and goes on bit for bit,
 """
 import collections
 import contextlib
-import fcntl
 import itertools
 import json
 import os
 import shutil
-import signal
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -31,7 +29,9 @@ import flux
 import hub
 import prompts as sources
 import sae
+import session
 import shard
+from session import Mistake
 
 HELD_OUT = 1_000_000_000                                         # number of the first noise that no training step sees
 
@@ -177,7 +177,7 @@ class Harvest:
         prompts, purpose, acts, finite = sent
         if not (finite := np.asarray(finite)).all():
             prompt = prompts[int(np.argmin(finite)) // self.run.seeds_per_prompt]
-            raise ValueError(f"activations {purpose} hold NaN or Inf, at the prompt {prompt!r}; none were trained on")
+            raise Mistake(f"activations {purpose} hold NaN or Inf, at the prompt {prompt!r}; none were trained on")
         return np.asarray(acts)
 
 
@@ -366,11 +366,11 @@ def load_state(out, run):
     ours = json.loads(json.dumps(asdict(run)))
     for name, value in json.loads(bytes(extra.pop("run", b"{}"))).items():
         if name != "steps" and value != ours.get(name, value):
-            raise ValueError(f"--resume: {out / sae.STATE} is of another run than {out / sae.CONFIG}: its {name} is "
+            raise Mistake(f"--resume: {out / sae.STATE} is of another run than {out / sae.CONFIG}: its {name} is "
                              f"{value}, not {ours[name]}")
     steps = shard.of_all(np.asarray(state.step)).tolist()
     if len(set(steps)) > 1:
-        raise ValueError(f"--resume: the hosts see different checkpoints in {out}, of steps {steps}")
+        raise Mistake(f"--resume: the hosts see different checkpoints in {out}, of steps {steps}")
     return state, extra
 
 
@@ -387,57 +387,23 @@ def begin(out, state, cfg, metadata, overwrite):
     shutil.rmtree(old, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def claim(out):
-    """Hold the folder for this process, however it ends. Raises ValueError where another one does."""
-    path = out.resolve().with_name(f".{out.resolve().name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                raise FileNotFoundError                          # another run has just ended, and a third begun
-        except (BlockingIOError, FileNotFoundError):
-            raise ValueError(f"another run is writing {out}; wait for it, or choose another --out") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def preemption():
-    """stop(step): whether to end before it, since the system has sent SIGTERM (as before it takes a TPU away). Several
-    hosts agree on the step."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked = []
-    old = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    try:
-        yield lambda step: bool(asked)
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
 def check_out(out, resume, overwrite):
     """Refuse, before any work, to touch a folder that is not meant."""
     known = {sae.CONFIG, sae.WEIGHTS, sae.STATE, "metrics.jsonl", "eval.json"}      # the last is score.py's
     if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
+        raise Mistake("--resume and --overwrite exclude each other")
     if resume:
         if not (out / sae.STATE).is_file():
-            raise ValueError(f"--resume: there is no checkpoint in {out}")
+            raise Mistake(f"--resume: there is no checkpoint in {out}")
     elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not (out / sae.CONFIG).is_file():
-            raise ValueError(f"{out} exists and is not a checkpoint; choose another --out")
+            raise Mistake(f"{out} exists and is not a checkpoint; choose another --out")
         if not overwrite:
-            raise ValueError(f"{out} already holds a checkpoint: --resume goes on with it, --overwrite starts anew")
+            raise Mistake(f"{out} already holds a checkpoint: --resume goes on with it, --overwrite starts anew")
         known |= set((sae.load_metadata(out).get("training") or {}).get("groups") or ())
         foreign = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith("."))
         if foreign:
-            raise ValueError(f"--overwrite: {out} holds something that is not ours: {', '.join(foreign[:5])}")
+            raise Mistake(f"--overwrite: {out} holds something that is not ours: {', '.join(foreign[:5])}")
 
 
 def trim_metrics(out, step):
@@ -471,16 +437,16 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
     given = {name: value for name, value in locals().items() if name in names and value not in (None, "")}
     if matryoshka is not None:
         given["matryoshka"] = matryoshka if isinstance(matryoshka, tuple) else (matryoshka,)
-    flux.no_unknown_flags(unknown)
-    flux.check_whole({"log_every": log_every, "save_every": save_every})
+    session.no_unknown_flags(unknown)
+    session.check_whole({"log_every": log_every, "save_every": save_every})
     out = Path(out)
     if distributed:
         shard.join(*([] if distributed is True else address(distributed)))
     with shard.as_one(f"if a host was lost, go on from the checkpoint in {out}: --resume on all of them"), \
             contextlib.ExitStack() as held:
-        shard.together(lambda: shard.first() and held.enter_context(claim(out)))
+        shard.together(lambda: shard.first() and held.enter_context(session.claim(out)))
         shard.together(lambda: push and shard.first() and hub.check(push))
-        stop = held.enter_context(preemption())
+        stop = held.enter_context(session.stopping())
         run, stream = shard.together(prepare, str(model), given, out, resume, overwrite)
         if push and resume and finished(out, run):
             shard.together(publish, out, run, push)
@@ -490,7 +456,7 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
         if mesh := shard.several():
             print(f"devices: {mesh.size}, each with 1/{mesh.size} of the blocks' weights and of the features")
         last = max(run.layer, run.transcoder or 0) if run.timesteps == 1 else None     # more timesteps need all layers
-        options = shard.arguments(mesh, flux.quantized(run.quant)) | {"dtype": jnp.dtype(run.dtype), "last": last}
+        options = shard.arguments(mesh, session.quantized(run.quant)) | {"dtype": jnp.dtype(run.dtype), "last": last}
         loaded = flux.load(run.model, **options)
         run = replace(run, size=run.size or min(256, loaded.size), text_tokens=run.text_tokens or loaded.text_tokens)
         rows = train(run, loaded, stream, out, mesh=mesh, resume=resume, overwrite=overwrite, log_every=log_every,
@@ -515,7 +481,7 @@ def publish(out, run, repo):
     try:
         print(f"pushed: {hub.upload(out, repo, base if base.count('/') == 1 and not Path(base).exists() else None)}")
     except ValueError as error:
-        raise ValueError(f"{error}; the checkpoint is whole, to try again: python train.py --resume --out {out} "
+        raise Mistake(f"{error}; the checkpoint is whole, to try again: python train.py --resume --out {out} "
                          f"--push {repo}") from None
 
 
@@ -525,7 +491,7 @@ def address(given):
         where, processes, number = given if isinstance(given, tuple) else str(given).split(",")
         return str(where), int(processes), int(number)
     except ValueError:
-        raise ValueError(f"--distributed {given}: it takes nothing, or host:port,processes,number") from None
+        raise Mistake(f"--distributed {given}: it takes nothing, or host:port,processes,number") from None
 
 
 def prepare(model, given, out, resume, overwrite):
@@ -536,7 +502,7 @@ def prepare(model, given, out, resume, overwrite):
     if resume:
         run = resumed(out, model, given)
     else:
-        name = flux.announce(model)
+        name = session.announce(model)
         folder, cfg = flux.read_config(name)
         run = defaults(name, folder, cfg, given)
         if run.size:
@@ -560,7 +526,7 @@ def defaults(name, folder, cfg, given):
         "prompt_field": None if "prompts" in given else field, "prompt_batch": 32 if small else 4,
         "seeds_per_prompt": 4 if small else 1, "timesteps": 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0,
         "text_tokens": 0, "lr": None, "seed": 0, "dtype": "float32" if cpu else "bfloat16",
-        "quant": flux.default_quant(folder), "activation": activation}
+        "quant": session.default_quant(folder), "activation": activation}
         | recipe(given.get("site"), cfg.width, transcoder) | given)
     run = replace(run, matryoshka=prefixes(run.matryoshka, run.features))
     flux.residual_names(cfg, run.layer, run.site)
@@ -582,10 +548,10 @@ def inherited(given, width):
     """The flags, with those that --init decides. Raises ValueError where they contradict it."""
     _, cfg = sae.load(begun_from(given["init"]))
     if cfg.d_in != width or cfg.d_out is not None or given.get("transcoder") is not None:
-        raise ValueError(f"--init {given['init']}: need an SAE of width {width} and not a transcoder; it has d_in "
+        raise Mistake(f"--init {given['init']}: need an SAE of width {width} and not a transcoder; it has d_in "
                          f"{cfg.d_in}, d_out {cfg.d_out}")
     if given.get("features", cfg.features) != cfg.features:
-        raise ValueError(f"--features {given['features']}: the SAE of --init has {cfg.features}")
+        raise Mistake(f"--features {given['features']}: the SAE of --init has {cfg.features}")
     return {"k": cfg.k, "activation": cfg.activation, "matryoshka": cfg.matryoshka} | given | {"features": cfg.features}
 
 
@@ -596,20 +562,20 @@ def begun_from(init):
     owner, _, rest = str(init).partition("/")
     name, _, folder = rest.partition("/")
     if not owner or not name or owner[0] in ".~":
-        raise ValueError(f"--init {init}: there is no such folder, and no repo: give owner/repo or owner/repo/folder")
+        raise Mistake(f"--init {init}: there is no such folder, and no repo: give owner/repo or owner/repo/folder")
     files = [f"{folder}/{file}".lstrip("/") for file in (sae.CONFIG, sae.WEIGHTS)]
     return flux.download(f"{owner}/{name}", files) / folder
 
 
 def check_numbers(run):
-    flux.check_whole({field.name: getattr(run, field.name) for field in fields(Run) if field.type is int})
+    session.check_whole({field.name: getattr(run, field.name) for field in fields(Run) if field.type is int})
     if run.lr is not None and not (isinstance(run.lr, (int, float)) and 0 < run.lr < float("inf")):
-        raise ValueError(f"--lr {run.lr}: it must be a number above 0")
+        raise Mistake(f"--lr {run.lr}: it must be a number above 0")
     if run.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype {run.dtype}: it is float32, bfloat16 or float16")
-    flux.quantized(run.quant)                                    # raises for a format that there is not
+        raise Mistake(f"--dtype {run.dtype}: it is float32, bfloat16 or float16")
+    session.quantized(run.quant)                                    # raises for a format that there is not
     if run.k > run.features:
-        raise ValueError(f"--k {run.k} is more than --features {run.features}")
+        raise Mistake(f"--k {run.k} is more than --features {run.features}")
 
 
 def resumed(out, model, given):
@@ -617,12 +583,12 @@ def resumed(out, model, given):
     try:
         run = Run(**sae.load_metadata(out)["run"])
     except (KeyError, TypeError):
-        raise ValueError(f"--resume: {out} was not written by this train.py") from None
+        raise Mistake(f"--resume: {out} was not written by this train.py") from None
     given = given if model == "auto" else {"model": str(model)} | given
     given |= {"matryoshka": prefixes(given["matryoshka"], run.features)} if "matryoshka" in given else {}
     for name, value in given.items():
         if name != "steps" and value != getattr(run, name):
-            raise ValueError(f"--resume: {out} was trained with --{name} {getattr(run, name)}, not {value}")
+            raise Mistake(f"--resume: {out} was trained with --{name} {getattr(run, name)}, not {value}")
     run = replace(run, **given)
     check_numbers(run)
     print(f"model: {run.model} (as in {out})")
@@ -641,4 +607,4 @@ def table(rows):
 
 
 if __name__ == "__main__":
-    flux.command(main)
+    session.command(main)

@@ -1,6 +1,6 @@
 """The image autoencoder of FLUX.1 (diffusers' `AutoencoderKL`): encode, decode, load, init, save.
 
-Stands alone: copy this one file.
+Copy `weights.py` with this file.
 
     cfg, params = vae.load("FLUX.1-schnell/vae")
     latents = vae.encode(params, cfg, images)            # [B, H, W, 3] in -1…1 → [B, H/8, W/8, 16], about unit variance
@@ -21,6 +21,8 @@ import numpy as np
 from jax import lax
 from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from weights import Mistake
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 EPSILON = 1e-6                                                   # of every group norm; diffusers does not configure it
@@ -60,7 +62,7 @@ def config(source):
         path = Path(source)
         source = json.loads((path / "config.json" if path.is_dir() else path).read_text())
     if source.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise ValueError(f"_class_name is {source['_class_name']!r}, only 'AutoencoderKL' is supported")
+        raise Mistake(f"_class_name is {source['_class_name']!r}, only 'AutoencoderKL' is supported")
     known = {field.name for field in fields(Config)}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in source.items() if key in known}
     cfg = Config(**values)
@@ -74,17 +76,17 @@ def _check_config(cfg, source):
         kinds = source.get(key, [supported] * len(cfg.block_out_channels))
         for kind in kinds:
             if kind != supported:
-                raise ValueError(f"{key} has {kind!r}, only {supported!r} is supported")
+                raise Mistake(f"{key} has {kind!r}, only {supported!r} is supported")
         if len(kinds) != len(cfg.block_out_channels):
-            raise ValueError(f"{key} has {len(kinds)} entries for {len(cfg.block_out_channels)} block_out_channels")
+            raise Mistake(f"{key} has {len(kinds)} entries for {len(cfg.block_out_channels)} block_out_channels")
     if cfg.act_fn not in ("silu", "swish"):
-        raise ValueError(f"act_fn is {cfg.act_fn!r}, only 'silu' is supported")
+        raise Mistake(f"act_fn is {cfg.act_fn!r}, only 'silu' is supported")
     for key in ("latents_mean", "latents_std"):
         if source.get(key) is not None:
-            raise ValueError(f"{key} is {source[key]}; only scaling_factor and shift_factor are supported")
+            raise Mistake(f"{key} is {source[key]}; only scaling_factor and shift_factor are supported")
     for channels in cfg.block_out_channels:
         if channels % cfg.norm_num_groups:
-            raise ValueError(f"block_out_channels has {channels}, no multiple of norm_num_groups={cfg.norm_num_groups}")
+            raise Mistake(f"block_out_channels has {channels}, no multiple of norm_num_groups={cfg.norm_num_groups}")
 
 
 # ---------------------------------------------------------------- the table of tensors: load, initialize, save
@@ -211,11 +213,11 @@ def _check_weights(tensors, weights, folder):
     for problem, names in (("missing", expected.keys() - weights), ("unexpected", weights.keys() - expected)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"{problem} in the weights of {folder}: {', '.join(sorted(names)[:5])}{more}")
+            raise Mistake(f"{problem} in the weights of {folder}: {', '.join(sorted(names)[:5])}{more}")
     for name, shape in expected.items():
         found = tuple(weights[name].get_shape())
         if found != shape and not (".attentions." in name and found == (*shape, 1, 1)):
-            raise ValueError(f"misshapen in the weights of {folder}: {name} is {list(found)}, should be {list(shape)}")
+            raise Mistake(f"misshapen in the weights of {folder}: {name} is {list(found)}, should be {list(shape)}")
 
 
 def init(key, cfg, dtype=jnp.float32):
@@ -258,7 +260,7 @@ def encode(params, cfg, images, key=None):
 def moments(params, cfg, images):
     """Mean and log variance, float32 [B, h, w, C] each, of the posterior of images [B, H, W, 3], before the shift."""
     if images.ndim != 4 or images.shape[-1] != cfg.in_channels or any(n % cfg.downsampling for n in images.shape[1:3]):
-        raise ValueError(f"images are {list(images.shape)}, should be [B, H, W, {cfg.in_channels}], with H and W "
+        raise Mistake(f"images are {list(images.shape)}, should be [B, H, W, {cfg.in_channels}], with H and W "
                          f"multiples of {cfg.downsampling}")
     p, groups = params["encoder"], cfg.norm_num_groups
     x = conv(p["conv_in"], images.astype(p["conv_in"]["w"].dtype))
@@ -278,7 +280,7 @@ def moments(params, cfg, images):
 def decode(params, cfg, latents):
     """Latents [B, h, w, C] as `encode` gives them → images float32 [B, H, W, 3], about -1…1 but not clipped."""
     if latents.ndim != 4 or latents.shape[-1] != cfg.latent_channels:
-        raise ValueError(f"latents are {list(latents.shape)}, should be [B, h, w, {cfg.latent_channels}]")
+        raise Mistake(f"latents are {list(latents.shape)}, should be [B, h, w, {cfg.latent_channels}]")
     p, groups = params["decoder"], cfg.norm_num_groups
     x = latents.astype(jnp.float32) / cfg.scaling_factor + (cfg.shift_factor or 0.0)
     x = x.astype(p["conv_in"]["w"].dtype)                                          # not sooner, see `moments`

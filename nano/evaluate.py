@@ -37,6 +37,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import flux
+import session
 import vae
 
 SHAPES, COLORS, SIZE = list(scenes.SHAPES), list(scenes.COLORS), 128
@@ -335,7 +336,7 @@ def table(shares):
 
 def main(model="nano", n=300, steps=8, out=None, retrain=False, **unknown):
     """Judge --n captions in 4, --steps and 20 steps; write README.md and sheet.jpg to --out (the model's folder)."""
-    flux.no_unknown_flags(unknown)
+    session.no_unknown_flags(unknown)
     if min(n, steps) < 1:
         raise ValueError(f"--n {n} --steps {steps}: both are at least 1")
     folder = flux.resolve(model)
@@ -359,4 +360,4 @@ def main(model="nano", n=300, steps=8, out=None, retrain=False, **unknown):
 
 
 if __name__ == "__main__":
-    flux.command(main)
+    session.command(main)

@@ -55,8 +55,10 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import flux
+import session
 import text
 import vae
+import weights
 
 FIRST_SEED = 1_000_000                                           # scenes below are for evaluation
 TEXT_TOKENS = 32
@@ -278,7 +280,7 @@ def train_flow(work, out, data, empty, cfgs, *, minutes, batch, rate, seed=0):
         1.0, adam_b2=0.99, weight_decay=0.01, consistent_rms=0.2, muon_weight_dimension_numbers=matrices))
     keys = jax.random.split(jax.random.key(seed), 3)
     tables = {"flux": flux.table(FLUX), "t5": text.t5_table(cfgs[0]), "clip": text.clip_table(cfgs[1])}
-    params = {name: text.init_tensors(table, key) for (name, table), key in zip(tables.items(), keys)}
+    params = {name: weights.init_tensors(table, key) for (name, table), key in zip(tables.items(), keys)}
     if (out / "transformer").exists() and not (work / "flow.safetensors").exists():
         params = exported(out)                                   # the work folder is gone: go on from what shipped
     params["hint"] = {"w": jnp.zeros((FLUX.width, BACKGROUND + 1))}
@@ -343,9 +345,10 @@ def exported(out):
 def export(out, params, cfgs):
     """Write transformer/, text_encoder/, text_encoder_2/, scheduler/ and model_index.json, weights in bfloat16."""
     t5, clip = cfgs
-    text.save_tensors(flux.table(FLUX), params["flux"], out / "transformer" / "diffusion_pytorch_model.safetensors")
-    text.save_tensors(text.clip_table(clip, "text_model."), params["clip"], out / "text_encoder" / "model.safetensors")
-    text.save_tensors(text.t5_table(t5), params["t5"], out / "text_encoder_2" / "model.safetensors")
+    weights.save_tensors(flux.table(FLUX), params["flux"], out / "transformer" / "diffusion_pytorch_model.safetensors")
+    weights.save_tensors(text.clip_table(clip, "text_model."), params["clip"],
+                         out / "text_encoder" / "model.safetensors")
+    weights.save_tensors(text.t5_table(t5), params["t5"], out / "text_encoder_2" / "model.safetensors")
     fields = {k: v for k, v in vars(FLUX).items() if k != "out_channels"}
     write_json(out / "transformer" / "config.json", {"_class_name": "FluxTransformer2DModel", **fields})
     write_json(out / "text_encoder" / "config.json", {
@@ -371,7 +374,7 @@ def export(out, params, cfgs):
 
 def main(work=NANO / "work", out=NANO, minutes=120, vae_minutes=20, batch=64, rate=1e-3, **unknown):
     """Run all stages that are not done yet; the flow trains until `minutes` of training are used up."""
-    flux.no_unknown_flags(unknown)
+    session.no_unknown_flags(unknown)
     work, out = Path(work), Path(out)
     work.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer_2" / "tokenizer.json").exists():
@@ -394,4 +397,4 @@ def main(work=NANO / "work", out=NANO, minutes=120, vae_minutes=20, batch=64, ra
 
 
 if __name__ == "__main__":
-    flux.command(main)
+    session.command(main)

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-import flux
 import sae
+import session
 import train
 
 BATCH, HELD_OUT = 2048, range(10 ** 6, 10 ** 6 + 32)             # tokens; numbers of batches of twice as many
@@ -100,7 +100,7 @@ def run(world, kind, features, steps, k=32):
 
 
 def main(features=16384, steps=600, kinds="pca,std,scale,plain std,plain scale", **unknown):
-    flux.no_unknown_flags(unknown)
+    session.no_unknown_flags(unknown)
     world = Pathological()
     x = np.asarray(world.batch(10 ** 7, 65536), np.float64)
     variances, stds = np.linalg.eigvalsh(np.cov(x, rowvar=False)), x.std(0)
@@ -114,4 +114,4 @@ def main(features=16384, steps=600, kinds="pca,std,scale,plain std,plain scale",
 
 
 if __name__ == "__main__":
-    flux.command(main)
+    session.command(main)

@@ -29,6 +29,7 @@ import sae
 import shard
 import text
 import vae
+import weights
 
 GIB = 2 ** 30
 #            topology, chip, chips, memory of one in GB
@@ -78,7 +79,7 @@ def resident(mesh, chip, kind):
     """Shapes of all that a run of train.py keeps on the chips."""
     def model(table, prefix):
         def leaf(path, tensor):
-            name = f"{prefix}.{text.path_name(path)}"
+            name = f"{prefix}.{weights.path_name(path)}"
             one = jax.ShapeDtypeStruct(tensor.shape, jnp.bfloat16)
             if kind == "nf4" and len(tensor.shape) == 2 and name.startswith(quant.QUANTIZED):
                 one = tpu.weight_like(quant.nf4, *tensor.shape, chip)

@@ -22,7 +22,9 @@ import numpy as np
 
 import flux
 import quant
+import session
 import text
+import weights
 
 FORMATS = {"none": {}, "int8": {"name": "int8"}, "nf4": {"name": "nf4"},
            "nf4, nested": {"name": "nf4", "nested": True}}
@@ -66,7 +68,7 @@ def stored(shape, options):
 
 def leaf_bytes(path, tensor, prefix, options):
     layers = len(tensor.numbers)
-    name = f"{prefix}.{text.path_name(path)}"
+    name = f"{prefix}.{weights.path_name(path)}"
     coded = name.startswith(quant.QUANTIZED) and len(tensor.shape) == 2
     return layers * (stored(tensor.shape, options) if coded else 2 * np.prod(tensor.shape))
 
@@ -102,7 +104,7 @@ def decode_rate(decode, q, used, repeats=9):
 def draw(file):
     from PIL import Image
     rows = []
-    for options in ({}, flux.quantized("nf4")):
+    for options in ({}, session.quantized("nf4")):
         model = flux.load(ROOT / "nano", **options)
         rows.append(np.concatenate(flux.generate(model, CAPTIONS, steps=8, size=model.size), 1))
     Image.fromarray(np.concatenate(rows)).save(file, quality=90)

@@ -26,6 +26,7 @@ import flux
 import prompts
 import sae
 import score
+import session
 
 PAIRS = ((0, 1), (0, 3), (3, 4), (3, 8), (5, 8), (8, 11))
 
@@ -105,7 +106,7 @@ def spearman(a, b):
 
 
 def main(ckpts="", what="loss,attribution", n=32, drawn=4, steps=400, layers=None, **unknown):
-    flux.no_unknown_flags(unknown)
+    session.no_unknown_flags(unknown)
     layers = list(range(12)) if layers is None else np.atleast_1d(layers).tolist()
     what = what.split(",") if isinstance(what, str) else list(what)
     model = flux.load("nano", dtype=jnp.float32)
@@ -120,4 +121,4 @@ def main(ckpts="", what="loss,attribution", n=32, drawn=4, steps=400, layers=Non
 
 
 if __name__ == "__main__":
-    flux.command(main)
+    session.command(main)

@@ -21,6 +21,7 @@ import flux
 import kernels
 import sae
 import score
+import session
 import steer
 
 
@@ -64,4 +65,4 @@ def main(checkpoint="ckpt", rounds=60, batch=8):
 
 
 if __name__ == "__main__":
-    flux.command(main)
+    session.command(main)

@@ -31,6 +31,7 @@ import dash
 import flux
 import prompts
 import sae
+import session
 import steer
 
 COLORS, SHAPES, SIZE, BATCH = evaluate.COLORS, evaluate.SHAPES, evaluate.SIZE, 32
@@ -43,7 +44,7 @@ PLACES = ("everywhere", "at the object")
 
 def main(*folders, n=40, few=12, scenes=512, steps=4, strengths="4,8,16,32", out="", **unknown):
     """--n captions are reported, --few others choose layer and strengths; --scenes choose features and neurons."""
-    flux.no_unknown_flags(unknown)
+    session.no_unknown_flags(unknown)
     model, start = flux.load("nano", dtype=jnp.float32), time.monotonic()
     strengths = [float(s) for s in strengths.split(",")]
     chooser, reporter = (Pictures(model, first, count, steps) for first, count in ((CHOOSE, few), (REPORT, n)))
@@ -222,4 +223,4 @@ def picture(pictures, directions, strength, place, out, columns=(0, 0.5, 1, 2)):
 
 
 if __name__ == "__main__":
-    flux.command(main)
+    session.command(main)

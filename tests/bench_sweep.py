@@ -39,6 +39,7 @@ import numpy as np
 import flux
 import prompts
 import sae
+import session
 import train
 from harvest import reap
 
@@ -372,7 +373,7 @@ def rises(results):
 
 
 def main(results, what="tables", acts="", layers=None, steps=400, passes=200, ckpts="", **unknown):
-    flux.no_unknown_flags(unknown)
+    session.no_unknown_flags(unknown)
     path, done = Path(results), read(Path(results))
     layers = range(flux.read_config("nano")[1].layers) if layers is None else np.atleast_1d(layers).tolist()
     todo = [job for job in (plan(what, layers, steps) if what != "tables" else []) if key(job) not in done]
@@ -395,4 +396,4 @@ def main(results, what="tables", acts="", layers=None, steps=400, passes=200, ck
 
 
 if __name__ == "__main__":
-    flux.command(main)
+    session.command(main)

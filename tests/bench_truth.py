@@ -40,6 +40,7 @@ import flux
 import pages
 import sae
 import score
+import session
 from harvest import reap
 
 BATCH, GRID, FIRST = 2048, (8, 8), 20_000                        # tokens of a step; first scene to train on
@@ -285,7 +286,7 @@ def add_to(ckpts, found, data):
 
 
 def main(results, plot="", layers=range(12), n=600, images=2000, steps=400, level=0.5, ckpts="", shown=5, **unknown):
-    flux.no_unknown_flags(unknown)
+    session.no_unknown_flags(unknown)
     file = Path(results)
     if not file.exists():
         layers = np.atleast_1d(layers).tolist()
@@ -300,4 +301,4 @@ def main(results, plot="", layers=range(12), n=600, images=2000, steps=400, leve
 
 
 if __name__ == "__main__":
-    flux.command(main)
+    session.command(main)

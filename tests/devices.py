@@ -18,6 +18,7 @@ import numpy as np
 import flux
 import prompts as sources
 import sae
+import session
 import shard
 import train
 
@@ -30,7 +31,7 @@ def main(folder, work):
               "data 2 x fsdp 4": shard.mesh(data=2)}
 
     def load(name, walk=None, mesh=None):
-        options = shard.arguments(mesh, flux.quantized(name))
+        options = shard.arguments(mesh, session.quantized(name))
         return flux.load(folder, dtype=jnp.float32, **options | ({"walk": walk} if walk else {}))
 
     plain = load("nf4")

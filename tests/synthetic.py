@@ -19,6 +19,7 @@ import numpy as np
 import flux
 import text
 import vae
+import weights
 
 SHARDS = {"transformer": 1e10, "text_encoder_2": 5e9, "text_encoder": 5e9}      # bytes of a file, at most
 VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 1024,
@@ -31,18 +32,18 @@ def main(folder):
         sys.exit(f"{folder} is not empty")
     shutil.copytree(nano, folder, dirs_exist_ok=True,
                     ignore=shutil.ignore_patterns("*.safetensors", "*.py", "*.jpg", "*.md", "__pycache__"))
-    end = text.read_json(nano / "text_encoder" / "config.json")["eos_token_id"]
+    end = weights.read_json(nano / "text_encoder" / "config.json")["eos_token_id"]
     t5, clip = text.T5Config(), text.CLIPConfig(eos_token_id=end)
-    settings = text.read_json(nano / "tokenizer_2" / "tokenizer_config.json")
+    settings = weights.read_json(nano / "tokenizer_2" / "tokenizer_config.json")
     rewrite(folder / "tokenizer_2" / "tokenizer_config.json", settings | {"model_max_length": 256})
     rewrite(folder / "scheduler" / "scheduler_config.json",
-            text.read_json(nano / "scheduler" / "scheduler_config.json") | {"shift": 1.0})
+            weights.read_json(nano / "scheduler" / "scheduler_config.json") | {"shift": 1.0})
     parts = {"transformer": (flux.Config(), flux.table(flux.Config())), "text_encoder_2": (t5, text.t5_table(t5)),
              "text_encoder": (clip, text.clip_table(clip))}
     for part, (cfg, tensors) in parts.items():
-        rewrite(folder / part / "config.json", text.read_json(folder / part / "config.json") | vars(cfg))
+        rewrite(folder / part / "config.json", weights.read_json(folder / part / "config.json") | vars(cfg))
         write(folder / part, tensors, "diffusion_pytorch_model" if part == "transformer" else "model")
-    rewrite(folder / "vae" / "config.json", text.read_json(folder / "vae" / "config.json") | VAE)
+    rewrite(folder / "vae" / "config.json", weights.read_json(folder / "vae" / "config.json") | VAE)
     cfg = vae.config(folder / "vae")
     vae.save(folder / "vae", vae.init(jax.random.key(0), cfg), cfg)
     print(f"{sum(file.stat().st_size for file in folder.rglob('*')) / 1e9:.1f} GB in {folder}")

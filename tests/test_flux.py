@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import flux
 import shard
-import text
+import weights
 from harvest import reap
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -96,7 +96,7 @@ def test_velocity_matches_diffusers(case, tmp_path):
 
 def test_velocity_starts_at_zero():
     cfg, _ = random_params(CASES[0])
-    params = quick(lambda key: text.init_tensors(flux.table(cfg), key))(jax.random.key(0))
+    params = quick(lambda key: weights.init_tensors(flux.table(cfg), key))(jax.random.key(0))
     assert not run(params, cfg, **random_inputs(CASES[0]), grid=CASES[0][6]).any()
 
 
@@ -210,7 +210,7 @@ def test_put_receives_each_weight_once_and_its_result_stays(layout, tmp_path):
     D, counts = cfg.width, Counter(seen)
     assert counts["double.img.qkv.w", (D, 3 * D)] == counts["double.txt.fc2.w", (4 * D, D)] == 2
     assert counts["single.in.w", (D, 7 * D)] == counts["out.proj.w", (D, 8)] == counts["guidance.fc1.b", (D,)] == 1
-    assert counts == {(text.path_name(path), t.shape): t.layers or 1
+    assert counts == {(weights.path_name(path), t.shape): t.layers or 1
                       for path, t in jax.tree_util.tree_leaves_with_path(flux.table(cfg))}
     assert sum(np.prod(shape) for _, shape in seen) == sum(p.numel() for p in model.parameters())
     assert params["double"]["img"]["qkv"]["w"].half.shape == (2, D, 3 * D)

@@ -24,6 +24,7 @@ from test_flux import error, poisoned, quick, random_transformer, to_bfl
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 import flux
+import session
 
 # double, single, heads, head width, rope axes, guidance
 SCHNELL = (1, 2, 2, 16, (4, 6, 6), False)
@@ -321,7 +322,7 @@ def test_names_of_models(monkeypatch, nano, tmp_path):
     assert not any(pattern.startswith("*") for pattern in asked[0][1]["allow_patterns"])
     monkeypatch.chdir(tmp_path)                                  # nano is found from anywhere
     assert flux.resolve("nano") == nano
-    assert flux.default_model() == ("nano", "JAX sees only a CPU")
+    assert session.default_model() == ("nano", "JAX sees only a CPU")
 
 
 # ---------------------------------------------------------------- the command line
@@ -366,7 +367,7 @@ def mistake(monkeypatch, capsys, *argv):
     """What the command, run in this process, writes to stderr when it fails."""
     monkeypatch.setattr(sys, "argv", ["flux.py", *map(str, argv)])
     with pytest.raises(SystemExit) as end:
-        flux.command(flux.main)
+        session.command(flux.main)
     code, said = end.value.code, capsys.readouterr().err
     assert code in (1, 2) or isinstance(code, str)               # the interpreter prints a string, and exits with 1
     return said + code if isinstance(code, str) else said
@@ -426,6 +427,6 @@ def test_prompts_stay_words(schnell, monkeypatch, tmp_path):
     for prompts in (["1, 2"], ["None"], ["3", "{a: b}", "[x]", "a=b", "'quoted'", "0x10", "1e5"]):
         argv = [*prompts, "--model", schnell[0], "--out", tmp_path / "1.png", "--seed", 7]
         monkeypatch.setattr(sys, "argv", ["flux.py", *map(str, argv)])
-        flux.command(flux.main)
+        session.command(flux.main)
         assert list(seen[-1][0]) == prompts and seen[-1][1]["seed"] == 7 and seen[-1][1]["size"] == 32
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["1.png", *(f"1_{i}.png" for i in range(7))]

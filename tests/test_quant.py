@@ -17,6 +17,7 @@ from test_flux import WEIGHTS, quick, random_inputs, random_transformer, run
 
 import flux
 import quant
+import session
 import text
 
 torch._dynamo.config.disable = True                              # bitsandbytes compiles, which takes far longer
@@ -339,7 +340,7 @@ def test_velocity_of_nano(nano):
     exact = run(model.params, model.cfg, **inputs, grid=(8, 8))
     errors = {}
     for name in ("nf4", "int8"):
-        params = flux.load(nano, dtype=jnp.float32, **flux.quantized(name)).params
+        params = flux.load(nano, dtype=jnp.float32, **session.quantized(name)).params
         errors[name] = relative(run(params, model.cfg, **inputs, grid=(8, 8)), exact)
     print(errors)
     assert 0 < errors["nf4"] < 0.2 and 0 < errors["int8"] < 0.05

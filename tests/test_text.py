@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 import text
+import weights
 
 
 def error(a, b):
@@ -82,9 +83,9 @@ def test_gradients_reach_every_weight():
     clip_cfg = text.CLIPConfig(50, 24, 40, 2, 3, 16)
     ids = np.array([[3, 4, 5, 49], [6, 7, 49, 49]], np.int32)
     for forward, cfg, table in ((text.t5, t5_cfg, text.t5_table), (text.clip, clip_cfg, text.clip_table)):
-        params = text.init_tensors(table(cfg), jax.random.key(0))
-        weights = np.random.default_rng(0).standard_normal(forward(params, cfg, ids).shape)
-        grads = jax.grad(lambda p: (weights * forward(p, cfg, ids)).sum())(params)
+        params = weights.init_tensors(table(cfg), jax.random.key(0))
+        factors = np.random.default_rng(0).standard_normal(forward(params, cfg, ids).shape)
+        grads = jax.grad(lambda p: (factors * forward(p, cfg, ids)).sum())(params)
         for path, g in jax.tree_util.tree_leaves_with_path(grads):
             assert np.isfinite(g).all() and np.abs(g).max() > 0, path
 
@@ -153,15 +154,15 @@ def test_tokenizer_errors(tmp_path):
 
 # ---------------------------------------------------------------- the loader
 
-TABLE = {"a": text.linear(3, {"a.q": 4, "a.k": 2}), "n": {"w": text.Tensor((5,), {"l.{}.norm": 5}, 2, mean=1.0)},
-         "s": text.linear(5, {"l.{}.fc": 3}, layers=2)}
+TABLE = {"a": weights.linear(3, {"a.q": 4, "a.k": 2}), "n": {"w": weights.Tensor((5,), {"l.{}.norm": 5}, 2, mean=1.0)},
+         "s": weights.linear(5, {"l.{}.fc": 3}, layers=2)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_save_and_load_are_inverse(tmp_path, dtype, sharded):
-    params = jax.tree.map(lambda x: x.astype(dtype), text.init_tensors(TABLE, jax.random.key(0)))
-    text.save_tensors(TABLE, params, tmp_path / "model.safetensors", dtype)
+    params = jax.tree.map(lambda x: x.astype(dtype), weights.init_tensors(TABLE, jax.random.key(0)))
+    weights.save_tensors(TABLE, params, tmp_path / "model.safetensors", dtype)
     if sharded:
         everything = load_file(tmp_path / "model.safetensors")
         (tmp_path / "model.safetensors").unlink()
@@ -171,7 +172,7 @@ def test_save_and_load_are_inverse(tmp_path, dtype, sharded):
         index = {"weight_map": {k: name for name, part in shards.items() for k in part}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     seen = []
-    loaded = text.load_tensors(TABLE, text.open_weights(tmp_path), dtype=jnp.dtype(dtype),
+    loaded = weights.load_tensors(TABLE, weights.open_weights(tmp_path), dtype=jnp.dtype(dtype),
                                put=lambda name, w: seen.append((name, w.shape)) or jnp.asarray(w))
     assert seen == [("a.b", (6,)), ("a.w", (3, 6)), ("n.w", (5,)), ("n.w", (5,)), ("s.b", (3,)), ("s.b", (3,)),
                     ("s.w", (5, 3)), ("s.w", (5, 3))]
@@ -188,25 +189,25 @@ def test_save_and_load_are_inverse(tmp_path, dtype, sharded):
 ])
 def test_wrong_tensors_are_named(tmp_path, change, message):
     file = tmp_path / "model.safetensors"
-    text.save_tensors(TABLE, text.init_tensors(TABLE, jax.random.key(0)), file, "float32")
+    weights.save_tensors(TABLE, weights.init_tensors(TABLE, jax.random.key(0)), file, "float32")
     everything = load_file(file)
     change(everything)
     save_file(everything, file)
     with pytest.raises(ValueError, match=message):
-        text.load_tensors(TABLE, text.open_weights(tmp_path))
+        weights.load_tensors(TABLE, weights.open_weights(tmp_path))
 
 
 def test_unreadable_weights(tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights at"):
-        text.open_weights(tmp_path / "absent")
+        weights.open_weights(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="holds neither"):
-        text.open_weights(tmp_path)
+        weights.open_weights(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
-        text.open_weights(tmp_path)
+        weights.open_weights(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors is named by the index"):
-        text.open_weights(tmp_path)
+        weights.open_weights(tmp_path)
 
 
 def test_config_values_that_are_not_supported():

@@ -20,6 +20,7 @@ from huggingface_hub import errors
 import dash
 import flux
 import sae
+import session
 import train
 
 ROOT = Path(train.__file__).parent
@@ -92,7 +93,7 @@ def fails(monkeypatch, capsys, *flags):
     """The one line on stderr in which the command ends."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
     with pytest.raises(SystemExit) as error:
-        flux.command(train.main)
+        session.command(train.main)
     *_, line = printed = capsys.readouterr().err.replace("\r", "\n").splitlines()
     assert error.value.code == 2 and line.startswith("error: ") and "Traceback" not in str(printed)
     assert sum(text.startswith("error: ") for text in printed) == 1
@@ -205,7 +206,7 @@ def test_resume_refuses_another_run(trained, monkeypatch, capsys, flag):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import flux, sae, train
+import flux, sae, session, train
 original, written = os.replace, []
 
 def replace(a, b):
@@ -215,7 +216,7 @@ def replace(a, b):
         os.kill(os.getpid(), signal.SIGKILL)
 
 os.replace = replace
-flux.command(train.main)
+session.command(train.main)
 """
 
 
@@ -239,11 +240,11 @@ def test_kill_in_the_middle_of_a_save_leaves_a_checkpoint_that_resumes(start, na
     assert files(tmp_path / "ckpt").keys() == files(trained).keys()
 
 
-# Runs `flux.command(train.main)` in children that need not import anything again: a fork before JAX has made threads.
+# Runs `session.command(train.main)` in children that need not import anything again: a fork before JAX has threads.
 FORKED = """
 import json, os, pathlib, random, signal, sys, time
 sys.path.insert(0, {root!r})
-import fire, flux, optax, sae, safetensors.numpy, shard, text, train, vae
+import fire, flux, optax, sae, safetensors.numpy, session, shard, text, train, vae
 
 def run(*flags):
     if child := os.fork():
@@ -252,7 +253,7 @@ def run(*flags):
     os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
     try:
-        flux.command(train.main)
+        session.command(train.main)
     except BaseException as error:
         os._exit(getattr(error, "code", None) or 1)
     os._exit(0)
@@ -332,11 +333,11 @@ def test_sigterm_between_steps(start, trained, tmp_path, monkeypatch):
 
 
 def test_two_runs_into_one_folder(start, tmp_path, monkeypatch, capsys):
-    with train.claim(Path("ckpt")):
+    with session.claim(Path("ckpt")):
         assert "another run is writing ckpt" in fails(monkeypatch, capsys, "--out=ckpt")
-        with train.claim(Path("other")):
+        with session.claim(Path("other")):
             pass
-    with train.claim(Path("ckpt")):
+    with session.claim(Path("ckpt")):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -414,7 +415,7 @@ def test_metrics_that_cannot_be_read_are_dropped(tmp_path):
 FULL = """
 import resource, sys
 sys.path.insert(0, {root!r})
-import flux, sae, train
+import flux, sae, session, train
 original, saves = sae.checkpoint, []
 
 def checkpoint(*args, **kwargs):
@@ -424,7 +425,7 @@ def checkpoint(*args, **kwargs):
     original(*args, **kwargs)
 
 sae.checkpoint = checkpoint
-flux.command(train.main)
+session.command(train.main)
 """
 
 
