@@ -1,6 +1,6 @@
 """Name values inside a JAX function, and reach them from outside: `sow` marks, `reap` gathers, `plant` replaces.
 
-Stands alone: copy this one file. It needs `jax` only, and importing it touches no device.
+Stands alone: copy this one file. It needs `jax` only (0.10, 0.11 or 0.12), and importing it touches no device.
 
     def model(w, x):                                        # any JAX function, transformed as you like
         return jax.lax.scan(lambda h, w: (sow(jnp.tanh(h @ w), name="h"), None), x, w)[0]
@@ -39,10 +39,12 @@ Good to know:
   reap inside, `grad(grad(...))` outside. An inner reap takes its names; others, also planted, stay visible outside.
 """
 
+import contextlib
 import contextvars
 import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -108,6 +110,9 @@ def plant(fn: Callable, plants: Mapping[str, Any]) -> Callable:
     return functools.wraps(fn)(lambda *args, **kwargs: _run(fn, args, kwargs, picks, whats)[0])
 
 
+# JAX's insides. Whatever JAX does not promise to keep is read in this part alone. It fits jax 0.10, 0.11 and 0.12; the
+# tests of this part say what a newer JAX has changed.
+
 # The primitive: an identity that carries `name`, the pytree of its operands, and for each operand the axes that vmap
 # gave it (outermost first). They stay where they are until the value is reaped: moving them would cost a transpose.
 
@@ -126,6 +131,67 @@ def _batch_sow(xs, dims, *, axes, **params):
 
 
 batching.primitive_batchers[sow_p] = _batch_sow
+
+# The parameters that the rule of each primitive reads, under the names of jax 0.10.
+_PARAMS = {
+    "scan": "jaxpr num_consts num_carry length reverse unroll",
+    "while": "cond_jaxpr cond_nconsts body_jaxpr body_nconsts",
+    "cond": "branches",
+    "shard_map": "jaxpr mesh in_specs out_specs newly_manual_axes check_vma",
+    "jit": "jaxpr name in_shardings out_shardings in_layouts out_layouts donated_invars keep_unused inline "
+           "compiler_options_kvs",
+    **dict.fromkeys(["checkpoint", "remat2"], "jaxpr prevent_cse differentiated"),
+    **dict.fromkeys(["closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"], "call_jaxpr"),
+}
+
+
+def _params(eqn: JaxprEqn) -> SimpleNamespace:
+    """The parameters of `eqn` that its rule reads; raises if this JAX has none of that name."""
+    params = dict(eqn.params)
+    try:
+        if "ft_in" in params:       # a scan since 0.11: the tree of its constants, its carry and the rest
+            params["num_consts"], params["num_carry"], _ = map(len, params["ft_in"].unpack())
+        return SimpleNamespace(**{name: params[name] for name in _PARAMS[eqn.primitive.name].split()})
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise NotImplementedError(f"harvest.py does not fit jax {jax.__version__}: of `{eqn.primitive.name}` it cannot "
+                                  f"read {error}; its parameters are {sorted(eqn.params)}") from error
+
+
+def _bind(eqn: JaxprEqn, args: list, **changed: Any) -> list:
+    """Run one equation as it stands, but for the parameters `changed`."""
+    outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params({**eqn.params, **changed}))
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def _setting(eqn: JaxprEqn) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """Two contexts that keep an equation's place in the source, its named scopes and its settings."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    return source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager
+
+
+def _inner(eqn: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
+    """The jaxprs in an equation's parameters."""
+    return [x for x in jax.tree.leaves(eqn.params) if isinstance(x, Jaxpr | ClosedJaxpr)]
+
+
+def _lift(jaxpr: ClosedJaxpr) -> Jaxpr:
+    """`jaxpr` with its constants as its first inputs."""
+    return jaxpr.jaxpr.replace(constvars=[], invars=[*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars])
+
+
+def _zeros(shapes: Any, rows: tuple[int, ...] = ()) -> Any:
+    """Zeros of `shapes` behind axes of size `rows`. A carry needs also their sharding, and what they vary over."""
+    def zeros(x):       # since 0.11 full_like forgets the explicit axes of a mesh that is not set
+        with jax.sharding.use_abstract_mesh(x.sharding.mesh) if x.sharding else contextlib.nullcontext():
+            return jnp.broadcast_to(lax.full_like(x, 0), rows + x.shape)
+    return jax.tree.map(zeros, shapes)
+
+
+_open = lambda jaxpr: (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, [])
+_varying = lambda kind: kind.mat.varying     # the axes over which a value of this type may differ, for check_vma
+_recomputes = lambda eqn: eqn.params.get("differentiated", False)    # a checkpoint's backward pass repeats its forward
+_by_platform = lambda eqn: bool(eqn.params.get("branches_platforms"))
+
 
 # The names sown while the innermost `reap` or `plant` traces, to raise where JAX drops a sow that nothing uses.
 _seen = contextvars.ContextVar("_seen", default=None)
@@ -179,10 +245,9 @@ def _sows(eqns: Iterable[JaxprEqn], recomputed: bool, scans: int = 0) -> Iterato
     for eqn in eqns:
         if eqn.primitive is sow_p:
             yield eqn, scans
-        elif recomputed or not eqn.params.get("differentiated"):    # a checkpoint's backward pass repeats its forward
-            for x in jax.tree.leaves(eqn.params):
-                if isinstance(x, Jaxpr | ClosedJaxpr):
-                    yield from _sows(x.eqns, recomputed, scans + (eqn.primitive.name == "scan"))
+        elif recomputed or not _recomputes(eqn):
+            for jaxpr in _inner(eqn):
+                yield from _sows(jaxpr.eqns, recomputed, scans + (eqn.primitive.name == "scan"))
 
 
 def _sown(eqns: Iterable[JaxprEqn], plan: Plan | None = None, recomputed: bool = False) -> dict[str, int]:
@@ -205,8 +270,8 @@ def _walk(jaxpr: Jaxpr | ClosedJaxpr, args: Iterable, plan: Plan) -> tuple[list,
             raise _unhandled(f"`{eqn.primitive.name}`", wanted)
         if twice := once & (sown := wanted.keys() & _sown([eqn]).keys()):
             raise ValueError(f"{sorted(twice)}: sown more than once, so which value is meant? Use a name for each")
-        names = source_info_util.current_name_stack() + eqn.source_info.name_stack
-        with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+        source, settings = _setting(eqn)
+        with source, settings:
             outs, new = _RULES[eqn.primitive.name](eqn, inputs, plan) if wanted else (_bind(eqn, inputs), {})
         caught, once = caught | new, once | sown
         env.update(zip(eqn.outvars, outs))
@@ -239,23 +304,6 @@ def _fit(name: str, new: Any, old: Any) -> Any:
         raise ValueError(f"{name!r}: cannot plant {given} where {needed} is sown") from error
 
 
-def _zeros(shapes: Any, rows: tuple[int, ...] = ()) -> Any:
-    # full_like also takes over how a value is sharded and what it varies over in a shard_map: carries insist on both
-    return jax.tree.map(lambda x: jnp.broadcast_to(lax.full_like(x, 0), rows + x.shape), shapes)
-
-
-# With `_walk`'s last lines and the parameters in the rules, all corners of JAX that are not quite public.
-
-_open = lambda jaxpr: (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, [])
-_varying = lambda kind: kind.mat.varying     # the axes over which a value of this type may differ, for check_vma
-
-
-def _bind(eqn: JaxprEqn, args: list, **changed: Any) -> list:
-    """Run one equation as it stands, but for the parameters `changed`."""
-    outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params({**eqn.params, **changed}))
-    return list(outs) if eqn.primitive.multiple_results else [outs]
-
-
 # The rules: rule(eqn, inputs, plan) -> (its results, {name: value} of what was sown in it).
 
 def _sow_rule(eqn, args, plan):
@@ -272,47 +320,46 @@ def _sow_rule(eqn, args, plan):
 
 
 def _jit_rule(eqn, args, plan):
-    p = eqn.params
-    if any(layout is not None for layout in (*p["in_layouts"], *p["out_layouts"])):
+    p = _params(eqn)
+    if any(layout is not None for layout in (*p.in_layouts, *p.out_layouts)):
         raise _unhandled("a `jit` with array layouts", _sown([eqn]))
     given = lambda shardings: [s if isinstance(s, jax.sharding.Sharding) else None for s in shardings]
-    inner = lambda *args: _walk(p["jaxpr"], args, plan)
-    inner.__name__ = p["name"]
-    return jax.jit(inner, in_shardings=tuple(given(p["in_shardings"])),
-                   out_shardings=(given(p["out_shardings"]), None), keep_unused=p["keep_unused"], inline=p["inline"],
-                   donate_argnums=tuple(i for i, donated in enumerate(p["donated_invars"]) if donated),
-                   compiler_options=dict(p["compiler_options_kvs"]) or None)(*args)
+    inner = lambda *args: _walk(p.jaxpr, args, plan)
+    inner.__name__ = p.name
+    return jax.jit(inner, in_shardings=tuple(given(p.in_shardings)),
+                   out_shardings=(given(p.out_shardings), None), keep_unused=p.keep_unused, inline=p.inline,
+                   donate_argnums=tuple(i for i, donated in enumerate(p.donated_invars) if donated),
+                   compiler_options=dict(p.compiler_options_kvs) or None)(*args)
 
 
 def _remat_rule(eqn, args, plan):
-    jaxpr, out = jax.make_jaxpr(lambda *args: _walk(eqn.params["jaxpr"], args, plan), return_shape=True)(*args)
-    cse = cse if isinstance(cse := eqn.params["prevent_cse"], bool) else (False,) * len(jaxpr.consts) + cse
-    lifted = jaxpr.jaxpr.replace(constvars=[], invars=[*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars])
-    outs = _bind(eqn, [*jaxpr.consts, *args], jaxpr=lifted, prevent_cse=cse)
+    p = _params(eqn)
+    jaxpr, out = jax.make_jaxpr(lambda *args: _walk(p.jaxpr, args, plan), return_shape=True)(*args)
+    cse = cse if isinstance(cse := p.prevent_cse, bool) else (False,) * len(jaxpr.consts) + cse
+    outs = _bind(eqn, [*jaxpr.consts, *args], jaxpr=_lift(jaxpr), prevent_cse=cse)
     return jax.tree.unflatten(jax.tree.structure(out), outs)
 
 
 def _scan_rule(eqn, args, plan):
-    p, jaxpr = eqn.params, eqn.params["jaxpr"]
-    n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
-    wanted = _sown(jaxpr.eqns, plan)
-    slots = {name: _slots(name, plan.picks[name], p["length"]) for name, scans in wanted.items()
+    p = _params(eqn)
+    n, m = p.num_consts, p.num_consts + p.num_carry
+    wanted = _sown(p.jaxpr.eqns, plan)
+    slots = {name: _slots(name, plan.picks[name], p.length) for name, scans in wanted.items()
              if plan.picks[name] is not None and not scans}
     plants = {name: plan.plants[name] for name in plan.plants.keys() & wanted.keys() - slots.keys()}
-    shapes = _shapes(jaxpr, plan) if slots else {}
+    shapes = _shapes(p.jaxpr, plan) if slots else {}
     kept = {name: _zeros(shapes[name], (np.size(plan.picks[name]),)) for name in slots if name in shapes}
     keep = lambda slot: lambda buffer, value: buffer.at[slot].set(value, mode="drop", unique_indices=True)
 
     def body(state, x):
         (carry, kept), (x, slot, plants) = state, x
         inner = Plan(plan.picks, {**plan.plants, **plants}, {**plan.turns, **slot})
-        outs, caught = _walk(jaxpr, [*args[:n], *carry, *x], inner)
+        outs, caught = _walk(p.jaxpr, [*args[:n], *carry, *x], inner)
         kept = {name: jax.tree.map(keep(slot[name]), kept[name], caught.pop(name)) for name in kept}
         return (outs[:m - n], kept), (outs[m - n:], caught)
 
-    (carry, kept), (ys, caught) = lax.scan(
-        body, (args[n:m], kept), (args[m:], slots, plants), length=p["length"], reverse=p["reverse"],
-        **{key: p[key] for key in ("unroll", "_split_transpose") if key in p})
+    (carry, kept), (ys, caught) = lax.scan(body, (args[n:m], kept), (args[m:], slots, plants), length=p.length,
+                                           reverse=p.reverse, unroll=p.unroll)
     for name, value in kept.items():
         caught[name] = jax.tree.map(lambda x: x[0], value) if isinstance(plan.picks[name], int) else value
     return [*carry, *ys], caught
@@ -331,9 +378,9 @@ def _slots(name: str, pick: int | tuple[int, ...], length: int) -> np.ndarray:
 
 
 def _while_rule(eqn, args, plan):
-    p = eqn.params
-    n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
-    test, body = p["cond_jaxpr"], p["body_jaxpr"]
+    p = _params(eqn)
+    n, m = p.cond_nconsts, p.cond_nconsts + p.body_nconsts
+    test, body = p.cond_jaxpr, p.body_jaxpr
     if inside := _sown(test.eqns, plan):
         raise _unhandled("the condition of a `while`", inside)
     if test.out_avals[0].shape:     # lanes that have stopped would go on sowing
@@ -344,9 +391,9 @@ def _while_rule(eqn, args, plan):
 
 
 def _cond_rule(eqn, args, plan):
-    if eqn.params.get("branches_platforms"):
+    if _by_platform(eqn):
         raise _unhandled("`platform_dependent`", _sown([eqn]))
-    branches, shapes = eqn.params["branches"], {}
+    branches, shapes = _params(eqn).branches, {}
     for name, new in [item for branch in branches for item in _shapes(branch, plan).items()]:
         kinds = [jax.tree.map(lambda x: f"{x.dtype}{x.shape}", value) for value in (shapes.setdefault(name, new), new)]
         if kinds[0] != kinds[1]:
@@ -360,11 +407,11 @@ def _cond_rule(eqn, args, plan):
 
 
 def _shard_map_rule(eqn, args, plan):
-    p = eqn.params
-    axes = tuple(axis for axis in p["mesh"].axis_names if axis in p["newly_manual_axes"])
+    p = _params(eqn)
+    axes = tuple(axis for axis in p.mesh.axis_names if axis in p.newly_manual_axes)
     agree = {}      # name -> for each leaf the axes over which what is sown does not vary
-    for sown, _ in _sows(p["jaxpr"].eqns, recomputed=True):
-        new = [set(axes) - _varying(x.aval) if p["check_vma"] else set() for x in sown.outvars]
+    for sown, _ in _sows(p.jaxpr.eqns, recomputed=True):
+        new = [set(axes) - _varying(x.aval) if p.check_vma else set() for x in sown.outvars]
         agree[sown.params["name"]] = [a & b for a, b in zip(new, agree.get(sown.params["name"], new))]
 
     def own(x, agree):
@@ -375,12 +422,12 @@ def _shard_map_rule(eqn, args, plan):
     def inner(plants, *args):
         plants = {name: jax.tree.unflatten(jax.tree.structure(x), map(own, jax.tree.leaves(x), agree[name] * len(x)))
                   for name, x in plants.items()}
-        outs, caught = _walk(p["jaxpr"], args, Plan(plan.picks, {**plan.plants, **plants}, plan.turns))
+        outs, caught = _walk(p.jaxpr, args, Plan(plan.picks, {**plan.plants, **plants}, plan.turns))
         return outs, jax.tree.map(lambda x: x[None], caught)
 
     plants = {name: plan.plants[name] for name in plan.plants.keys() & agree.keys()}
-    return jax.shard_map(inner, mesh=p["mesh"], in_specs=(PartitionSpec(axes), *p["in_specs"]), axis_names=set(axes),
-                         out_specs=(list(p["out_specs"]), PartitionSpec(axes)), check_vma=p["check_vma"])(plants, *args)
+    return jax.shard_map(inner, mesh=p.mesh, in_specs=(PartitionSpec(axes), *p.in_specs), axis_names=set(axes),
+                         out_specs=(list(p.out_specs), PartitionSpec(axes)), check_vma=p.check_vma)(plants, *args)
 
 
 def _custom_rule(eqn, args, plan):
@@ -388,10 +435,10 @@ def _custom_rule(eqn, args, plan):
         raise _unhandled(f"a `{eqn.primitive.name}`", _sown([eqn], plan), "planting would lose its derivative rule")
     if eqn.effects:     # that would happen twice
         raise _unhandled(f"a `{eqn.primitive.name}` with side effects", _sown([eqn]))
-    return _bind(eqn, args), _walk(eqn.params["call_jaxpr"], args, plan)[1]
+    return _bind(eqn, args), _walk(_params(eqn).call_jaxpr, args, plan)[1]
 
 
-_call_rule = lambda eqn, args, plan: _walk(eqn.params["call_jaxpr"], args, plan)
+_call_rule = lambda eqn, args, plan: _walk(_params(eqn).call_jaxpr, args, plan)
 _RULES = {
     "sow": _sow_rule, "scan": _scan_rule, "while": _while_rule, "cond": _cond_rule, "shard_map": _shard_map_rule,
     "jit": _jit_rule, "closed_call": _call_rule, "core_call": _call_rule, "remat2": _remat_rule,

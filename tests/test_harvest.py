@@ -827,6 +827,58 @@ def test_alone_and_without_touching_a_device(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
 
 
+# JAX's insides: these tests name the version of JAX in which they have changed, and what is missing
+
+def mapped(x):
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.shard_map(lambda x: sow(x * 2, "s"), mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())(x)
+
+
+TRANSFORMED = {
+    "jit": jax.jit(lambda x: sow(x * 2, "s")),
+    "checkpoint": jax.checkpoint(lambda x: sow(x * 2, "s")),
+    "the gradient of a checkpoint": jax.grad(jax.checkpoint(lambda x: (sow(jnp.sin(x), "s") ** 2).sum())),
+    "named_call": jax.named_call(lambda x: sow(x * 2, "s"), name="n"),
+    "scan": lambda x: lax.scan(lambda c, t: (sow(c * x + t, "s"), t), x, jnp.arange(3.0))[0],
+    "while_loop": lambda x: lax.while_loop(lambda c: c.sum() < x[0, 0], lambda c: sow(c * x, "s"), x),
+    "cond": lambda x: lax.cond(x.sum() > 0, lambda x: sow(x, "s"), lambda x: x, x),
+    "custom_jvp": rule_jvp(lambda x: sow(x * 2, "s")),
+    "custom_vjp": rule_vjp(lambda x: sow(x * 2, "s")),
+    "shard_map": mapped,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMED)
+def test_insides_of_this_jax(transform):
+    """Each equation with a sow inside is one that harvest knows, and has the parameters that its rule reads."""
+    where = f"jax {jax.__version__}, {transform}"
+    try:
+        eqns = [e for e in jax.make_jaxpr(TRANSFORMED[transform])(X).eqns if harvest._sown([e], recomputed=True)]
+        for eqn in eqns:
+            assert eqn.primitive.name in harvest._RULES, f"{where}: no rule for the primitive `{eqn.primitive.name}`"
+            if eqn.primitive is not harvest.sow_p:
+                harvest._params(eqn)
+                assert harvest._inner(eqn), f"{where}: no jaxpr among the parameters {sorted(eqn.params)}"
+                assert all(harvest._varying(x.aval) == frozenset() for x in eqn.outvars)
+                with harvest._setting(eqn)[0], harvest._setting(eqn)[1]:
+                    pass
+    except (AttributeError, TypeError, NotImplementedError) as error:
+        pytest.fail(f"{where}: {error!r}")
+    assert eqns, f"{where}: the sow is gone"
+    if transform == "scan":
+        counts = [(p.num_consts, p.num_carry, p.length) for p in map(harvest._params, eqns)]
+        assert counts == [(1, 1, 3)], f"{where}: constants, carry and length are {counts}"
+    if transform == "the gradient of a checkpoint":
+        assert list(map(harvest._recomputes, eqns)).count(True) == 1, f"{where}: which equation recomputes?"
+
+
+def test_a_jax_that_does_not_fit_is_named(monkeypatch):
+    monkeypatch.setitem(harvest._PARAMS, "scan", harvest._PARAMS["scan"] + " moved")
+    with pytest.raises(NotImplementedError, match=f"jax {re.escape(jax.__version__)}.*`scan`.*'moved'.*'length'"):
+        reap(stack(sow))(W, X)
+    same(plant(lambda x: sow(x, "h"), {"h": X * 2})(X), X * 2)      # the rest works
+
+
 # several devices, in a process of their own
 
 def shard_map_checks():
@@ -925,6 +977,12 @@ def check_global_sharding(mesh, w, x):
         again = jax.jit(plant(stack(sow), {"h": caught["h"] if pick is None else {2: lambda h: h}}))(w, x)
         same(again, out)
         assert again.sharding.spec[0] == "x"
+    loop = lambda x: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, sow(c[1] * 2, "c")), (0, x))[1]
+    branch = lambda x: lax.cond(x.sum() > 1e9, lambda x: sow(x * 2, "c"), lambda x: x * 1, x)
+    for f, factor in ((loop, 8), (branch, 0)):
+        caught = jax.jit(reap(f))(x)[1]["c"]
+        same(caught, np.asarray(x) * factor)
+        assert caught.sharding.spec[0] == "x"
     f = jax.jit(lambda x: sow(x, "s") + 1, out_shardings=NamedSharding(mesh, PartitionSpec("y")))
     out, caught = reap(f)(x)
     assert out.sharding.spec[0] == "y" and caught["s"].sharding.spec[0] == "x"
