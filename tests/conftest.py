@@ -1,4 +1,6 @@
 import gc
+import importlib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -8,11 +10,67 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")                     # no test may r
 import jax
 import pytest
 
+ROOT = Path(__file__).parents[1]
+OURS = sorted(file.stem for folder in (".", "nano", "tests") for file in (ROOT / folder).glob("*.py"))
+OPTIONAL = ("torch", "diffusers", "transformers", "sae_lens", "bitsandbytes")    # there is no PyTorch for every Python
+
+
+def pytest_configure(config):
+    """Deprecation warnings of our own files are errors, also in the processes that tests start; others' are not."""
+    config.addinivalue_line("filterwarnings", f"error::DeprecationWarning:({'|'.join(OURS)})$")
+    os.environ["PYTHONWARNINGS"] = ",".join(f"error::DeprecationWarning:{name}" for name in ("__main__", *OURS))
+
+
+class Missing:
+    """Stands for a library that is not installed, and for all in it: a test that calls it is skipped."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *_, **__):
+        raise ModuleNotFoundError(f"No module named {self.name!r}", name=self.name)
+
+
+def optional(module, *names):
+    """Import `module`, or several `names` of it, which most tests of a file can do without."""
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not lacking(error):
+            raise
+        found = Missing(error.name)
+    return [getattr(found, name) for name in names] if names else found
+
+
+def lacking(error):
+    """The optional library for want of which `error` was raised, if any."""
+    name = (error.name or "").split(".")[0] or ("torch" if "PyTorch" in str(error) else "")     # as transformers says
+    return name if name in OPTIONAL and importlib.util.find_spec(name) is None else ""
+
+
+def skipping(item):
+    """Skip a test, instead of failing it, for an optional library that is not installed."""
+    try:
+        return (yield)
+    except ImportError as error:
+        if not (name := lacking(error)):
+            raise
+        pytest.skip(f"needs {name}")
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(skipping)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(skipping)
+
 
 @pytest.fixture(scope="session")
 def nano():
     """The bundled model's folder."""
-    return Path(__file__).parents[1] / "nano"
+    return ROOT / "nano"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import FluxTransformer2DModel
+from conftest import optional
 from safetensors.numpy import load_file, save_file
 
 import flux
 import shard
 import weights
 from harvest import reap
+
+torch = optional("torch")
+FluxTransformer2DModel, = optional("diffusers", "FluxTransformer2DModel")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # double, single, heads, head width, rope axes, guidance, (rows, columns), text tokens, batch

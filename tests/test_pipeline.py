@@ -14,17 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from conftest import optional
 from huggingface_hub import errors
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from test_flux import error, poisoned, quick, random_transformer, to_bfl
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 import flux
 import session
+
+torch = optional("torch")
+AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline = optional(
+    "diffusers", "AutoencoderKL", "FlowMatchEulerDiscreteScheduler", "FluxPipeline")
+calculate_shift, = optional("diffusers.pipelines.flux.pipeline_flux", "calculate_shift")
+CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast = optional(
+    "transformers", "CLIPTextConfig", "CLIPTextModel", "CLIPTokenizer", "T5Config", "T5EncoderModel", "T5TokenizerFast")
 
 # double, single, heads, head width, rope axes, guidance
 SCHNELL = (1, 2, 2, 16, (4, 6, 6), False)

@@ -5,13 +5,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import bitsandbytes.functional as bnb
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from conftest import optional
 from test_flux import CASES as MODELS
 from test_flux import WEIGHTS, quick, random_inputs, random_transformer, run
 
@@ -19,6 +17,9 @@ import flux
 import quant
 import session
 import text
+
+torch, bnb = optional("torch"), optional("bitsandbytes.functional")
+load_file, save_file = optional("safetensors.torch", "load_file", "save_file")
 
 torch._dynamo.config.disable = True                              # bitsandbytes compiles, which takes far longer
 

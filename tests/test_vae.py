@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL
+from conftest import optional
 from safetensors.numpy import load_file, save_file
 
 import vae
+
+torch = optional("torch")
+AutoencoderKL, = optional("diffusers", "AutoencoderKL")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = {"block_out_channels": (4, 6), "norm_num_groups": 2, "latent_channels": 3}
