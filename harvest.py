@@ -1,6 +1,6 @@
 """Name values inside a JAX function, and reach them from outside: `sow` marks, `reap` gathers, `plant` replaces.
 
-Stands alone: copy this one file. It needs `jax` only (0.10, 0.11 or 0.12), and importing it touches no device.
+Stands alone: copy this one file. It needs `jax` only (0.10.2 to 0.12), and importing it touches no device.
 
     def model(w, x):                                        # any JAX function, transformed as you like
         return jax.lax.scan(lambda h, w: (sow(jnp.tanh(h @ w), name="h"), None), x, w)[0]
@@ -110,7 +110,7 @@ def plant(fn: Callable, plants: Mapping[str, Any]) -> Callable:
     return functools.wraps(fn)(lambda *args, **kwargs: _run(fn, args, kwargs, picks, whats)[0])
 
 
-# JAX's insides. Whatever JAX does not promise to keep is read in this part alone. It fits jax 0.10, 0.11 and 0.12; the
+# JAX's insides. Whatever JAX does not promise to keep is read in this part alone. It fits jax 0.10.2 to 0.12; the
 # tests of this part say what a newer JAX has changed.
 
 # The primitive: an identity that carries `name`, the pytree of its operands, and for each operand the axes that vmap
