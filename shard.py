@@ -259,7 +259,7 @@ def sliced(mesh=None):
 
 
 def filled(mesh, walk):
-    """`walk` for any batch: the last example is repeated until the mesh divides them, and taken off again; or else every
+    """`walk` for any batch: the last example is repeated until the mesh divides them, and taken off again. Else every
     chip would do the work of all."""
     def run(block, x, stack, layers, *context):
         B = jax.tree.leaves(x)[0].shape[0]

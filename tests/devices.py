@@ -103,7 +103,7 @@ def train_sae(model, mesh, work):
         "quant": "nf4", "size": 128, "text_tokens": 32})
     out = Path(work) / f"sae{len(os.listdir(work))}"
     train.train(run, model, sources.stream(run.prompts, run.prompt_field, False), out, mesh=mesh, resume=False,
-                overwrite=False, log_every=20, save_every=20)
+                log_every=20, save_every=20)
     return {name: np.asarray(value) for name, value in sae.load(out)[0].items()}
 
 
