@@ -547,17 +547,19 @@ def resolve(model, files=PARTS):
         model = Path(__file__).parent / "nano"
     if Path(model).is_dir():
         return Path(model)
-    repo = REPOS.get(str(model), str(model))
+    repo, _, revision = str(model).partition("@")
+    repo = REPOS.get(repo, repo)
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise Mistake(f"unknown model {str(model)!r}: give nano, schnell, dev, a folder or a repo id owner/name")
-    return download(repo, files)
+        raise Mistake(f"unknown model {str(model)!r}: give nano, schnell, dev, a folder or a repo id "
+                      "owner/name or owner/name@revision")
+    return download(repo, files, **({"revision": revision} if revision else {}))
 
 
-def download(repo, files):
-    """The local folder of a repo on the hub, with its files that match the patterns `files`."""
+def download(repo, files, **options):
+    """The local folder of a repo on the hub, with its files that match the patterns `files`. options: revision."""
     from huggingface_hub import errors, snapshot_download
     try:
-        return Path(snapshot_download(repo, allow_patterns=files))
+        return Path(snapshot_download(repo, allow_patterns=files, **options))
     except errors.GatedRepoError:
         raise Mistake(f"{repo} is gated: accept its license on the hub, then log in with `hf auth login`") from None
     except errors.RepositoryNotFoundError:

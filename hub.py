@@ -78,7 +78,8 @@ def card(folder, repo, base, place, others):
     name = base or Path(about["model"]).name
     source = f"[{base}](https://huggingface.co/{base})" if base else f"`{name}`"
     revision = f", revision `{about['revision']}`" if about.get("revision") else ""
-    size = f"of {run['size']} x {run['size']} pixels" if run.get("size") else "of the model's own size"
+    size = " x ".join(map(str, run["size"] if isinstance(run["size"], list) else [run["size"]] * 2))
+    size = f"of {size} pixels" if run["size"] else "of the model's own size"
     beside = f"\nThe repository also holds {', '.join(f'`{other}`' for other in others)}.\n" if others else ""
     return f"""---
 {front}
@@ -95,7 +96,7 @@ def card(folder, repo, base, place, others):
 | prompts | `{run['prompts']}` |
 | normalization | {about['normalization']} |
 {groups(about, place)}
-{scores(about['evaluation'])}
+{scores(about['evaluation'], "held-out" if run.get("held_out", True) else "seen prompts, new noise")}
 FVU is the fraction of variance unexplained: "std." with every dimension scaled to unit variance, the space of training;
 "raw" on the residuals as they are, of which a few huge directions decide it.
 {beside}
@@ -131,10 +132,10 @@ def groups(about, place):
     return f"| for tokens | {first}; of {', '.join(f'{name}: `{place}/{name}`' for name in others)} |\n"
 
 
-def scores(rows):
-    """The closing table of a run, on held-out prompts, as Markdown."""
+def scores(rows, title):
+    """The closing table of a run, as Markdown."""
     heads = [key for key in COLUMNS if any(key in row for row in rows.values())]
-    lines = [f"| held-out | {' | '.join(COLUMNS[key] for key in heads)} |", "|---|" + "--:|" * len(heads)]
+    lines = [f"| {title} | {' | '.join(COLUMNS[key] for key in heads)} |", "|---|" + "--:|" * len(heads)]
     for name, row in rows.items():
         lines.append(f"| {name} | {' | '.join(f'{row[key]:.3f}' if key in row else '' for key in heads)} |")
     return "\n".join(lines) + "\n"

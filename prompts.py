@@ -4,60 +4,147 @@ Stands alone: copy this one file (with `nano/scenes.py` for the source "scenes")
 
     for prompt in prompts.read("captions.jsonl.gz", "text"): ...
     for prompt in prompts.stream("hf:opendiffusionai/cc12m-cleaned", "caption_llava_short"): ...   # never ends
+    unseen = prompts.take("captions.tsv", None, 100, held_out=True)      # train.py has not trained on these
+
+One prompt in twenty is held out of training. A hash of the prompt decides which, so a caption that comes twice, also in
+another file, is on one side only. A source of few prompts holds none out (see `divisible`).
 """
 import csv
 import gzip
+import hashlib
 import importlib.util
 import itertools
 import json
+import os
 import zlib
 from pathlib import Path
 
 DATASET, DATASET_FIELD = "hf:opendiffusionai/cc12m-cleaned", "caption_llava_short"     # the FLUX SAE paper's prompts
 FIELDS = ("prompt", "caption", "text", DATASET_FIELD)            # tried in this order where no field is named
-SUFFIXES = (".txt", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
+SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 HELD_OUT_SCENES = 10_000                                         # the first ones are for evaluation
+SHARE = 20                                                       # one prompt of so many is held out
+UNREADABLE = (gzip.BadGzipFile, zlib.error, EOFError, csv.Error)                  # from there on, a file
 
 
 class Mistake(ValueError):
     """What the caller can put right; its message is one line that names the value and what would be right."""
 
 
-def read(source, field=None):
-    """Prompts, streamed: from a text file (one a line), CSV or JSON lines (plain or .gz), parquet (with pyarrow), or
-    `hf:owner/dataset[/file]`. Blank ones are skipped. Raises ValueError naming a file or field that does not fit."""
-    if source.startswith("hf:"):
-        files = _hub_files(source[3:])
-    elif Path(source).is_file():
-        files = [source]
-    else:
-        raise Mistake(f"no prompt file {source!r}; give a file, or hf:owner/dataset[/file]")
-    for file in files:
-        for number, prompt in enumerate(_prompts_in(Path(file), field), 1):
-            if not isinstance(prompt or "", str):
-                raise Mistake(f"{file}: prompt {number} is {prompt!r}, not a string")
-            if prompt and prompt.strip():
-                yield prompt.strip()
+# ---------------------------------------------------------------- sources
 
 
-def stream(source, field=None):
-    """Prompts without end: a finite source starts anew. "scenes": captions of nano's scenes that are not held out."""
-    if source == "scenes":
-        yield from scenes().captions(HELD_OUT_SCENES)
+def read(source, field=None, held_out=None, say=print):
+    """Prompts, streamed: from a text file (one a line), CSV, TSV, JSON (lines, or one array; all plain or .gz), parquet
+    (with pyarrow), `hf:owner/dataset[@revision][/file]`, or "scenes", which never end. Blank ones are skipped.
+
+    held_out: True for those that are held out of training, False for the others, None for all. Rows that cannot be used
+    are skipped, and say() tells how many; but if there is none before them that can, they raise Mistake.
+    """
+    good = False
+    for file in _files(source):
+        bad = 0
+        for prompt in _captions(held_out) if file == "scenes" else _checked(Path(file), field):
+            if isinstance(prompt, Mistake):
+                if not good:
+                    raise prompt
+                bad += 1
+                if bad == 1:
+                    say(f"prompts: skipped: {prompt}")
+            elif prompt := prompt.strip():
+                good = True
+                if held_out is None or held_out == is_held_out(prompt):
+                    yield prompt
+        if bad > 1:
+            say(f"prompts: skipped {bad:,} rows of {file}")
+
+
+def stream(source, field=None, held_out=None):
+    """`read` without end: a finite source starts anew. Raises Mistake where there is nothing to read."""
+    say = print
     while True:
         prompt = None
-        for prompt in read(source, field):
+        for prompt in read(source, field, held_out, say):
             yield prompt
         if prompt is None:
             raise Mistake(f"{source} holds no prompts")
+        say = _silent                                            # it was said once
 
 
-def take(source, field, n):
-    """The first n prompts of a source, or all where it has fewer. Raises ValueError where it has none."""
-    first = list(itertools.islice(read(source, field), n))
+def take(source, field, n, held_out=None):
+    """The first n prompts of a source, or all where it has fewer. Raises Mistake where it has none.
+
+    held_out: True for those that no training has seen and, where these are fewer than n, then the others.
+    """
+    first = list(itertools.islice(read(source, field, held_out), n))
+    if held_out and len(first) < n:
+        seen = list(itertools.islice(read(source, field, False, _silent), n - len(first)))
+        print(f"prompts: {len(first)} of {source} were held out of training, {len(seen)} were not")
+        first += seen
     if not first:
         raise Mistake(f"{source} holds no prompts")
     return first
+
+
+def is_held_out(prompt):
+    """Whether a prompt is among those that are held out, whatever its case and spaces."""
+    words = " ".join(prompt.casefold().split())
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) % SHARE == 0
+
+
+def divisible(source, field=None):
+    """Whether prompts of a source can be held out: there are a hundred different ones, and one of them is."""
+    first = set(itertools.islice(read(source, field, say=_silent), 1000))
+    return len(first) >= 100 and any(map(is_held_out, first))
+
+
+def located(source):
+    """The source with what makes it the same anywhere: a file's absolute path, the revision of a dataset on the hub."""
+    if source == "scenes":
+        return source
+    if not source.startswith("hf:"):
+        return os.path.abspath(_existing(source))
+    repo, revision, file = _hub_name(source[3:])
+    if not revision:
+        from huggingface_hub import HfApi
+        revision = _hub(HfApi().repo_info, repo).sha
+    return f"hf:{'/'.join([f'{repo}@{revision}', *file])}"
+
+
+def same(given, source):
+    """Whether `given`, as a user types it, means `source`, which is `located`."""
+    if given.startswith("hf:") and source.startswith("hf:"):
+        (repo, revision, file), whole = _hub_name(given[3:]), _hub_name(source[3:])
+        return (repo, revision or whole[1], file) == whole
+    return given == source or os.path.abspath(given) == os.path.abspath(source)
+
+
+def fingerprint(source):
+    """SHA-256 of a file's bytes; None for what is no file."""
+    if source == "scenes" or source.startswith("hf:"):
+        return None
+    with open(_existing(source), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _existing(source):
+    if not Path(source).is_file():
+        raise Mistake(f"no prompt file {source!r}; give a file, or hf:owner/dataset[@revision][/file]")
+    return source
+
+
+def _files(source):
+    """Paths of a source's files, each fetched when it is reached; "scenes" is its own."""
+    if source.startswith("hf:"):
+        return _hub_files(source[3:])
+    return [source if source == "scenes" else _existing(source)]
+
+
+def _silent(text):
+    pass
+
+
+# ---------------------------------------------------------------- scenes
 
 
 def scenes():
@@ -68,73 +155,158 @@ def scenes():
     return module
 
 
-def _prompts_in(path, field):
-    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
-    if suffix == ".parquet":
-        yield from _parquet(path, field)
-        return
-    # utf-8-sig: spreadsheets put a byte order mark before the first field's name
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-        try:
-            if suffix == ".csv":
-                rows = csv.DictReader(file)
-                field = _field(rows.fieldnames or (), field, path)
-                yield from (row[field] for row in rows)
-            elif suffix in (".jsonl", ".ndjson", ".json"):
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield _json_prompt(line, field, f"{path}, line {number}")
-            else:
-                yield from file
-        except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError, csv.Error) as error:
-            raise Mistake(f"{path} cannot be read as {suffix or 'text'}: {error}") from None
+def held_out_scenes(n):
+    """The first n scenes whose captions are held out."""
+    world = scenes()
+    drawn = (world.sample(i) for i in itertools.count())
+    return list(itertools.islice((scene for scene in drawn if is_held_out(world.caption(scene))), n))
 
 
-def _json_prompt(line, field, where):
+def _captions(held_out):
+    return scenes().captions(0 if held_out else HELD_OUT_SCENES)
+
+
+# ---------------------------------------------------------------- files
+
+
+def _checked(path, field):
+    """What is in a file: prompts ("" for an empty row), and in the place of each that cannot be used a Mistake."""
     try:
-        row = json.loads(line)
+        for where, prompt in _rows(path, field):
+            if isinstance(prompt, Mistake):
+                yield prompt
+            elif prompt is None:
+                yield ""
+            elif not isinstance(prompt, str):
+                yield Mistake(f"{where} is {str(prompt)[:60]}, not a string")
+            else:
+                yield prompt if _is_text(prompt) else Mistake(f"{where} is no UTF-8 text: {prompt[:60]!r}")
+    except UNREADABLE as error:
+        yield Mistake(f"{path} cannot be read as {_kind(path)}, or not to its end: {error}")
+    except Mistake as error:                                     # of a whole file: no such field, another suffix
+        yield error
+
+
+def _is_text(prompt):
+    try:
+        return b"\0" not in prompt.encode()
+    except UnicodeEncodeError:                                   # half of a pair of surrogates
+        return False
+
+
+def _kind(path):
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def _rows(path, field):
+    """(where it stands, prompt, None or Mistake) of each row."""
+    kind = _kind(path)
+    if kind not in SUFFIXES:
+        raise Mistake(f"{path}: unknown suffix {kind!r} of a prompt file; known are {', '.join(SUFFIXES)}, and .gz "
+                      "behind them")
+    if kind == ".parquet":
+        return _parquet(path, field)
+    return _text(path, kind, field)
+
+
+def _text(path, kind, field):
+    # utf-8-sig: spreadsheets put a byte order mark before the first field's name. What is no UTF-8 becomes surrogates.
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(
+            path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if kind in (".csv", ".tsv"):
+            yield from _table(csv.DictReader(file, delimiter="," if kind == ".csv" else "\t"), field, path)
+        elif kind == ".txt":
+            yield from ((f"{path}, line {number}", line) for number, line in enumerate(file, 1))
+        else:
+            yield from _json(file, kind, field, path)
+
+
+def _table(rows, field, path):
+    field, ended = _field(rows.fieldnames or (), field, path), object()
+    while (row := next(rows, ended)) is not ended:
+        where = f"{path}, line {rows.line_num}"
+        # Commas of an unquoted caption make fields of their own, and would cut it off.
+        yield where, Mistake(f"{where} has more fields than the first line") if None in row else row[field]
+
+
+def _json(file, kind, field, path):
+    lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+    for where, line in lines:
+        if kind == ".json" and line.lstrip().startswith("["):    # one array; elsewhere an array is a bad row
+            rows = _parsed(line + file.read(), path)
+            for number, row in enumerate([rows] if isinstance(rows, Mistake) else rows, 1):
+                where = f"{path}, prompt {number}"
+                yield where, _of(row, field, where)
+        else:
+            yield where, _of(_parsed(line, where), field, where)
+
+
+def _parsed(text, where):
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Mistake(f"{where} is not JSON: {error}") from None
-    return row[_field(row, field, where)] if isinstance(row, dict) else row
+        return Mistake(f"{where} is not JSON: {error}")
+
+
+def _of(row, field, where):
+    try:
+        return row[_field(row, field, where)] if isinstance(row, dict) else row
+    except Mistake as error:
+        return error
 
 
 def _parquet(path, field):
     try:
+        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise Mistake(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
-    table = parquet.ParquetFile(path)
-    field = _field(table.schema_arrow.names, field, path)
-    for batch in table.iter_batches(columns=[field]):
-        yield from batch.column(0).to_pylist()
+    try:
+        table, number = parquet.ParquetFile(path), itertools.count(1)
+        field = _field(table.schema_arrow.names, field, path)
+        for batch in table.iter_batches(columns=[field]):
+            yield from ((f"{path}, prompt {next(number)}", prompt) for prompt in batch.column(0).to_pylist())
+    except pyarrow.ArrowException as error:
+        raise Mistake(f"{path} cannot be read as .parquet: {' '.join(str(error).split())}") from None
 
 
 def _field(names, field, where):
     found = [name for name in ([field] if field else FIELDS) if name in names]
     if not found:
-        raise Mistake(f"{where} has no field {field or ' or '.join(FIELDS)!r}, but {', '.join(names) or 'none'}; "
-                         "name it by --prompt_field")
+        known = ", ".join(names).encode(errors="replace").decode()[:300]
+        raise Mistake(f"{where} has no field {field or ' or '.join(FIELDS)!r}, but {known or 'none'}; name it by "
+                      "--prompt_field")
     return found[0]
+
+
+# ---------------------------------------------------------------- the hub
+
+
+def _hub_name(name):
+    """owner/dataset[@revision][/file] → (owner/dataset, revision or "", [file] or [])."""
+    owner, dataset, *file = name.split("/", 2) if name.count("/") else (name, "")
+    dataset, _, revision = dataset.partition("@")
+    if not owner or not dataset:
+        raise Mistake(f"hf:{name}: write hf:owner/dataset, hf:owner/dataset/file or hf:owner/dataset@revision")
+    return f"{owner}/{dataset}", revision, file
 
 
 def _hub_files(name):
     """Paths of a dataset's prompt files, each downloaded when it is reached."""
     from huggingface_hub import HfApi, hf_hub_download
-    owner, dataset, *file = name.split("/", 2) if name.count("/") else (name, "")
-    if not owner or not dataset:
-        raise Mistake(f"hf:{name}: write hf:owner/dataset or hf:owner/dataset/file")
-    repo = f"{owner}/{dataset}"
-    files = file or [f for f in sorted(_hub(HfApi().list_repo_files, repo))
+    repo, revision, file = _hub_name(name)
+    at = {"revision": revision} if revision else {}
+    files = file or [f for f in sorted(_hub(HfApi().list_repo_files, repo, **at))
                      if f.removesuffix(".gz").endswith(SUFFIXES) and not f.endswith((".txt", ".json"))]
     if not files:
-        raise Mistake(f"the dataset {repo} holds no csv, jsonl or parquet file")
-    yield from (_hub(hf_hub_download, repo, f) for f in files)
+        raise Mistake(f"the dataset {repo} holds no csv, tsv, jsonl or parquet file")
+    yield from (_hub(hf_hub_download, repo, f, **at) for f in files)
 
 
-def _hub(call, repo, *file):
+def _hub(call, repo, *file, **at):
     from huggingface_hub import errors
     try:
-        return call(repo, *file, repo_type="dataset")
+        return call(repo, *file, repo_type="dataset", **at)
     except errors.GatedRepoError:
         raise Mistake(f"the dataset {repo} is gated: accept its terms on the hub, then `hf auth login`") from None
     except Exception as error:                                   # or whatever the hub's HTTP library raises

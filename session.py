@@ -10,9 +10,11 @@ import inspect
 import os
 import signal
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import flux
 import prompts
@@ -31,7 +33,8 @@ def command(function):
     """Run `function` as a command line: its parameters are the flags.
 
     A user's mistake ends in one line on stderr and exit code 2; any other exception is a bug and shows its traceback.
-    Ctrl-C ends with 130. A flag whose default is True or False takes nothing, true or false.
+    Ctrl-C ends with 130. A flag whose default is True or False, or that is annotated as `bool | None`, takes nothing,
+    true or false.
     """
     import fire
     from fire import decorators
@@ -39,33 +42,36 @@ def command(function):
     if {"-h", "--help"} & set(sys.argv[1:]):                     # **unknown would make an unknown flag of it
         function.__signature__ = inspect.Signature([p for p in parameters if p.kind != p.VAR_KEYWORD])
         fire.Fire(function, ["--", "--help"])
-    flags = {p.name: _parser(p.name, p.default) for p in parameters if p.kind != p.VAR_POSITIONAL}
+    flags = {p.name: _parser(p) for p in parameters if p.kind != p.VAR_POSITIONAL}
     decorators.SetParseFn(str)(function)
     decorators.SetParseFns(**flags)(function)
-    try:
-        with contextlib.redirect_stdout(_Lasting(sys.stdout)), contextlib.redirect_stderr(_Lasting(sys.stderr)):
+    with contextlib.redirect_stdout(_Lasting(sys.stdout)), contextlib.redirect_stderr(_Lasting(sys.stderr)):
+        try:
             fire.Fire(function)
-    except (*MISTAKES, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        except (*MISTAKES, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
 
 
-def _parser(name, default):
+def _parser(flag):
     """What makes a value of a flag's text. Words stay words: fire would read the prompt "1, 2" as a tuple."""
     from fire import parser
 
     def boolean(text):
         if text.lower() not in ("true", "false"):
-            raise Mistake(f"--{name} {text}: it takes nothing, true or false")
+            raise Mistake(f"--{flag.name} {text}: it takes nothing, true or false")
         return text.lower() == "true"
 
-    return boolean if isinstance(default, bool) else str if isinstance(default, str) else parser.DefaultParseValue
+    if isinstance(flag.default, bool) or flag.annotation == bool | None:
+        return boolean
+    return str if isinstance(flag.default, str) else parser.DefaultParseValue
 
 
 class _Lasting:
-    """A stream that goes on when nobody reads it any more: `train.py | head` shall end no training."""
+    """A stream that goes on when nobody takes it any more: `train.py | head`, or a closed terminal, ends no training.
+    Lines go out one by one, also into a pipe."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -74,20 +80,19 @@ class _Lasting:
         return getattr(self.stream, name)
 
     def write(self, text):
-        try:
-            return self.stream.write(text)
-        except BrokenPipeError:
-            self._drop()
-            return len(text)
+        self._try(self.stream.write, text)
+        if "\n" in text:
+            self.flush()
+        return len(text)
 
     def flush(self):
-        try:
-            self.stream.flush()
-        except BrokenPipeError:
-            self._drop()
+        self._try(self.stream.flush)
 
-    def _drop(self):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+    def _try(self, call, *args):
+        try:
+            call(*args)
+        except OSError:                                          # a broken pipe, no terminal, a full disk
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def no_unknown_flags(flags):
@@ -109,10 +114,22 @@ def check_whole(flags):
 
 
 def announce(model):
-    """Print which model runs, and why it was chosen; "auto" becomes a name."""
+    """Print which model runs, and why it was chosen; "auto" becomes a name, a folder its absolute path."""
     name, why = default_model() if model == "auto" else (model, "as asked")
+    name = located(name)
     print(f"model: {name} ({why})")
     return name
+
+
+def located(model):
+    """A model's name as it is the same anywhere: of a folder the absolute path; else what is bundled or on the hub."""
+    bundled = model == "nano" and flux.resolve(model).samefile(Path(flux.__file__).parent / "nano")
+    return os.path.abspath(model) if Path(model).is_dir() and not bundled else model
+
+
+def revision_of(folder):
+    """The revision of a model in a folder of the hub's cache; None elsewhere."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def default_model():
@@ -141,7 +158,7 @@ def precision(folder, run=None, dtype="", quant=""):
     what the checkpoint's `run` says, else what train.py would choose. Raises Mistake for unknown ones."""
     run, said = run or {}, []
     for flag, given, default in (("dtype", dtype, default_dtype()), ("quant", quant, default_quant(folder))):
-        value, why = ((given, "as asked") if given else (run[flag], "as trained") if run.get(flag) else
+        value, why = ((given, "as asked") if given else (run[flag], "as the run has it") if run.get(flag) else
                       (default, "default"))
         said.append((value, why))
     (dtype, _), (quant, _) = said
@@ -158,12 +175,22 @@ def check_dtype(dtype):
 
 def load_model(name, run=None, *, dtype="", quant="", transformer="", **options):
     """`flux.load` as `precision` says, over all devices. transformer: a file or folder to take the transformer from;
-    default: the one of the checkpoint's `run`, or the model's own."""
+    default: the one of the checkpoint's `run`, or the model's own. A model on the hub has the run's revision."""
     run = run or {}
+    if run.get("revision") and name == run["model"]:
+        name = f"{name}@{run['revision']}"
     dtype, quant = precision(flux.resolve(name), run, dtype, quant)
     placed = shard.arguments(shard.several(), quantized(quant))
     return flux.load(name, dtype=jnp.dtype(dtype), transformer=transformer or run.get("transformer") or None,
                      **placed, **options)
+
+
+def real_tokens(model, prompts, site, text_tokens, image_tokens):
+    """Which tokens of a site are no padding of T5's: [B, N] bool, in the order of `flux.residual`."""
+    lengths = [len(words) for words in model.words(prompts, text_tokens)]
+    text = np.arange(text_tokens) < np.array(lengths)[:, None]
+    image = np.ones((len(prompts), image_tokens), bool)
+    return {"txt": text, "img": image, "both": np.concatenate([text, image], 1)}[site]
 
 
 # ---------------------------------------------------------------- output folders and signals
@@ -171,33 +198,50 @@ def load_model(name, run=None, *, dtype="", quant="", transformer="", **options)
 
 @contextlib.contextmanager
 def claim(out):
-    """Hold the folder `out` for this process, however it ends. Raises Mistake where another process holds it.
+    """Hold the folder `out` for this process, however it ends. Raises Mistake where another process holds it, or where
+    it cannot be written.
 
-    The lock is a file beside the folder, or inside it where its parent cannot be written. Where the system or the file
-    system has no locks, it says so and goes on without one.
+    The lock is a file beside the folder, or inside it where it is a mount or its parent cannot be written. Where the
+    system or the file system has no locks, it says so and goes on without one.
     """
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.with_name(f".{out.name}.lock") if os.access(out.parent, os.W_OK) else out / ".lock"
+    path = lock_of(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(path, "w"))
-        if _lock(file):
+        try:
+            locked = _lock(file)
+        except BlockingIOError:
+            raise _held(out) from None
+        if locked:
             stack.callback(path.unlink, missing_ok=True)
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 raise _held(out)                                 # another run has just ended, and a third begun
+        else:
+            file.close()                                         # Windows removes no open file
+            path.unlink(missing_ok=True)
         yield
 
 
+def lock_of(out):
+    """Where `claim` locks the folder `out`. Raises Mistake where that cannot be written."""
+    whole = Path(out).resolve()
+    there = next(path for path in (whole, *whole.parents) if path.is_dir())
+    if not os.access(there, os.W_OK):
+        raise Mistake(f"--out {out}: {there} cannot be written")
+    beside = not os.path.ismount(whole) and os.access(whole.parent if there == whole else there, os.W_OK)
+    return whole.with_name(f".{whole.name}.lock") if beside else whole / ".lock"
+
+
 def _lock(file):
-    """Whether the file could be locked; raises Mistake where another process has done so."""
+    """Whether the file could be locked; raises BlockingIOError where another process has done so."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except BlockingIOError:
-        raise _held(file.name) from None
+        raise
     except (ImportError, OSError) as error:                      # Windows; some network file systems
-        print(f"no lock on {file.name} ({error}): do not start a second run into this folder")
+        print(f"no lock on {file.name} ({error}): start no second run into this folder")
         return False
 
 
@@ -205,28 +249,33 @@ def _held(out):
     return Mistake(f"another run is writing {out}; wait for it, or choose another --out")
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-
-
 @contextlib.contextmanager
 def stopping():
     """stop(step=0): the number of the signal that asks to end (SIGTERM, as before a TPU is taken away; SIGINT, Ctrl-C;
     SIGHUP, a closed terminal), else 0. A second one ends the process at once. Several hosts agree on the step."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-        yield lambda step=0: signal.SIGTERM * bool(multihost_utils.reached_preemption_sync_point(step))
-        return
-    asked = []
+    asked, several = [], jax.process_count() > 1
 
     def ask(number, _):
         if asked:
             os._exit(128 + number)
         asked.append(number)
-        print(f"\n{signal.Signals(number).name}: ending soon; once more ends at once", file=sys.stderr)
+        with contextlib.suppress(OSError):                       # print() may be in the middle of another
+            os.write(2, f"\n{signal.Signals(number).name}: ending soon; once more ends at once\n".encode())
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)                 # JAX catches this one, and tells the other hosts
 
-    old = {number: signal.signal(number, ask) for number in SIGNALS}
+    def stop(step=0):
+        if not several:
+            return asked[0] if asked else 0
+        from jax.experimental import multihost_utils
+        return (asked or [signal.SIGTERM])[0] if multihost_utils.reached_preemption_sync_point(step) else 0
+
+    names = ("SIGINT", "SIGHUP") if several else ("SIGTERM", "SIGINT", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]             # Windows has no SIGHUP
+    # What is ignored stays so: SIGHUP under nohup, SIGINT in the background of a script.
+    old = {number: signal.signal(number, ask) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
-        yield lambda step=0: asked[0] if asked else 0
+        yield stop
     finally:
         for number, handler in old.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -19,6 +19,7 @@ catches at any layer, without another compilation.
 import contextlib
 import os
 import sys
+import traceback
 from functools import lru_cache, partial
 
 import jax
@@ -29,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 SMALL = 2 ** 20                                                  # bytes: what is smaller is on every chip, whole
 AXES = ("data", "fsdp")
+
 
 class Mistake(ValueError):
     """What the caller can put right; its message is one line that names the value and what would be right."""
@@ -84,6 +86,13 @@ def check(mesh, features):
     if features % mesh.size:
         raise Mistake(f"{features} features cannot be split over {mesh.size} devices: take a multiple of "
                          f"{mesh.size}")
+
+
+def batch(each, least=1):
+    """How many examples go through a model together where nobody says: `each` a device, or `least` in all where that is
+    more, and every device has as many. (What a mesh does not divide, the walkers fill up.)"""
+    devices = len(jax.devices())
+    return max(each, -(-least // devices)) * devices
 
 
 def arguments(mesh, options):
@@ -161,12 +170,18 @@ def of_all(array):
     return multihost_utils.process_allgather(array, tiled=False)
 
 
+def expected(error):
+    """Whether an error is for the user, in one line: the system's, or a Mistake, of which each file that stands alone
+    has its own. Any other is a bug."""
+    return isinstance(error, OSError) or type(error).__name__ == "Mistake"
+
+
 def together(function, *args):
-    """function(*args) on every host. Where it raises ValueError or OSError on one of them, Mistake on all."""
+    """function(*args) on every host. Where one of them raises an error that is `expected`, Mistake on all."""
     try:
         result, message = function(*args), ""
-    except (ValueError, OSError) as error:
-        if jax.process_count() == 1:
+    except Exception as error:
+        if jax.process_count() == 1 or not expected(error):
             raise
         result, message = None, str(error) or repr(error)
     said = of_all(np.frombuffer(message.encode()[:1000].ljust(1000), np.uint8))
@@ -189,10 +204,12 @@ def as_one(note):
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
+            if not expected(error):
+                traceback.print_exc()
             said = (str(error) or repr(error)).splitlines()[0]
             # How a lost host shows depends on what was being sent: no type of exception tells it.
-            print(f"error: {said}" + ("" if isinstance(error, Mistake) else f"\n{note}"), file=sys.stderr, flush=True)
-            os._exit(2)                                          # an ordinary exit waits for all
+            print(f"error: {said}" + ("" if expected(error) else f"\n{note}"), file=sys.stderr, flush=True)
+            os._exit(130 if isinstance(error, KeyboardInterrupt) else 2)     # an ordinary exit waits for all
 
 
 # ---------------------------------------------------------------- walkers
@@ -215,7 +232,7 @@ def scan(mesh=None):
                                   jnp.arange(layers.start, layers.stop))
         return x, caught
 
-    return lambda block, x, stack, layers, *context: wait(mesh, run(block, x, stack, layers, context))
+    return filled(mesh, lambda block, x, stack, layers, *context: wait(mesh, run(block, x, stack, layers, context)))
 
 
 @lru_cache
@@ -236,8 +253,23 @@ def sliced(mesh=None):
             caught.append(found)
         return x, jax.tree.map(lambda *values: jnp.stack(values), *caught)
 
+    walk = filled(mesh, walk)
     walk.run = run                                               # its `_cache_size` counts compilations
     return walk
+
+
+def filled(mesh, walk):
+    """`walk` for any batch: the last example is repeated until the mesh divides them, and taken off again. Else every
+    chip would do the work of all."""
+    def run(block, x, stack, layers, *context):
+        B = jax.tree.leaves(x)[0].shape[0]
+        if mesh is None or B % mesh.size == 0:
+            return walk(block, x, stack, layers, *context)
+        order = np.minimum(np.arange(-(-B // mesh.size) * mesh.size), B - 1)
+        x, caught = walk(block, jax.tree.map(lambda a: a[order], x), stack, layers, *context)
+        return jax.tree.map(lambda a: a[:B], x), jax.tree.map(lambda a: a[:, :B], caught)
+
+    return run
 
 
 def stepper(block, mesh):
@@ -260,10 +292,10 @@ def fetch(stack, i, mesh):
 
 
 def local(block, mesh, x):
-    """`block` on each chip's part of the batch; where that does not divide, every chip does all of it."""
+    """`block` on each chip's part of the batch, which the mesh has to divide (see `filled`)."""
     if mesh is None:
         return block
-    batch = batch_spec(mesh, jax.tree.leaves(x)[0].shape[0])
+    batch = PartitionSpec(AXES)
 
     def specs(*args):
         return (batch, *[PartitionSpec()] * (len(args) - 1))
@@ -272,6 +304,7 @@ def local(block, mesh, x):
 
 
 def batch_spec(mesh, B):
+    """How arrays [B, ...] lie on the mesh: split where it divides B, else whole on every chip."""
     return PartitionSpec(AXES) if B % mesh.size == 0 else PartitionSpec()
 
 

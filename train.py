@@ -15,14 +15,17 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from tqdm import tqdm
 
 import flux
@@ -33,7 +36,8 @@ import session
 import shard
 from session import Mistake
 
-HELD_OUT = 1_000_000_000                                         # number of the first noise that no training step sees
+# Numbers of noises: training's, the closing table's, and from the last on those of other tools.
+HELD_OUT, OTHERS = 1_000_000_000, 1_500_000_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Run:
     seeds_per_prompt: int
     timesteps: int
     buffer: int                                                  # tokens harvested and shuffled together, at least
-    size: int                                                    # pixels a side; 0 until the model is loaded
+    size: int | tuple                                            # pixels a side, or height and width; 0 until loaded
     text_tokens: int                                             # a prompt; likewise
     lr: float
     seed: int
@@ -63,13 +67,28 @@ class Run:
     transcoder: int | None = None                                # the layer whose residuals are to be written
     normalization: str = "std"
     init: str | None = None                                      # an SAE to begin from: a folder, or owner/repo/folder
+    transformer: str | None = None                               # a file or folder to take it from
+    revision: str | None = None                                  # of a model on the hub
+    # What older checkpoints do not say, they did: padding was trained on, no prompt was held out.
+    padding: bool = True                                         # whether T5's padding counts as tokens
+    held_out: bool = False                                       # whether some prompts are held out
+    prompts_sha256: str | None = None                            # of a file
 
     def __post_init__(self):
-        if self.matryoshka is not None:                          # a list in JSON
-            object.__setattr__(self, "matryoshka", tuple(self.matryoshka))
+        for name in ("matryoshka", "size"):
+            if isinstance(getattr(self, name), list):            # a tuple in JSON
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 # ---------------------------------------------------------------- activations
+
+
+class Pass(NamedTuple):
+    """A forward pass of a chunk, before it is sent."""
+    prompts: list
+    first: int                                                   # number of its first prompt in the stream
+    taken: slice | np.ndarray                                    # which of its tokens are
+    end: int                                                     # tokens of all chunks up to its last one
 
 
 class Harvest:
@@ -77,8 +96,10 @@ class Harvest:
 
     One chunk is in memory. Forward passes of the next one run between the steps on this one, and put their rows in the
     place of rows that were trained on. A pass is sent a step before its rows are fetched: an accelerator then works
-    while the host tokenizes, copies and shuffles. Which passes go before a step follows from its number alone, so that
-    several hosts send the same programs in the same order. mesh: of several devices, as for `train`.
+    while the host tokenizes, copies and shuffles. Which passes go before a step follows from its number and the prompts
+    alone, so that several hosts send the same programs in the same order. Without padding passes differ in how many
+    tokens they give: a chunk is filled up, and what the last pass has more is left. mesh: of several devices, as for
+    `train`.
     """
 
     def __init__(self, run, model, prompts, mesh=None):
@@ -86,8 +107,9 @@ class Harvest:
         self.grid = flux.token_grid(model, run.size)
         img, txt = self.grid[0] * self.grid[1], run.text_tokens
         tokens = {"img": img, "txt": txt, "both": img + txt}[run.site]
+        self.all_taken = run.padding or run.site == "img"
         self.forward_tokens = tokens * run.seeds_per_prompt * run.timesteps * run.prompt_batch
-        self.forwards = -(-max(run.buffer, run.batch) // self.forward_tokens)
+        self.forwards = -(-max(run.buffer, run.batch) // self.forward_tokens)            # of a chunk; if all are taken
         self.tokens = self.forwards * self.forward_tokens        # of a chunk
         self.batches = self.tokens // run.batch
         self.chunks = -(-run.steps // self.batches)
@@ -101,7 +123,9 @@ class Harvest:
         self.pattern = self.pattern.reshape(-1)
         self.group = np.zeros(self.tokens, np.int32)             # of the tokens in rows
         self.order, self.free = None, np.arange(self.tokens)     # places in rows: of this chunk's, as trained; to fill
-        self.stored, self.under_way = 0, collections.deque()     # passes that are in rows; (about it, arrays) of others
+        self.next, self.under_way = None, collections.deque()    # the Pass to send; (Pass, what is sent) of others
+        self.stored, self.sent = 0, 0                            # tokens of all chunks, with those that were skipped
+        self.starts = {}                                         # chunk → number of its first prompt
         self.flatten = jax.jit(partial(flat_and_finite, dtype=self.rows.dtype),
                                out_shardings=shard.everywhere(mesh) if mesh else None)
 
@@ -109,22 +133,22 @@ class Harvest:
         """Fetch what `step` trains on, and send the passes that shall run beside it. False where stop() came first.
         The prompts are a stream: steps must be asked for in rising order."""
         chunk = step // self.batches
-        if self.order is None:
+        if self.order is None and not self.starts:
             self.seek(chunk)
-            self.stored = chunk * self.forwards
-        wanted, ahead = (min(self.forwards + n * self.forwards // self.batches, self.chunks * self.forwards)
+        wanted, ahead = (min(self.tokens + n * self.tokens // self.batches, self.chunks * self.tokens)
                          for n in (step, step + 1))
-        while (sent := self.stored + len(self.under_way)) < ahead:
+        while self.sent < ahead and self.upcoming().end <= ahead:
             if stop():
                 return False
-            of = sent // self.forwards
+            of, done = divmod(self.sent, self.tokens)
             if bar and of == chunk:
-                bar.set_description(f"harvest {sent % self.forwards + 1}/{self.forwards}")
-            self.under_way.append(self.send(self.position, f"for step {of * self.batches} on"))
-            while self.stored < min(sent, wanted):               # not the one just sent
-                self.store()
-        while self.stored < wanted:
-            self.store()
+                bar.set_description(f"harvest {done / self.tokens:.0%}")
+            coming, self.next = self.next, None
+            self.under_way.append((coming, self.send(coming.prompts, coming.first * self.run.seeds_per_prompt, HELD_OUT,
+                                                     f"for step {of * self.batches} on")))
+            self.sent = coming.end
+            self.store(wanted, leave=1)                          # not the one just sent
+        self.store(wanted)
         return True
 
     def batch(self, step):
@@ -139,33 +163,66 @@ class Harvest:
         first = step % self.batches * self.run.batch
         return self.order[first:first + self.run.batch]
 
-    def store(self):
-        """Fetch the oldest pass under way into rows that are free; the last of a chunk gives its order of training."""
-        chunk, i = divmod(self.stored, self.forwards)
-        places = self.free[i * self.forward_tokens:(i + 1) * self.forward_tokens]
-        self.rows[places], self.group[places] = self.fetch(self.under_way.popleft()), self.pattern
-        self.stored += 1
-        if i + 1 == self.forwards:
-            self.order = self.free[np.random.default_rng((self.run.seed, chunk)).permutation(self.tokens)]
-            self.free = np.roll(self.order, self.tokens - self.batches * self.run.batch)     # first what no batch takes
+    def store(self, wanted, leave=0):
+        """Fetch passes under way, but for the last `leave`, up to the token `wanted`, into rows that are free; the last
+        pass of a chunk gives its order of training."""
+        while len(self.under_way) > leave and self.under_way[0][0].end <= wanted:
+            pass_, sent = self.under_way.popleft()
+            chunk, done = divmod(self.stored, self.tokens)
+            places = self.free[done:done + pass_.end - self.stored]
+            self.rows[places], self.group[places] = self.fetch(sent)[pass_.taken], self.pattern[pass_.taken]
+            self.stored = pass_.end
+            if self.stored == (chunk + 1) * self.tokens:
+                self.order = self.free[np.random.default_rng((self.run.seed, chunk)).permutation(self.tokens)]
+                left = self.tokens - self.batches * self.run.batch               # what no batch takes, first
+                self.free = np.roll(self.order, left)
 
-    def seek(self, chunk):
-        """Skip prompts up to the first one of a chunk."""
-        skip = chunk * self.forwards * self.run.prompt_batch - self.position
-        self.position += sum(1 for _ in itertools.islice(self.prompts, skip))
+    def seek(self, chunk, first=None):
+        """Skip prompts up to the first one of a chunk: the number `first`, which has to be said where padding is left
+        out."""
+        first = chunk * self.forwards * self.run.prompt_batch if first is None else first
+        collections.deque(itertools.islice(self.prompts, first), 0)
+        self.position, self.starts = first, {chunk: first}
+        self.stored = self.sent = chunk * self.tokens
 
-    def send(self, first, purpose="that were asked for"):
-        """A forward pass over the next `prompt_batch` prompts, for `fetch`, which alone waits for it; `first` numbers
-        their noise."""
+    def upcoming(self):
+        """The next `Pass`."""
+        if self.next is None:
+            first, prompts = self.position, list(itertools.islice(self.prompts, self.run.prompt_batch))
+            self.position += len(prompts)
+            chunk, done = divmod(self.sent, self.tokens)
+            taken, count = self.tokens_of(prompts, self.tokens - done)
+            self.next = Pass(prompts, first, taken, self.sent + count)
+            if self.next.end == (chunk + 1) * self.tokens:
+                self.starts[chunk + 1] = self.position
+                self.starts = {c: start for c, start in self.starts.items() if c >= chunk - 1}
+        return self.next
+
+    def place(self, step):
+        """What a checkpoint before that step has to keep."""
+        return {"position": np.array(self.starts[step // self.batches])}
+
+    def tokens_of(self, prompts, room):
+        """(which of the tokens of a pass are taken, how many): the first ones, as many as there is room for."""
+        if self.all_taken:
+            return slice(room), min(room, self.forward_tokens)
+        real = session.real_tokens(self.model, prompts, self.run.site, self.run.text_tokens,
+                                   self.grid[0] * self.grid[1]).repeat(self.run.seeds_per_prompt, 0)
+        taken = np.flatnonzero(np.broadcast_to(real, (self.run.timesteps, *real.shape)))[:room]
+        return taken, len(taken)
+
+    def send(self, prompts, first, end=OTHERS, purpose="that were asked for"):
+        """A forward pass over prompts, for `fetch`, which alone waits for it. first: number of the first noise; those
+        from `end` on are not for it."""
         run, model = self.run, self.model
-        prompts = list(itertools.islice(self.prompts, run.prompt_batch))
-        self.position += len(prompts)
         encoded = flux.encode_text(model, prompts, run.text_tokens)
         text, pooled = (jnp.repeat(x, run.seeds_per_prompt, 0) for x in encoded)
         shape = (self.grid[0] * self.grid[1], model.cfg.in_channels)
-        numbers = first * run.seeds_per_prompt + np.arange(len(text))
+        if first + len(text) > end:
+            raise Mistake(f"noise number {first + len(text):,} is not for activations {purpose}, but those up to "
+                          f"{end - 1:,}: take fewer --steps or --seeds_per_prompt")
         guidance = jnp.full(len(text), 3.5) if model.cfg.guidance_embeds else None
-        start = flux.Start(flux.draw_noise(run.seed, numbers, shape), (text, pooled, guidance),
+        start = flux.Start(flux.draw_noise(run.seed, first + np.arange(len(text)), shape), (text, pooled, guidance),
                            flux.sigmas(model.scheduler, run.timesteps, shape[0]), self.grid)
         acts = [flux.capture(model, start, layer=layer, site=run.site) for layer in self.layers]
         acts, finite = shard.wait(self.mesh, self.flatten(acts))
@@ -173,7 +230,7 @@ class Harvest:
         return prompts, purpose, acts, finite
 
     def fetch(self, sent):
-        """Activations [forward_tokens, columns] of a pass. Raises ValueError, with the prompt, for NaN or Inf."""
+        """Activations [forward_tokens, columns] of a pass. Raises Mistake, with the prompt, for NaN or Inf."""
         prompts, purpose, acts, finite = sent
         if not (finite := np.asarray(finite)).all():
             prompt = prompts[int(np.argmin(finite)) // self.run.seeds_per_prompt]
@@ -191,39 +248,42 @@ def flat_and_finite(acts, dtype):
 # ---------------------------------------------------------------- the run
 
 
-def train(run, model, prompts, out, *, mesh=None, resume, overwrite, log_every, save_every, stop=lambda step: False):
+def train(run, model, prompts, out, *, mesh=None, resume, log_every, save_every, stop=lambda step: False):
     """Train to `run.steps`; checkpoints into the folder `out`. Returns rows of the closing table. mesh: of several
     devices, over which the SAE's features are split. Of several hosts the first one writes. stop(step): whether to
     end before that step; then a checkpoint is written, and None returned."""
     harvest = Harvest(run, model, prompts, mesh)
-    print(f"data: chunks of {harvest.tokens:,} tokens, from {harvest.forwards * run.prompt_batch:,} prompts each, "
-          f"shuffled whole ({harvest.batches} batches of {run.batch:,})")
-    cfg = config(run, model.cfg.width, harvest.groups)
+    count = f", from {harvest.forwards * run.prompt_batch:,} prompts each" if harvest.all_taken else " without padding"
+    print(f"data: chunks of {harvest.tokens:,} tokens{count}, shuffled whole ({harvest.batches} batches of "
+          f"{run.batch:,})")
     metadata, window = describe(run, model), []
     with tqdm(total=run.steps, unit="step", dynamic_ncols=True, disable=not shard.first()) as bar:
         if resume:
-            state, unlogged = load_state(out, run)
+            state, cfg, unlogged = load_state(out, run)
+            step, first = int(state.step), unlogged.pop("position", None)
+            harvest.seek(step // harvest.batches, None if first is None else int(first))
             window = [dict(zip(unlogged, values)) for values in zip(*unlogged.values())]
             if shard.first():
-                trim_metrics(out, int(state.step))
+                trim_metrics(out, step)
         else:
             if not harvest.ready(0, partial(stop, 0), bar):
                 return None
-            first = harvest.order[:65536]
+            first, cfg = harvest.order[:65536], config(run, model.cfg.width, harvest.groups)
             state = sae.init(jax.random.key(run.seed), cfg, harvest.rows[first].astype(np.float32),
                              harvest.groups_of(first))
             if run.init:
                 state = sae.unfold(sae.load(begun_from(run.init))[0], cfg, state)
             if shard.first():
-                begin(out, state, cfg, metadata, overwrite)
+                begin(out, state, cfg, metadata)
         bar.initial = bar.n = bar.last_print_n = int(state.step)         # or the time left would count old steps
         state = loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop)
         if int(state.step) < run.steps:
             return None
         bar.set_description("evaluating")
         state = shard.whole(state._replace(spare=None))
-        rows = evaluate(run, harvest, state, cfg)
-    save(out, state, cfg, metadata | {"evaluation": rows})
+        rows = evaluate(run, harvest, state, cfg, partial(stop, run.steps))
+    if rows:
+        save(out, state, cfg, metadata | {"evaluation": rows}, harvest.place(run.steps))
     return rows
 
 
@@ -271,7 +331,7 @@ def loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, 
     steps that are not in metrics.jsonl yet."""
     def keep():
         unlogged = {name: np.array([m[name] for m in window]) for name in (window or [{}])[0]}
-        save(out, shard.whole(state._replace(spare=None)), cfg, metadata, unlogged)
+        save(out, shard.whole(state._replace(spare=None)), cfg, metadata, unlogged | harvest.place(int(state.step)))
 
     state = shard.split(mesh, state, run.features) if mesh else state
     where = (jax.tree.map(lambda leaf: leaf.sharding, state), shard.everywhere(mesh)) if mesh else None
@@ -296,7 +356,7 @@ def loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, 
             bar.set_postfix_str(f"FVU {line['fvu']:.3f}, L0 {line['l0']:.1f}, dead {100 * line['dead']:.1f} %, "
                                 f"{line['tokens_per_s']:,.0f} tokens/s")
             window, since, old = [], time.monotonic(), 0
-        if (step + 1) % save_every == 0:
+        if (step + 1) % save_every == 0 or step + 1 == run.steps:
             keep()
     return state
 
@@ -307,14 +367,21 @@ def summary(step, batch, window, speed):
     return {"step": step, "tokens": step * batch, **means, "dead": float(window[-1]["dead"]), "tokens_per_s": speed}
 
 
-def evaluate(run, harvest, state, cfg):
-    """Rows of the closing table, on activations of prompts that come after the last one trained on: the SAE, PCA with k
-    components fitted on these very activations (which flatters it), and random features (an SAE before any step)."""
-    harvest.seek(harvest.chunks)
-    passes = -(-min(harvest.tokens, 65536) // harvest.forward_tokens)
-    x = np.concatenate([harvest.fetch(harvest.send(HELD_OUT + i * run.prompt_batch, "of the evaluation"))
-                        for i in range(passes)]).astype(np.float32)
-    group = np.tile(harvest.pattern, passes)
+def evaluate(run, harvest, state, cfg, stop=lambda: False):
+    """Rows of the closing table, on activations of prompts that are held out (or of seen ones, where none are) and of
+    new noise: the SAE, PCA with k components fitted on these very activations (which flatters it), and random features
+    (an SAE before any step). None where stop() came first."""
+    prompts = sources.stream(run.prompts, run.prompt_field, run.held_out or None)
+    x, group, number = [], [], HELD_OUT
+    while sum(map(len, x)) < min(harvest.tokens, 65536):
+        if stop():
+            return None
+        some = list(itertools.islice(prompts, run.prompt_batch))
+        taken, _ = harvest.tokens_of(some, harvest.forward_tokens)
+        x.append(harvest.fetch(harvest.send(some, number, OTHERS, "of the evaluation"))[taken])
+        group.append(harvest.pattern[taken])
+        number += len(some) * run.seeds_per_prompt
+    x, group = np.concatenate(x).astype(np.float32), np.concatenate(group)
     parts = [x[group == g] for g in range(max(len(cfg.groups), 1))]
     rows, each = {}, scores(state, cfg, parts)
     rows["SAE"] = mean_score(each)
@@ -346,8 +413,7 @@ def mean_score(each):
 
 def describe(run, model):
     """Metadata of the checkpoint: what is needed to reproduce it."""
-    revision = model.source.name if model.source.parent.name == "snapshots" else None
-    return {"model": run.model, "revision": revision, "layer": run.layer, "site": run.site, "seed": run.seed,
+    return {"model": run.model, "revision": run.revision, "layer": run.layer, "site": run.site, "seed": run.seed,
             "normalization": f"{run.normalization}, folded into the weights",
             "versions": {"jax": jax.__version__, "numpy": np.__version__}, "run": asdict(run)}
 
@@ -360,47 +426,61 @@ def save(out, state, cfg, metadata, extra=None):
 
 
 def load_state(out, run):
-    """(state, extra) to go on from. Of several hosts each has to see the checkpoint, and the same one. Raises
-    ValueError for the state of another run, whose shapes may well be the same."""
-    state, _, extra = shard.together(sae.load_state, out)
-    ours = json.loads(json.dumps(asdict(run)))
-    for name, value in json.loads(bytes(extra.pop("run", b"{}"))).items():
-        if name != "steps" and value != ours.get(name, value):
+    """(state, its Config, extra) to go on from. Of several hosts each has to see the checkpoint, and the same one.
+    Raises Mistake for the state of another run, whose shapes may well be the same."""
+    state, cfg, extra = shard.together(sae.load_state, out)
+    ours, theirs = json.loads(json.dumps(asdict(run))), json.loads(bytes(extra.pop("run", b"{}")))
+    for name, value in theirs.items():
+        moved = name == "prompts" and run.prompts_sha256         # a file is known by its contents
+        if name != "steps" and not moved and value != ours.get(name, value):
             raise Mistake(f"--resume: {out / sae.STATE} is of another run than {out / sae.CONFIG}: its {name} is "
-                             f"{value}, not {ours[name]}")
+                          f"{value}, not {ours[name]}")
     steps = shard.of_all(np.asarray(state.step)).tolist()
     if len(set(steps)) > 1:
         raise Mistake(f"--resume: the hosts see different checkpoints in {out}, of steps {steps}")
-    return state, extra
+    if cfg.decay and theirs.get("steps", run.steps) != run.steps:
+        cfg = replace(cfg, decay=(min(cfg.decay[0], run.steps), run.steps + 1))
+    return state, cfg, extra
 
 
-def begin(out, state, cfg, metadata, overwrite):
-    """The first checkpoint. An old one that is to be overwritten stays in place until the new one is complete."""
-    out = out.resolve()                                          # a link stays, what it points to is replaced
-    fresh, old = (out.with_name(f".{out.name}.{age}{sae.TMP}") for age in ("new", "old"))
-    for left in (fresh, old):                                    # by a run that was killed right here
-        shutil.rmtree(left, ignore_errors=True)
-    save(fresh, state, cfg, metadata)
-    if overwrite and out.exists():
-        out.rename(old)
-    fresh.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+def begin(out, state, cfg, metadata):
+    """The first checkpoint. A folder that is there stays, as it may be a mount or `.`; in it the new checkpoint is made
+    whole, and then takes the place of an old one, file by file, cfg.json last: so --overwrite always works again."""
+    fresh = out / f".new{sae.TMP}" if out.exists() else out
+    shutil.rmtree(out / f".new{sae.TMP}", ignore_errors=True)    # of a run that was killed right here
+    save(fresh, state, cfg, metadata, {"position": np.array(0)})
+    if fresh == out:
+        return
+    new = sorted(fresh.iterdir(), key=lambda path: path.name == sae.CONFIG)
+    for path in [path for path in out.iterdir() if path.name in ours(out)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in {path.name for path in new}:
+            path.unlink()
+    for path in new:
+        os.replace(path, out / path.name)
+    fresh.rmdir()
+
+
+def ours(out):
+    """Names of what a checkpoint has in the folder `out`."""
+    groups = (sae.load_metadata(out).get("training") or {}).get("groups") if (out / sae.CONFIG).is_file() else ()
+    return {sae.CONFIG, sae.WEIGHTS, sae.STATE, "metrics.jsonl", "eval.json", *(groups or ())}   # eval.json: score.py's
 
 
 def check_out(out, resume, overwrite):
     """Refuse, before any work, to touch a folder that is not meant."""
-    known = {sae.CONFIG, sae.WEIGHTS, sae.STATE, "metrics.jsonl", "eval.json"}      # the last is score.py's
     if resume and overwrite:
         raise Mistake("--resume and --overwrite exclude each other")
     if resume:
         if not (out / sae.STATE).is_file():
             raise Mistake(f"--resume: there is no checkpoint in {out}")
-    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    elif out.exists() and not (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir())):
         if not (out / sae.CONFIG).is_file():
             raise Mistake(f"{out} exists and is not a checkpoint; choose another --out")
         if not overwrite:
             raise Mistake(f"{out} already holds a checkpoint: --resume goes on with it, --overwrite starts anew")
-        known |= set((sae.load_metadata(out).get("training") or {}).get("groups") or ())
+        known = ours(out)
         foreign = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith("."))
         if foreign:
             raise Mistake(f"--overwrite: {out} holds something that is not ours: {', '.join(foreign[:5])}")
@@ -422,7 +502,8 @@ def trim_metrics(out, step):
 def main(model="auto", layer=None, site="", features=None, k=None, steps=None, batch=None, prompts="",
          prompt_field="", prompt_batch=None, seeds_per_prompt=None, timesteps=None, buffer=None, size=None,
          text_tokens=None, lr=None, out="ckpt", resume=False, overwrite=False, seed=None, dtype="", quant="",
-         activation="", matryoshka=None, transcoder=None, normalization="", init="",
+         activation="", matryoshka=None, transcoder=None, normalization="", init="", transformer="", revision="",
+         padding: bool | None = None, held_out: bool | None = None, prompts_sha256="",
          log_every=20, save_every=200, push="", distributed=False, **unknown):
     """Train a sparse autoencoder on the residual stream of one layer, and write it to the folder --out. A flag left out
     takes what suits the model (see `defaults`) or, with --resume, what the checkpoint says.
@@ -430,8 +511,12 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
     --activation topk, batchtopk or jumprelu. --matryoshka 512,2048: nested prefixes of the features. --transcoder 7:
     what is written is layer 7's residual. --normalization pca (per dimension, then turned to the principal axes), std
     (not turned) or scale (one factor). --init: begin from an SAE, a folder of ours or SAELens', or owner/repo/folder on
-    the hub. --push owner/repo: put it on the Hugging Face hub at the end; with --resume, a finished one at once.
+    the hub. --size 512 or 512,768 (height,width). --transformer: a file or folder to take the transformer from.
+    --padding: train on the padding of text too. --held_out: keep one prompt in twenty for the closing table.
+    --revision, --prompts_sha256: of a model on the hub, of a file of prompts; the run says which they were.
+    --push owner/repo: put it on the Hugging Face hub at the end; with --resume, a finished one at once.
     --distributed: this process is one of several (of a TPU pod; elsewhere say which: host:port,processes,number).
+    SIGTERM, SIGHUP and Ctrl-C write a checkpoint first; a second one ends at once.
     """
     names = {field.name for field in fields(Run)} - {"model"}
     given = {name: value for name, value in locals().items() if name in names and value not in (None, "")}
@@ -452,18 +537,22 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
             shard.together(publish, out, run, push)
             return
         print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of "
-              f"{run.batch:,} tokens, prompts from {run.prompts}")
+              f"{run.batch:,} tokens, prompts from {run.prompts}{', one in twenty held out' * run.held_out}")
         if mesh := shard.several():
-            print(f"devices: {mesh.size}, each with 1/{mesh.size} of the blocks' weights and of the features")
+            images = run.prompt_batch * run.seeds_per_prompt
+            print(f"devices: {mesh.size}, each with 1/{mesh.size} of the blocks' weights and of the features, and "
+                  f"{-(-images // mesh.size)} of the {images} images of a pass")
         last = max(run.layer, run.transcoder or 0) if run.timesteps == 1 else None     # more timesteps need all layers
-        options = shard.arguments(mesh, session.quantized(run.quant)) | {"dtype": jnp.dtype(run.dtype), "last": last}
-        loaded = flux.load(run.model, **options)
+        loaded = session.load_model(run.model, asdict(run), last=last)
         run = replace(run, size=run.size or min(256, loaded.size), text_tokens=run.text_tokens or loaded.text_tokens)
-        rows = train(run, loaded, stream, out, mesh=mesh, resume=resume, overwrite=overwrite, log_every=log_every,
-                     save_every=save_every, stop=stop)
-        print(table(rows) if rows else "stopped by SIGTERM; --resume goes on")
+        rows = train(run, loaded, stream, out, mesh=mesh, resume=resume, log_every=log_every, save_every=save_every,
+                     stop=stop)
+        number = stop(run.steps)
+        print(table(rows, run) if rows else f"stopped by {signal.Signals(number).name}; --resume goes on")
         print(f"checkpoint: {out if out.exists() else 'none yet'}")
-        if rows and push:
+        if number:
+            raise SystemExit(128 + number)
+        if push:
             shard.together(publish, out, run, push)
 
 
@@ -480,7 +569,7 @@ def publish(out, run, repo):
     base = flux.REPOS.get(run.model, run.model)
     try:
         print(f"pushed: {hub.upload(out, repo, base if base.count('/') == 1 and not Path(base).exists() else None)}")
-    except ValueError as error:
+    except session.MISTAKES as error:
         raise Mistake(f"{error}; the checkpoint is whole, to try again: python train.py --resume --out {out} "
                          f"--push {repo}") from None
 
@@ -499,34 +588,56 @@ def prepare(model, given, out, resume, overwrite):
     folder that it shall write."""
     if resume or shard.first():
         check_out(out, resume, overwrite)
+    given |= {name: absolute(given[name]) for name in ("transformer", "init") if name in given}
     if resume:
         run = resumed(out, model, given)
     else:
         name = session.announce(model)
-        folder, cfg = flux.read_config(name)
+        at = f"{name}@{given['revision']}" if "revision" in given else name
+        folder, cfg = flux.read_config(at, *([given["transformer"]] if "transformer" in given else []))
         run = defaults(name, folder, cfg, given)
         if run.size:
             flux.check_size(folder, run.size)
+        run = identified(run, given)
     if mesh := shard.several():
         shard.check(mesh, run.features)
-    stream = sources.stream(run.prompts, run.prompt_field)
+    stream = sources.stream(run.prompts, run.prompt_field, False if run.held_out else None)
     return run, itertools.chain([next(stream)], stream)          # a bad source of prompts fails here
+
+
+def absolute(path):
+    """The path as it is the same anywhere; as typed where there is nothing (it may be on the hub)."""
+    return os.path.abspath(path) if Path(path).exists() else path
+
+
+def identified(run, given):
+    """The Run with what identifies its prompts, and whether some can be held out."""
+    held_out = given.get("held_out", True) and sources.divisible(run.prompts, run.prompt_field)
+    if given.get("held_out") and not held_out:
+        raise Mistake(f"--held_out: {run.prompts} has less than a hundred different prompts, or none to hold out")
+    found = sources.fingerprint(run.prompts)
+    if run.prompts_sha256 not in (None, found):
+        raise Mistake(f"--prompts_sha256 {run.prompts_sha256}: that of {run.prompts} is {found}")
+    return replace(run, prompts=sources.located(run.prompts), prompts_sha256=found, held_out=held_out)
 
 
 def defaults(name, folder, cfg, given):
     """A Run from the flags that were given and, for the others, from the model. Raises ValueError for unfit values."""
-    small, cpu = cfg.width <= 512, jax.devices()[0].platform == "cpu"
+    small = cfg.width <= 512
     transcoder = given.get("transcoder") is not None
     activation = "batchtopk" if transcoder else "topk"           # SAELens has no TopK transcoder
     given = inherited(given, cfg.width) if "init" in given else given
     source, field = ("scenes", None) if (folder / "scenes.py").is_file() else (sources.DATASET, sources.DATASET_FIELD)
+    source = given.get("prompts", source)
     run = Run(**{
         "model": name, "layer": max(cfg.num_layers - 1, 0), "site": "img", "features": min(16 * cfg.width, 16384),
         "steps": 1000 if small else 10_000, "batch": 2048, "prompts": source,
-        "prompt_field": None if "prompts" in given else field, "prompt_batch": 32 if small else 4,
+        "prompt_field": None if "prompts" in given else field,
+        "prompt_batch": shard.batch(1, 32) if small else shard.batch(4),
         "seeds_per_prompt": 4 if small else 1, "timesteps": 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0,
-        "text_tokens": 0, "lr": None, "seed": 0, "dtype": "float32" if cpu else "bfloat16",
-        "quant": session.default_quant(folder), "activation": activation}
+        "text_tokens": 0, "lr": None, "seed": 0, "dtype": session.default_dtype(),
+        "quant": session.default_quant(folder), "activation": activation, "padding": False,
+        "held_out": source == "scenes", "revision": session.revision_of(folder)}
         | recipe(given.get("site"), cfg.width, transcoder) | given)
     run = replace(run, matryoshka=prefixes(run.matryoshka, run.features))
     flux.residual_names(cfg, run.layer, run.site)
@@ -571,9 +682,10 @@ def check_numbers(run):
     session.check_whole({field.name: getattr(run, field.name) for field in fields(Run) if field.type is int})
     if run.lr is not None and not (isinstance(run.lr, (int, float)) and 0 < run.lr < float("inf")):
         raise Mistake(f"--lr {run.lr}: it must be a number above 0")
-    if run.dtype not in ("float32", "bfloat16", "float16"):
-        raise Mistake(f"--dtype {run.dtype}: it is float32, bfloat16 or float16")
-    session.quantized(run.quant)                                    # raises for a format that there is not
+    session.check_dtype(run.dtype)
+    session.quantized(run.quant)                                 # raises for a format that there is not
+    if run.transformer and not Path(run.transformer).exists():
+        raise Mistake(f"--transformer {run.transformer}: there is no such file or folder")
     if run.k > run.features:
         raise Mistake(f"--k {run.k} is more than --features {run.features}")
 
@@ -584,22 +696,41 @@ def resumed(out, model, given):
         run = Run(**sae.load_metadata(out)["run"])
     except (KeyError, TypeError):
         raise Mistake(f"--resume: {out} was not written by this train.py") from None
-    given = given if model == "auto" else {"model": str(model)} | given
+    given = given if model == "auto" else {"model": session.located(model)} | given
     given |= {"matryoshka": prefixes(given["matryoshka"], run.features)} if "matryoshka" in given else {}
+    if "prompts" in given and sources.same(given["prompts"], run.prompts):
+        given["prompts"] = run.prompts
+    known = {"steps"} | ({"prompts"} if run.prompts_sha256 else set())           # a moved file has the same contents
+    same = {"model": session.located, "init": absolute, "transformer": absolute}           # old runs kept them as typed
     for name, value in given.items():
-        if name != "steps" and value != getattr(run, name):
-            raise Mistake(f"--resume: {out} was trained with --{name} {getattr(run, name)}, not {value}")
-    run = replace(run, **given)
+        old = getattr(run, name)
+        if name not in known and value != (same[name](old) if old and name in same else old):
+            raise Mistake(f"--resume: {out} was trained with --{name} {old}, not {value}")
+    run = replace(run, **{name: value for name, value in given.items() if name in known})
     check_numbers(run)
+    if (done := step_of(out)) > run.steps:
+        raise Mistake(f"--resume: {out} has {done:,} steps, more than --steps {run.steps:,}")
+    if run.prompts_sha256 not in (None, sources.fingerprint(run.prompts)):
+        raise Mistake(f"--resume: {run.prompts} is not the file that {out} was trained on: its contents are others")
     print(f"model: {run.model} (as in {out})")
     return run
 
 
-def table(rows):
+def step_of(out):
+    """The step at which the state in the folder `out` stands, without reading all of it."""
+    try:
+        with safetensors.safe_open(out / sae.STATE, "np") as file:
+            return int(file.get_tensor("step"))
+    except Exception as error:                                   # safetensors has its own
+        raise Mistake(f"{out / sae.STATE} is damaged: {error}") from None
+
+
+def table(rows, run):
     """The closing table, as text."""
+    title = "held-out" if run.held_out else "seen prompts, new noise"
     columns = {"fvu_standardized": "FVU (std.)", "fvu": "FVU (raw)", "l0": "L0", "dead": "dead %", "cosine": "cosine",
                "variance_explained": "var. expl."}
-    lines = ["held-out".ljust(24) + "".join(title.rjust(12) for title in columns.values())]
+    lines = [title.ljust(24) + "".join(title.rjust(12) for title in columns.values())]
     for name, row in rows.items():
         cells = (f"{row[key] * (100 if key == 'dead' else 1):.3f}" if key in row else "" for key in columns)
         lines.append(name.ljust(24) + "".join(cell.rjust(12) for cell in cells))

@@ -52,6 +52,8 @@ def main(folder, work):
             tell(f"{name}: SAE", {key: error(trained[key], value) for key, value in expected_sae.items()})
     tell("three prompts on eight devices", error(*[
         np.asarray(flux.residuals(m, PROMPTS[:3], layer=5, site="img")) for m in (model, plain)]))
+    tell("examples a device", [examples(shard.sliced(shard.mesh()), B) for B in (1, 3, 8, 12)])
+    tell("batches", [shard.batch(4), shard.batch(1, 32), shard.batch(1, 33), shard.batch(4, 16)])
     counts = []
     for layer in [*range(model.cfg.layers)] * 2:
         flux.residuals(model, PROMPTS, layer=layer, site="img")
@@ -66,6 +68,20 @@ def answers(model):
     """The text encoding of 8 prompts, and residuals in two sampling steps, for which every block runs."""
     encoded = flux.encode_text(model, PROMPTS)
     return [np.asarray(x) for x in (*encoded, flux.residuals(model, PROMPTS, layer=5, site="img", steps=2))]
+
+
+def examples(walk, B):
+    """How many of B examples each device computes, and whether they come back in their order."""
+    seen = []
+
+    def block(x, p):
+        seen.append(x.shape[0])
+        return x * p, {"x": x}
+
+    x = jnp.arange(1.0, B + 1)[:, None]
+    y, caught = walk(block, x, jnp.asarray([[2.0], [3.0]]), range(2))
+    right = (y == 6 * x).all() and (caught["x"] == jnp.stack([x, 2 * x])).all()
+    return [max(seen), bool(right)]
 
 
 def edited(model):
@@ -86,8 +102,8 @@ def train_sae(model, mesh, work):
         "layer": 5, "features": 256, "k": 8, "steps": 20, "batch": 256, "buffer": 2048, "prompt_batch": 8,
         "quant": "nf4", "size": 128, "text_tokens": 32})
     out = Path(work) / f"sae{len(os.listdir(work))}"
-    train.train(run, model, sources.stream(run.prompts, run.prompt_field), out, mesh=mesh, resume=False,
-                overwrite=False, log_every=20, save_every=20)
+    train.train(run, model, sources.stream(run.prompts, run.prompt_field, False), out, mesh=mesh, resume=False,
+                log_every=20, save_every=20)
     return {name: np.asarray(value) for name, value in sae.load(out)[0].items()}
 
 

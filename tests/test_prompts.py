@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import sys
+import types
 
 import huggingface_hub
 import pytest
@@ -61,24 +62,107 @@ GZ = gzip.compress(b"a red cube\n" * 1000)
 
 
 @pytest.mark.parametrize("name, data, message", [
-    ("p.jsonl", b'{"text": "a"}\n{"text": \n', r"line 2 is not JSON"),
-    ("p.jsonl", b'"a"\n\n[1]\n', r"prompt 2 is \[1\], not a string"),
-    ("p.jsonl", b'{"text": 5}\n', r"prompt 1 is 5, not a string"),
-    ("p.jsonl", b"\xff\xfe\x00garbage\n", r"cannot be read as .jsonl"),
-    ("p.txt", bytes(range(256)) * 9, r"cannot be read as .txt"),
-    ("p.csv", b"\x89PNG\r\n\x1a\n\xff", r"cannot be read as .csv"),
-    ("p.csv", b"", r"no field .* but none"),
+    ("p.jsonl", b'{"text": \n{"text": "a"}\n', r"line 1 is not JSON"),
+    ("p.jsonl", b'\n[1]\n"a"\n', r"line 2 is \[1\], not a string"),
+    ("p.jsonl", b'{"text": 5}\n', r"line 1 is 5, not a string"),
+    ("p.jsonl", b'"\\ud83d"\n', r"line 1 is no UTF-8 text"),
+    ("p.jsonl", b"\xff\xfe\x00garbage\n", r"line 1 is not JSON"),
+    ("p.json", b'["a", "b"', r"p.json is not JSON"), ("p.json", b'{\n "text": "a"\n}', r"line 1 is not JSON"),
+    ("p.json", b'[{"legend": "a"}]', r"prompt 1 has no field .*legend"), ("p.json", b"[]", r"holds no prompts"),
+    ("p.txt", bytes(range(256)) * 9, r"line 1 is no UTF-8"), ("p.txt", "a cube".encode("utf-16"), r"is no UTF-8 text"),
+    ("p.csv", b"\x89PNG\r\n\x1a\n\xff", r"no field .* but .PNG"),
+    ("p.csv", b"", r"no field .* but none"), ("p.csv", b"id,text\n1,a red, big cube\n", r"line 2 has more fields"),
+    ("p.csv", b"text\n" + b"x" * 200_000, r"cannot be read as .csv"),
     ("p.txt.gz", b"not gzip at all", r"cannot be read as .txt"),
-    ("p.txt.gz", GZ[:-12], r"cannot be read as .txt"),
     ("p.txt.gz", GZ[:12] + b"\xff" * 9 + GZ[21:], r"cannot be read as .txt"),
     ("p.txt", b"", r"holds no prompts"), ("p.csv", b"text\n", r"holds no prompts"),
+    ("p.md", b"a red cube\n", r"unknown suffix '.md'.*known are .txt, .csv, .tsv"),
+    ("p", b"a red cube\n", r"unknown suffix ''"), ("p.xz", b"", r"unknown suffix '.xz'"),
 ])
 def test_prompt_files_that_do_not_fit(tmp_path, nano, name, data, message):
+    """Said at the first row: before any training."""
     path = tmp_path / name
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=message) as error:
-        list(itertools.islice(prompts.stream(str(path)), 10_000))
+    with pytest.raises(prompts.Mistake, match=message) as error:
+        next(prompts.stream(str(path)))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+    str(error.value).encode()
+
+
+@pytest.mark.parametrize("name, data, said", [
+    ("p.jsonl", b'"a"\n{"text": \n[1]\n{"txt": "b"}\n{"text": 5}\n"\\ud83d"\n"\xff"\n"b"\n',
+     ["line 2 is not JSON", "skipped 6 rows"]),
+    ("p.json", b'["a", 5, {"x": "y"}, "", "b"]', ["prompt 2 is 5, not a string", "skipped 2 rows"]),
+    ("p.txt", b"a\n\xff\xfe\nb\n", ["line 2 is no UTF-8 text"]),
+    ("p.csv", b"id,text\n0,a\n1,a red, big cube\n2\n3,b\n", ["line 3 has more fields"]),
+    ("p.tsv", b"id\ttext\n0\ta\n1\t\xff\n3\tb\n", ["line 3 is no UTF-8"]),
+    ("p.txt.gz", gzip.compress(b"a\nb\n") + b"garbage", ["cannot be read as .txt, or not to its end"]),
+])
+def test_bad_rows_in_the_middle_are_skipped_and_counted(tmp_path, capsys, name, data, said):
+    """Also when the file starts anew, but told once."""
+    (tmp_path / name).write_bytes(data)
+    assert list(itertools.islice(prompts.stream(str(tmp_path / name)), 5)) == ["a", "b", "a", "b", "a"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines)), lines
+
+
+def test_json_arrays_and_tsv(tmp_path):
+    for name, data in (("p.json", json.dumps([CAPTIONS[0], {"text": CAPTIONS[1]}, {"caption": CAPTIONS[2]}], indent=1)),
+                       ("q.json", "\n".join(json.dumps({"text": c}) for c in CAPTIONS)),
+                       ("p.tsv", "".join(f'{i}\t"{c.replace(chr(34), 2 * chr(34))}"\n'
+                                         for i, c in zip(["id", *range(3)], ["text", *CAPTIONS])))):
+        (tmp_path / name).write_text(data, encoding="utf-8")
+        assert list(prompts.read(str(tmp_path / name))) == CAPTIONS
+
+
+# ---------------------------------------------------------------- held out
+
+
+def numbered(path, n):
+    path.write_text("".join(f"a red cube, number {i}\n" for i in range(n)))
+    return str(path)
+
+
+def test_held_out_and_training_prompts_share_none(tmp_path):
+    source = numbered(tmp_path / "p.txt", 2000)
+    held, rest = (set(itertools.islice(prompts.stream(source, None, part), 5000)) for part in (True, False))
+    assert not held & rest and len(held | rest) == 2000 and 0.03 < len(held) / 2000 < 0.07
+    for prompt in held:
+        assert prompts.is_held_out(f"  {prompt.upper()} ".replace(" ", "  "))
+    assert list(prompts.read(source)) == [f"a red cube, number {i}" for i in range(2000)]
+
+
+def test_held_out_captions_of_scenes():
+    scenes = prompts.held_out_scenes(20)
+    captions = [prompts.scenes().caption(scene) for scene in scenes]
+    assert captions == list(itertools.islice(prompts.stream("scenes", None, True), 20))
+    assert not set(captions) & set(itertools.islice(prompts.stream("scenes", None, False), 1000))
+    assert all(map(prompts.is_held_out, captions)) and prompts.divisible("scenes")
+
+
+def test_few_prompts_are_not_divided(tmp_path, capsys):
+    few, many = numbered(tmp_path / "few.txt", 99), numbered(tmp_path / "many.txt", 1000)
+    (tmp_path / "same.txt").write_text("a red cube\na blue cube\n" * 500)
+    assert [prompts.divisible(s) for s in (few, many, str(tmp_path / "same.txt"))] == [False, True, False]
+    taken = prompts.take(many, None, 100, held_out=True)
+    held = list(map(prompts.is_held_out, taken))
+    assert len(set(taken)) == 100 and held == sorted(held, reverse=True) and 30 < sum(held) < 70
+    assert f"{sum(held)} of {many} were held out of training, {100 - sum(held)} were not" in capsys.readouterr().out
+    assert all(map(prompts.is_held_out, prompts.take(many, None, 10, held_out=True))) and not capsys.readouterr().out
+
+
+def test_what_makes_a_source_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    absolute = prompts.located(numbered(tmp_path / "p.txt", 3) and "p.txt")
+    assert absolute == str(tmp_path / "p.txt") and prompts.located("scenes") == "scenes"
+    assert prompts.same("./p.txt", absolute) and not prompts.same("q.txt", absolute)
+    assert prompts.same("hf:o/d/f.csv", "hf:o/d@12/f.csv") and prompts.same("hf:o/d@12", "hf:o/d@12")
+    assert not prompts.same("hf:o/d@13", "hf:o/d@12") and not prompts.same("hf:o/d", "hf:o/d@12/f.csv")
+    first = prompts.fingerprint("p.txt")
+    numbered(tmp_path / "p.txt", 4)
+    assert first != prompts.fingerprint("p.txt") and prompts.fingerprint("scenes") is None
+    with pytest.raises(prompts.Mistake, match=r"no prompt file 'absent.txt'"):
+        prompts.located("absent.txt")
 
 
 def test_parquet(tmp_path):
@@ -89,7 +173,7 @@ def test_parquet(tmp_path):
     assert list(prompts.read(str(path))) == CAPTIONS
     with pytest.raises(ValueError, match="has no field 'legend', but id, text"):
         list(prompts.read(str(path), "legend"))
-    with pytest.raises(ValueError, match="prompt 2 is 1, not a string"):
+    with pytest.raises(ValueError, match="prompt 1 is 0, not a string"):
         list(prompts.read(str(path), "id"))
     path.write_bytes(b"garbage")
     with pytest.raises(ValueError):
@@ -132,12 +216,12 @@ def hub(tmp_path, monkeypatch):
     """Datasets as folders {owner}/{name} of tmp_path / "hub"; the list says what was fetched."""
     root, fetched = tmp_path / "hub", []
 
-    def list_repo_files(self, repo, *, repo_type):
-        assert repo_type == "dataset"
+    def list_repo_files(self, repo, *, repo_type, revision="main"):
+        assert repo_type == "dataset" and revision in ("main", "12")
         return [str(path.relative_to(root / repo)) for path in (root / repo).rglob("*") if path.is_file()]
 
-    def hf_hub_download(repo, file, *, repo_type):
-        assert repo_type == "dataset"
+    def hf_hub_download(repo, file, *, repo_type, revision="main"):
+        assert repo_type == "dataset" and revision in ("main", "12")
         fetched.append(file)
         if not (root / repo / file).is_file():
             raise errors.LocalEntryNotFoundError(f"no {file}\nand a second line")
@@ -145,6 +229,7 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *args, **kwargs: types.SimpleNamespace(sha="12"))
     return root, fetched
 
 
@@ -162,12 +247,17 @@ def test_hub_datasets_are_fetched_file_by_file(hub):
     assert list(stream) == CAPTIONS and fetched == ["a.jsonl.gz", "sub/b.jsonl"]
     fetched.clear()
     assert list(prompts.read(f"{prompts.DATASET}/sub/b.jsonl")) == CAPTIONS and fetched == ["sub/b.jsonl"]
+    assert prompts.located(prompts.DATASET) == f"{prompts.DATASET}@12"
+    pinned = prompts.located(f"{prompts.DATASET}/sub/b.jsonl")
+    assert pinned == f"{prompts.DATASET}@12/sub/b.jsonl" and list(prompts.read(pinned)) == CAPTIONS
+    (folder / "sub" / "b.jsonl").write_text('{"legend": "no such field"}\n')     # a later file that does not fit
+    assert list(prompts.read(prompts.DATASET)) == CAPTIONS
 
 
 def test_hub_datasets_that_do_not_fit(hub, monkeypatch):
     root, _ = hub
     (root / "o" / "empty").mkdir(parents=True)
-    for source, message in (("hf:o/empty", "o/empty holds no csv, jsonl"), ("hf:o", "write hf:owner/dataset"),
+    for source, message in (("hf:o/empty", "o/empty holds no csv, tsv, jsonl"), ("hf:o", "write hf:owner/dataset"),
                             ("hf:o/", "write hf:owner/dataset"), ("hf:o/empty/no.csv", "cannot fetch o/empty/no.csv")):
         with pytest.raises(ValueError, match=message) as error:
             list(prompts.read(source))

@@ -61,7 +61,14 @@ def test_same_sae_after_20_steps(answers, mesh):
 
 
 def test_a_batch_that_does_not_divide(answers):
+    """Eight devices fill it up, rather than that each computes all of it."""
     assert answers["three prompts on eight devices"] <= 1e-5
+    assert answers["examples a device"] == [[1, True], [1, True], [1, True], [2, True]]
+
+
+def test_batches_grow_with_the_devices(answers):
+    """4 a device, as FLUX.1 takes; 32 in all, as nano does, or 33; the more of both."""
+    assert answers["batches"] == [32, 32, 40, 32] and (shard.batch(4), shard.batch(1, 32)) == (4, 32)
 
 
 def test_another_layer_compiles_nothing(answers):

@@ -138,7 +138,8 @@ def test_metadata_says_how_to_make_it_again(trained, nano):
     assert metadata["run"] == TINY | {"model": str(nano), "site": "img", "prompts": "scenes", "prompt_field": None,
                                       "timesteps": 1, "lr": 9 * sae.default_lr(256), "seed": 0, "dtype": "float32",
                                       "quant": "none", "activation": "topk", "matryoshka": None,
-                                      "transcoder": None, "normalization": "pca", "init": None}
+                                      "transcoder": None, "normalization": "pca", "init": None, "transformer": None,
+                                      "revision": None, "padding": False, "held_out": True, "prompts_sha256": None}
     rows = metadata["evaluation"]
     assert list(rows) == ["SAE", "PCA, 8 components", "random features"]
     assert 0 < rows["PCA, 8 components"]["fvu_standardized"] < rows["random features"]["fvu_standardized"]
@@ -184,7 +185,7 @@ def test_a_finished_run_resumes_to_the_same_and_goes_on_with_more_steps(start, t
 
     def loop(run, harvest, state, cfg, *_):
         assert int(state.step) == 6 and run.steps == 10
-        assert cfg.decay == (3, 11) and cfg.lr == run.lr         # or the rate would stay at zero
+        assert cfg.decay == (1, 11) and cfg.lr == run.lr         # or the rate would stay at zero
         raise Stop
 
     monkeypatch.setattr(train, "loop", loop)
@@ -299,32 +300,41 @@ def test_kills_at_random_moments_end_in_the_same_bytes(nano, tmp_path, environme
     assert files(tmp_path / "ckpt").keys() == files(tmp_path / "straight").keys()
 
 
-@pytest.mark.parametrize("call", [1, 3, 6])
-def test_sigterm_saves_and_ends_well(start, trained, tmp_path, monkeypatch, capsys, call):
-    """As a TPU is taken away: within the first forward passes, or within one that runs beside the first step."""
-    original, count = flux.capture, itertools.count(1)
+@pytest.mark.parametrize("call, number", [(1, signal.SIGTERM), (3, signal.SIGHUP), (6, signal.SIGTERM),
+                                          (6, signal.SIGINT), (6, signal.SIGHUP), (9, signal.SIGINT)])
+def test_signals_save_and_end_well(start, trained, tmp_path, monkeypatch, capsys, call, number):
+    """As a TPU is taken away, a terminal closed: within the first forward passes, within one that runs beside the first
+    step, or within the closing table's (9)."""
+    original, count, before = flux.capture, itertools.count(1), signal.getsignal(number)
 
     def capture(*args, **kwargs):
         if next(count) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(flux, "capture", capture)
-    start()
-    assert "stopped by SIGTERM" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with pytest.raises(SystemExit) as ended:
+        start()
+    assert ended.value.code == 128 + number and f"stopped by {number.name}" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
     if call < 5:                                                 # nothing has been trained yet
         assert not list(tmp_path.iterdir())
         return
-    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 2
+    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == (2 if call == 6 else 6)
     train.main(resume=True, **LOGGED)
     assert_same_run(tmp_path / "ckpt", trained)
 
 
+def stops_at(step):
+    """A `session.stopping` that asks to end before that step."""
+    return lambda: contextlib.nullcontext(lambda now=0: signal.SIGTERM * (now >= step))
+
+
 def test_sigterm_between_steps(start, trained, tmp_path, monkeypatch):
     """Before step 3, of which metrics.jsonl has no line yet."""
-    monkeypatch.setattr(train, "preemption", lambda: contextlib.nullcontext(lambda step: step == 3))
-    start(save_every=100)
+    monkeypatch.setattr(session, "stopping", stops_at(3))
+    with pytest.raises(SystemExit):
+        start(save_every=100)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert int(sae.load_state("ckpt")[0].step) == 3
@@ -356,8 +366,9 @@ def stopped(nano, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("stopped") / "ckpt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flux, "load", lambda *args, **kwargs: model)
-        patch.setattr(train, "preemption", lambda: contextlib.nullcontext(lambda step: step == 3))
-        train.main(model=str(nano), out=str(out), **TINY, **LOGGED)
+        patch.setattr(session, "stopping", stops_at(3))
+        with pytest.raises(SystemExit):
+            train.main(model=str(nano), out=str(out), **TINY, **LOGGED)
     return out
 
 
@@ -468,6 +479,81 @@ def test_overwrite_follows_a_link(start, trained, tmp_path):
     start(overwrite=True)
     assert (tmp_path / "ckpt").is_symlink()
     assert_same_run(tmp_path / "disk", trained)
+
+
+@pytest.mark.parametrize("place", ["here", "mount", "read-only parent"])
+def test_folders_that_cannot_be_renamed(start, trained, tmp_path, monkeypatch, place):
+    """The working folder, a mount, one whose parent cannot be written: files are written into it."""
+    folder, rename, access = tmp_path / "disk", os.rename, os.access
+    folder.mkdir()
+    (folder / ".git").mkdir()                                    # hidden files are nobody's business
+
+    def stays(a, b):
+        assert folder not in (Path(a), Path(b))
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", stays)
+    if place == "mount":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder)
+    if place == "read-only parent":
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
+    if place == "here":
+        monkeypatch.chdir(folder)
+    out = "." if place == "here" else str(folder)
+    start(seed=1, out=out)
+    train.main(resume=True, out=out, **LOGGED)
+    with pytest.raises(ValueError, match="already holds a checkpoint"):
+        start(out=out)
+    (folder / "eval.json").write_text("{}")                      # of the old SAE
+    start(out=out, overwrite=True)
+    assert_same_run(folder, trained)
+    assert {path.name for path in folder.iterdir()} == {".git", *files(trained)}
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+
+
+def test_overwriting_leaves_nothing_of_groups_and_nothing_outside(start, tmp_path):
+    start(site="both", timesteps=2, layer=5)
+    assert (tmp_path / "ckpt" / "img-t0" / sae.CONFIG).exists()
+    (tmp_path / "mine").write_text("mine")
+    described = json.loads((tmp_path / "ckpt" / sae.CONFIG).read_text())
+    del described["metadata"]["digest"]
+    described["metadata"]["training"]["groups"] += ["..", "../mine"]
+    (tmp_path / "ckpt" / sae.CONFIG).write_text(json.dumps(described))
+    with contextlib.suppress(ValueError):                        # names that leave the folder may also be refused
+        start(overwrite=True)
+        assert not [path for path in (tmp_path / "ckpt").iterdir() if path.is_dir()]
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_kill_between_the_files_of_an_overwriting_run(start, trained, tmp_path, monkeypatch):
+    """Whichever was the last one: --overwrite starts anew."""
+    for kill in range(1, 5):
+        start(out="ckpt", seed=1, overwrite=kill > 1)
+        with monkeypatch.context() as patch:
+            replace, count = os.replace, itertools.count(1)
+
+            def dies(a, b, replace=replace, count=count, kill=kill):
+                replace(a, b)
+                if ".new" in str(a) and next(count) == kill:
+                    raise Stop
+
+            patch.setattr(os, "replace", dies)
+            with contextlib.suppress(Stop):
+                start(overwrite=True)
+        start(overwrite=True)
+        assert_same_run(tmp_path / "ckpt", trained)
+        assert files(tmp_path / "ckpt").keys() == files(trained).keys()
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_any_work(monkeypatch, capsys, tmp_path, nano):
+    access, ours = os.access, tmp_path / "there"
+    ours.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in (tmp_path, ours) and access(path, mode))
+    monkeypatch.setattr(flux, "read_config", lambda *_: pytest.fail("work began"))
+    for out, place in (("new", tmp_path), ("a/b/c", tmp_path), ("there", ours)):
+        line = fails(monkeypatch, capsys, f"--out={tmp_path / out}", f"--model={nano}")
+        assert f"--out {tmp_path / out}: {place} cannot be written" in line
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
 def test_out_that_is_not_a_checkpoint(monkeypatch, capsys, tmp_path, trained):
@@ -605,7 +691,7 @@ def test_chunks_repeat_differ_and_are_shuffled_across_prompts(nano, model):
     np.testing.assert_array_equal(chunk(harvest(nano, model), 0), first)
     assert not np.isin(first[:, 0], second[:, 0]).any()          # other prompts, other noise
     parts = harvest(nano, model)
-    plain = np.concatenate([parts.fetch(parts.send(2 * i)) for i in range(4)])
+    plain = np.concatenate([parts.fetch(parts.send(PROMPTS[2 * i:2 * i + 2], 4 * i)) for i in range(4)])
     np.testing.assert_array_equal(sort(plain), sort(first))
     places = [np.flatnonzero((plain == row).all(1))[0] for row in first[:64]]
     assert len(set(np.array(places) // 32)) == 8                 # one batch holds tokens of every prompt
@@ -634,7 +720,8 @@ def test_harvesting_between_steps_gives_the_batches_of_whole_chunks(nano, model,
     make = lambda: harvest(nano, model, batch=batch, steps=11)
     plain, expected = make(), []
     for c in range(plain.chunks):
-        acts = np.concatenate([plain.fetch(plain.send(plain.position)) for _ in range(plain.forwards)])
+        acts = np.concatenate([plain.fetch(plain.send(PROMPTS[:2], 4 * (c * plain.forwards + i)))
+                               for i in range(plain.forwards)])
         acts = acts[np.random.default_rng((0, c)).permutation(256)]
         expected += [acts[b * batch:(b + 1) * batch] for b in range(plain.batches)]
     for start in (0, 1, 3, 4, 5, 10):
@@ -642,7 +729,7 @@ def test_harvesting_between_steps_gives_the_batches_of_whole_chunks(nano, model,
         for step in range(start, 11):
             assert h.ready(step) and h.rows.shape[0] == 256
             np.testing.assert_array_equal(h.batch(step), expected[step])
-        assert h.position == plain.position  and not h.under_way
+        assert h.position == plain.chunks * plain.forwards * 2 and not h.under_way
 
 
 def test_passes_of_the_next_chunk_are_sent_between_steps(nano, model):
@@ -650,12 +737,12 @@ def test_passes_of_the_next_chunk_are_sent_between_steps(nano, model):
     h, asked, seen = harvest(nano, model, steps=7, batch=32), [], []
     for step in range(7):
         assert h.ready(step, lambda: asked.append(step))
-        seen.append((h.stored, len(h.under_way)))
+        seen.append((h.stored // h.forward_tokens, len(h.under_way)))
     assert (h.forwards, h.batches, h.chunks) == (4, 8, 1) and seen == [(4, 0)] * 7 and asked == [0] * 4
     h, asked, seen = harvest(nano, model, steps=10), [], []
     for step in range(10):
         assert h.ready(step, lambda: asked.append(step))
-        seen.append((h.stored, len(h.under_way)))
+        seen.append((h.stored // h.forward_tokens, len(h.under_way)))
     assert seen == [(4 + n, 1) for n in range(8)] + [(12, 0)] * 2 and asked == [0] * 5 + [*range(1, 8)]
     h = harvest(nano, model, steps=10)
     assert h.ready(0) and not h.ready(1, lambda: True) and len(h.under_way) == 1
@@ -663,7 +750,7 @@ def test_passes_of_the_next_chunk_are_sent_between_steps(nano, model):
 
 @pytest.mark.parametrize("layer, site, timesteps, N", [(2, "img", 1, 16), (5, "both", 2, 32)])
 def test_activations_are_those_of_flux_residuals(nano, model, layer, site, timesteps, N):
-    h = harvest(nano, model, layer=layer, site=site, timesteps=timesteps, buffer=1)
+    h = harvest(nano, model, layer=layer, site=site, timesteps=timesteps, buffer=1, padding=True)
     found = chunk(h, 0)
     repeated = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
     # image n of prompt p has the noise number 2 p + n, which is flux.residuals' own numbering of these four
@@ -676,13 +763,239 @@ def test_activations_are_those_of_flux_residuals(nano, model, layer, site, times
     assert np.abs(images[0] - images[1]).max() > 1e-2            # seeds of one prompt differ in their noise
 
 
-def test_held_out_activations_come_from_prompts_after_the_last_one(nano, model):
-    h, seen = harvest(nano, model), []
-    h.prompts = (seen.append(n) or PROMPTS[n % 12] for n in itertools.count())
-    h.seek(2)
-    assert seen == list(range(16)) and h.position == 16
-    h.fetch(h.send(train.HELD_OUT))
-    assert seen == list(range(18)) and h.position == 18
+# ---------------------------------------------------------------- text without padding
+
+
+def real(h, prompts):
+    """How many tokens a prompt has, as the tokenizer counts them."""
+    ids = h.model.tokenize(prompts, h.run.text_tokens)[0]
+    return (ids != 0).sum(1)                                     # T5 pads with 0
+
+
+@pytest.mark.parametrize("site, timesteps", [("txt", 1), ("both", 2)])
+def test_padding_is_left_out(nano, model, site, timesteps):
+    """A chunk is filled with real tokens, pass by pass; what does not fit into it is left."""
+    options = {"site": site, "timesteps": timesteps, "buffer": 300 * timesteps, "batch": 60, "steps": 12}
+    h, whole = harvest(nano, model, **options), harvest(nano, model, **options, padding=True)
+    assert not h.all_taken and whole.all_taken and h.tokens == whole.tokens
+    found, rows, group, i = chunk(h, 0), [], [], 0
+    while sum(map(len, rows)) < h.tokens:
+        prompts = [PROMPTS[(i + n) % 12] for n in range(2)]
+        kept = np.concatenate([np.arange(16) < n for n in real(h, prompts).repeat(2)]).reshape(4, 16)
+        kept = np.concatenate([kept, np.ones((4, 16), bool)], 1) if site == "both" else kept
+        kept = np.broadcast_to(kept, (timesteps, *kept.shape)).reshape(-1)
+        assert 0 < kept.sum() < len(kept)
+        rows.append(whole.fetch(whole.send(prompts, 2 * i))[kept])
+        group.append(whole.pattern[kept])
+        i += 2
+    order = np.random.default_rng((0, 0)).permutation(h.tokens)
+    rows, group = (np.concatenate(x)[:h.tokens][order] for x in (rows, group))
+    np.testing.assert_array_equal(found, rows[:len(found)])
+    again = harvest(nano, model, **options)
+    again.ready(0)
+    if site == "both":
+        np.testing.assert_array_equal(again.groups_of(again.order), group)
+    assert again.starts == {0: 0, 1: i}
+
+
+def test_a_chunk_without_padding_starts_where_the_one_before_it_ended(nano, model):
+    """And a run may begin there again, if it is told where: at any step."""
+    options = {"site": "txt", "buffer": 300, "batch": 50, "steps": 30}
+    h = harvest(nano, model, **options)
+    expected, places = [], []
+    for step in range(30):
+        assert h.ready(step)
+        expected.append(h.batch(step))
+        places.append(int(h.place(step)["position"]))
+    assert h.chunks == 5 and h.sent == h.stored == 5 * h.tokens and not h.under_way
+    assert len(set(places)) == 5 and places == sorted(places)
+    for start in (1, 5, 6, 11, 13, 29):
+        h = harvest(nano, model, **options)
+        h.seek(start // h.batches, places[start])
+        for step in range(start, 30):
+            assert h.ready(step)
+            np.testing.assert_array_equal(h.batch(step), expected[step])
+            assert h.place(step)["position"] == places[step]
+
+
+def test_a_run_on_text_goes_on_bit_for_bit(start, tmp_path, monkeypatch):
+    flags = {"site": "txt", "steps": 20, "k": 4}
+    start(out="straight", **flags)
+    about = sae.load_metadata("straight")
+    assert about["run"]["padding"] is False
+    for saves in (2, 4):
+        with monkeypatch.context() as patch:
+            stop_after(patch, saves)
+            with pytest.raises(Stop):
+                start(out=f"to{saves}", save_every=3, **flags)
+        train.main(resume=True, out=f"to{saves}", **LOGGED)
+        assert_same_run(tmp_path / f"to{saves}", tmp_path / "straight")
+    start(out="padded", padding=True, **flags)
+    assert sae.load_metadata("padded")["evaluation"]["SAE"] != about["evaluation"]["SAE"]
+    with pytest.raises(ValueError, match="was trained with --padding False, not True"):
+        train.main(resume=True, out="straight", padding=True)
+
+
+# ---------------------------------------------------------------- noise, and what is held out
+
+
+@pytest.mark.parametrize("seeds", [1, 4, 43, 1000])
+def test_noise_of_the_closing_table_is_never_that_of_training(nano, model, monkeypatch, seeds):
+    """For any number of seeds: numbers of training end below those of the table, and these below other tools'."""
+    asked, capture = [], lambda model, start, **_: jnp.zeros((1, *start.latents.shape[:2], model.cfg.width))
+    monkeypatch.setattr(flux, "capture", capture)
+    monkeypatch.setattr(flux, "draw_noise", lambda seed, numbers, shape: asked.append(numbers) or
+                        jnp.zeros((len(numbers), *shape)))
+    monkeypatch.setattr(train, "scores", lambda *_: [])
+    monkeypatch.setattr(train, "mean_score", lambda _: {})
+    monkeypatch.setattr(sae, "init", lambda *_, **__: None)
+    run = run_of(nano, seeds_per_prompt=seeds, prompt_batch=1, steps=2, batch=16 * seeds, buffer=16 * seeds)
+    h = train.Harvest(run, model, iter(itertools.cycle(PROMPTS)))
+    assert h.ready(0) and h.ready(1)
+    np.testing.assert_array_equal(np.concatenate(asked), np.arange(2 * seeds))
+    asked.clear()
+    train.evaluate(run, h, None, train.config(run, 128, ()))
+    numbers = np.concatenate(asked)
+    assert numbers.min() == train.HELD_OUT and numbers.max() < train.OTHERS and len(set(numbers)) == len(numbers)
+    with pytest.raises(ValueError, match="noise number 1,000,000,"):
+        h.send(PROMPTS[:1], train.HELD_OUT - seeds + 1, train.HELD_OUT)
+    a, b = (h.send(PROMPTS[:1], n) for n in (0, train.OTHERS - seeds))
+    assert a and b
+
+
+def test_some_prompts_of_a_file_are_held_out(start, tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.txt").write_text("".join(f"a red cube, number {i}\n" for i in range(300)))
+    (tmp_path / "few.txt").write_text("\n".join(PROMPTS))
+    encode, seen = flux.encode_text, []
+    monkeypatch.setattr(flux, "encode_text", lambda model, some, n: seen.extend(some) or encode(model, some, n))
+    start(prompts="p.txt", steps=4)
+    printed = capsys.readouterr().out
+    assert "one in twenty held out" in printed and "\nheld-out  " in printed
+    trained, table = seen[:-8], seen[-8:]
+    assert not any(map(train.sources.is_held_out, trained)) and all(map(train.sources.is_held_out, table))
+    seen.clear()
+    start(prompts="few.txt", out="few")
+    assert "\nseen prompts, new noise " in capsys.readouterr().out and set(seen) == set(PROMPTS)
+    assert [sae.load_metadata(out)["run"]["held_out"] for out in ("ckpt", "few")] == [True, False]
+    with pytest.raises(ValueError, match=r"--held_out: .*few.txt has less than a hundred"):
+        start(prompts="few.txt", held_out=True, out="no")
+    start(prompts="p.txt", held_out=False, steps=4, out="all")
+    assert "\nseen prompts, new noise " in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what a run is
+
+
+def test_another_file_of_prompts_is_refused_and_a_moved_one_is_not(start, trained, tmp_path, monkeypatch):
+    lines = "\n".join(PROMPTS)
+    (tmp_path / "p.txt").write_text(lines)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stop):
+            start(prompts="p.txt")
+    run = sae.load_metadata("ckpt")["run"]
+    assert run["prompts"] == str(tmp_path / "p.txt") and len(run["prompts_sha256"]) == 64
+    (tmp_path / "p.txt").write_text(lines + "\none more")
+    (tmp_path / "moved.txt").write_text(lines)
+    for flags in ({}, {"prompts": "./p.txt"}):
+        with pytest.raises(ValueError, match=r"p.txt is not the file that ckpt was trained on"):
+            train.main(resume=True, **flags)
+    train.main(resume=True, prompts="moved.txt", **LOGGED)
+    assert sae.load_metadata("ckpt")["run"]["prompts"].endswith("moved.txt")
+    train.main(resume=True, prompts=str(tmp_path / "moved.txt"), **LOGGED)
+    with pytest.raises(ValueError, match=r"--prompts_sha256 no: that of p.txt is"):
+        start(prompts="p.txt", prompts_sha256="no", out="other")
+
+
+def test_paths_are_kept_as_they_are_anywhere(start, nano, tmp_path, monkeypatch):
+    """A relative --model and --transformer, resumed from another folder."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "flux").symlink_to(nano)
+    (tmp_path / "elsewhere").mkdir()
+    loaded, load, config = [], flux.load, flux.read_config
+    monkeypatch.setattr(flux, "load", lambda name, **options: loaded.append((name, options)) or load(name))
+    monkeypatch.setattr(flux, "read_config", lambda name, transformer=None: config(name))
+    start(model="models/flux", transformer="models/flux/transformer")
+    run = sae.load_metadata("ckpt")["run"]
+    paths = [str(tmp_path / "models" / "flux"), str(tmp_path / "models" / "flux" / "transformer")]
+    assert [run["model"], run["transformer"]] == paths == [loaded[0][0], loaded[0][1]["transformer"]]
+    train.main(resume=True, model="models/flux", transformer="models/flux/transformer", **LOGGED)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train.main(resume=True, model="../models/flux", out="../ckpt", **LOGGED)
+    assert [loaded[-1][0], loaded[-1][1]["transformer"]] == paths
+    with pytest.raises(ValueError, match="was trained with --model"):
+        train.main(resume=True, model="nano", out="../ckpt")
+    with pytest.raises(ValueError, match="--transformer nowhere: there is no such file"):
+        start(transformer="nowhere", out="other")
+
+
+def test_a_model_on_the_hub_keeps_its_revision(start, nano, tmp_path, monkeypatch):
+    """Also when the hub has another one by then."""
+    cache, asked, main = tmp_path / "cache" / "snapshots", [], ["aa"]
+    cache.mkdir(parents=True)
+    for revision in ("aa", "bb"):
+        (cache / revision).symlink_to(nano)
+
+    def snapshot_download(repo, allow_patterns, revision=None):
+        asked.append((repo, revision))
+        return str(cache / (revision or main[0]))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    loaded, load = [], flux.load
+    monkeypatch.setattr(flux, "load", lambda name, **options: loaded.append(name) or load(name))
+    start(model="me/flux", prompts="scenes")
+    about = sae.load_metadata("ckpt")
+    assert about["model"] == "me/flux" and about["revision"] == about["run"]["revision"] == "aa"
+    main[0] = "bb"
+    train.main(resume=True, model="me/flux", **LOGGED)
+    assert loaded == ["me/flux@aa"] * 2 and ("me/flux", "aa") in asked
+    start(model="me/flux", prompts="scenes", revision="aa", overwrite=True)
+    assert loaded[2] == "me/flux@aa"
+
+
+def test_a_checkpoint_from_before_goes_on_as_it_began(start, tmp_path, monkeypatch):
+    """It has padding, holds nothing out, and its state does not say at which prompt it stands."""
+    old = {"padding": True, "held_out": False}
+    start(out="straight", site="txt", **old)
+    new = ("transformer", "revision", "padding", "held_out", "prompts_sha256")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "asdict", lambda run: {k: v for k, v in vars(run).items() if k not in new})
+        patch.setattr(train.Harvest, "place", lambda *_: {})
+        stop_after(patch, 2)
+        with pytest.raises(Stop):
+            start(site="txt", **old)
+    assert "padding" not in sae.load_metadata("ckpt")["run"]
+    train.main(resume=True, **LOGGED)
+    assert_same_run(tmp_path / "ckpt", tmp_path / "straight")
+
+
+def test_a_resumed_run_keeps_its_config_whatever_the_defaults_are_now(start, trained, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stop):
+            start()
+    monkeypatch.setattr(train, "config", lambda *_: pytest.fail("a config of today's defaults"))
+    train.main(resume=True, **LOGGED)
+    assert_same_run(tmp_path / "ckpt", trained)
+
+
+def test_fewer_steps_than_there_are(trained, stopped, monkeypatch, capsys):
+    old = files(trained)
+    monkeypatch.setattr(flux, "load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    assert "has 6 steps, more than --steps 5" in fails(monkeypatch, capsys, "--resume", f"--out={trained}", "--steps=5")
+    assert "has 3 steps, more than --steps 2" in fails(monkeypatch, capsys, "--resume", f"--out={stopped}", "--steps=2")
+    assert files(trained) == old
+
+
+def test_height_and_width(start, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, "--size=32,96", f"--model={model.source}"])
+    session.command(train.main)
+    assert sae.load_metadata("ckpt")["run"]["size"] == [32, 96]
+    train.main(resume=True, size=(32, 96), **LOGGED)
+    with pytest.raises(ValueError, match=re.escape("trained with --size (32, 96), not (96, 32)")):
+        train.main(resume=True, size=(96, 32))
+    for size in ("32,97", "32,96,64", "0,32", "32,x", "True", "-32", "32.5"):
+        assert "size is" in fails(monkeypatch, capsys, *FLAGS, f"--size={size}", "--out=other")
 
 
 # ---------------------------------------------------------------- defaults and mistakes
@@ -757,13 +1070,6 @@ def test_a_gated_model_without_a_token(monkeypatch, capsys, tmp_path):
     assert "black-forest-labs/FLUX.1-schnell is gated" in line
 
 
-def test_prompts_that_end_in_the_middle_of_a_bad_file_leave_the_checkpoint(start, tmp_path):
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS) + "{\n")
-    with pytest.raises(ValueError, match="line 13 is not JSON"):
-        start(prompts=str(tmp_path / "p.jsonl"))                 # of the second chunk, while the first is trained on
-    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 2
-
-
 @pytest.mark.parametrize("call, step", [(1, 0), (6, 4)])
 def test_activations_that_are_not_finite_are_never_trained_on(start, monkeypatch, tmp_path, call, step):
     original, count = flux.capture, itertools.count(1)
@@ -774,7 +1080,7 @@ def test_activations_that_are_not_finite_are_never_trained_on(start, monkeypatch
 
     monkeypatch.setattr(flux, "capture", capture)
     # A forward pass has two prompts; capture spoils the first image, of the first prompt's first seed.
-    prompt = next(itertools.islice(train.sources.stream("scenes", None), 2 * (call - 1), None))
+    prompt = next(itertools.islice(train.sources.stream("scenes", None, False), 2 * (call - 1), None))
     with pytest.raises(ValueError, match=f"step {step} .*NaN.*{re.escape(repr(prompt))}"):
         start()
     assert (tmp_path / "ckpt").exists() == (step > 0)
@@ -806,6 +1112,6 @@ def test_the_command_as_a_user_types_it(nano, tmp_path, trained, environment):
     command = [sys.executable, str(ROOT / "train.py"), "--model", "pipeline", "--prompts", "prompts.txt", *FLAGS]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("model: pipeline (as asked)") and done.stdout.endswith("checkpoint: ckpt\n")
-    assert sae.load_metadata(tmp_path / "ckpt")["run"]["prompts"] == "prompts.txt"
+    assert done.stdout.startswith(f"model: {pipeline} (as asked)") and done.stdout.endswith("checkpoint: ckpt\n")
+    assert sae.load_metadata(tmp_path / "ckpt")["run"]["prompts"] == str(tmp_path / "prompts.txt")
     assert set(files(tmp_path / "ckpt")) == set(files(trained))
