@@ -566,8 +566,8 @@ def _check_parts(folder, cfg):
             ("joint_attention_dim", cfg.joint_attention_dim, "the T5's d_model", t5.d_model),
             ("pooled_projection_dim", cfg.pooled_projection_dim, "the CLIP's hidden_size", clip.hidden_size)):
         if value != fitting:
-            raise Mistake(f"the transformer's {name} is {value}, and {what} is {fitting}, where {folder} would need one "
-                          "number: it is no FLUX.1 that draws from text, or its parts are of different models")
+            raise Mistake(f"the transformer's {name} is {value}, and {what} is {fitting}; in {folder} they must be the "
+                          "same: it is no FLUX.1 that draws from text, or its parts are of different models")
     sigmas(scheduler, 2, 256)
     return t5, clip, image, scheduler
 

@@ -324,7 +324,7 @@ def _open_json(folder, kind):
     file = folder / "tokenizer.json"
     if not file.exists() and (folder / "spiece.model").exists():
         raise Mistake(f"{folder} holds spiece.model but no tokenizer.json; transformers (with sentencepiece) makes it: "
-                      f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})")
+                      f"T5TokenizerFast.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})")
     if not file.exists() and kind == "clip":
         raise FileNotFoundError(f"{folder} holds neither vocab.json and merges.txt nor tokenizer.json")
     return _open_tokenizer(lambda: Tokenizer.from_file(str(file)), file)
