@@ -388,11 +388,15 @@ BFL = {
 }
 
 
+def _names(layout):
+    """{our module: [torch modules]} of a layout."""
+    return {ours + k: [prefix + name for name in v.split()]
+            for ours, (prefix, part) in layout.items() for k, v in part.items()}
+
+
 def table(cfg, layout=DIFFUSERS):
     """Every tensor of the transformer, once (see `weights.Tensor`), under the names of one file layout."""
-    D, C, K = cfg.width, cfg.in_channels, cfg.attention_head_dim
-    names = {ours + k: [prefix + name for name in v.split()]
-             for ours, (prefix, part) in layout.items() for k, v in part.items()}
+    D, C, K, names = cfg.width, cfg.in_channels, cfg.attention_head_dim, _names(layout)
     depth = {"double": cfg.num_layers, "single": cfg.num_single_layers}
 
     def lin(path, n_in, *widths, std=None):
@@ -424,22 +428,16 @@ def table(cfg, layout=DIFFUSERS):
     }
 
 
-def load_transformer(path, *, put=None, dtype=jnp.bfloat16, unpack=None, last=None):
-    """(Config, params) from a diffusers `transformer/` folder or from Black Forest Labs' single safetensors file.
+def load_transformer(path, *, put=None, dtype=jnp.bfloat16, unpack=None, last=None, variant=None):
+    """(Config, params) from a diffusers `transformer/` folder, or from a single safetensors file with diffusers' names
+    or Black Forest Labs', which may hold a whole pipeline.
 
     put: (name, array [in, out] of one layer, a numpy array) → the leaf to keep, called once per weight as it streams
     from disk; the layers' leaves are then stacked. unpack: see `weights.open_weights`; what it joins, `put` gets as it
     is (`quant.put` and `quant.unpack` are such functions). last: the last layer that will be run; the blocks after it,
     and what comes after the blocks, are not loaded. Raises ValueError on a missing, unexpected or misshapen tensor.
     """
-    weights = tensor_files.open_weights(path, unpack)
-    if Path(path).is_dir():
-        cfg, layout = tensor_files.read_config(Config, Path(path) / "config.json"), DIFFUSERS
-    else:
-        weights = {name.removeprefix("model.diffusion_model."): piece for name, piece in weights.items()}
-        weights = {k: _Swapped(v) if k.startswith(BFL[""][1]["out.mod"]) else v for k, v in weights.items()}
-        cfg, layout = _bfl_config(weights, path), BFL
-    tensors = table(cfg, layout)
+    cfg, tensors, weights = _open_transformer(path, unpack, variant)
     if last is not None:
         tensor_files.check_tensors(tensors, weights)
         depth = {"double": min(cfg.num_layers, last + 1), "single": max(0, last + 1 - cfg.num_layers)}
@@ -447,6 +445,35 @@ def load_transformer(path, *, put=None, dtype=jnp.bfloat16, unpack=None, last=No
                    else part for name, part in tensors.items() if name != "out"}
         weights = {name: weights[name] for name in tensor_files.file_shapes(tensors)}
     return cfg, tensor_files.load_tensors(tensors, weights, put=put, dtype=dtype)
+
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")        # of the transformer in files with everything
+
+
+def _open_transformer(path, unpack=None, variant=None):
+    """(Config, table, {name: lazy slice}) of what `load_transformer` loads."""
+    path = Path(path)
+    if (path / "transformer").is_dir():
+        path = path / "transformer"                              # of a whole pipeline
+    weights = tensor_files.open_weights(path, unpack, variant=variant, prefixes=PREFIXES)
+    if "x_embedder.weight" in weights or (path.is_dir() and "img_in.weight" not in weights):
+        layout, file = DIFFUSERS, (path if path.is_dir() else path.parent) / "config.json"
+        cfg = _transformer_config(file) if path.is_dir() or file.exists() else _config_of(weights, layout, path)
+    else:
+        weights = {k: _Swapped(v) if k.startswith(BFL[""][1]["out.mod"]) else v for k, v in weights.items()}
+        layout, cfg = BFL, _config_of(weights, BFL, path)
+    return cfg, table(cfg, layout), weights
+
+
+def _transformer_config(file):
+    """`Config` from a diffusers config.json. Raises ValueError where it is of another kind of model."""
+    given = tensor_files.read_json(file)
+    if given.get("_class_name", "FluxTransformer2DModel") != "FluxTransformer2DModel":
+        raise Mistake(f"{file} describes a {given['_class_name']}; FLUX.1's transformer is a FluxTransformer2DModel")
+    for name in ("num_layers", "num_single_layers"):
+        if given.get(name) is None:
+            raise Mistake(f"{file} does not say {name}: it is not of a FLUX.1 transformer")
+    return tensor_files.read_config(Config, given)
 
 
 @dataclass(frozen=True)
@@ -461,22 +488,24 @@ class _Swapped:
         return np.roll(self.piece[:], self.get_shape()[0] // 2, axis=0)[item]
 
 
-def _bfl_config(weights, path):
-    """BFL's file brings no config: all of it follows from names and shapes (the RoPE split from FLUX.1's 16:56:56)."""
+def _config_of(weights, layout, path):
+    """A single file brings no config: it follows from names and shapes, and the RoPE split from FLUX.1's 16:56:56."""
+    names = {ours: theirs[0].format(0) for ours, theirs in _names(layout).items()}
+    shape = lambda ours: weights[f"{names[ours]}.weight"].get_shape()
     try:
-        D, C = weights["img_in.weight"].get_shape()
-        K = weights["double_blocks.0.img_attn.norm.query_norm.scale"].get_shape()[0]
-        depth = [1 + max((int(n.split(".")[1]) for n in weights if n.startswith(f"{kind}_blocks.")), default=-1)
-                 for kind in ("double", "single")]
+        D, C = shape("img_in")
+        K, = weights[names["double.img.q_norm"]].get_shape()
+        blocks = {kind: layout[kind][0].partition(".")[0] + "." for kind in ("double.", "single.")}
+        double, single = (1 + max((int(n.split(".")[1]) for n in weights if n.startswith(start)), default=-1)
+                          for start in blocks.values())
         return Config(
-            in_channels=C, out_channels=weights["final_layer.linear.weight"].get_shape()[0], num_layers=depth[0],
-            num_single_layers=depth[1], attention_head_dim=K, num_attention_heads=D // K,
-            joint_attention_dim=weights["txt_in.weight"].get_shape()[1],
-            pooled_projection_dim=weights["vector_in.in_layer.weight"].get_shape()[1],
-            guidance_embeds="guidance_in.in_layer.weight" in weights,
+            in_channels=C, out_channels=shape("out.proj")[0], num_layers=double, num_single_layers=single,
+            attention_head_dim=K, num_attention_heads=D // K, joint_attention_dim=shape("txt_in")[1],
+            pooled_projection_dim=shape("pooled.fc1")[1], guidance_embeds=f"{names['guidance.fc1']}.weight" in weights,
             axes_dims_rope=(K - 4 * (7 * K // 32), 2 * (7 * K // 32), 2 * (7 * K // 32)))
-    except KeyError as error:
-        raise Mistake(f"{path} is not Black Forest Labs' FLUX.1 transformer: {error} is missing") from None
+    except (KeyError, ValueError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise Mistake(f"{path} is not a FLUX.1 transformer: {said}") from None
 
 
 @dataclass(frozen=True)
@@ -496,45 +525,80 @@ class Model:
     def tokenize(self, prompts, text_tokens=None):
         """T5 ids [B, text_tokens] and CLIP ids [B, 77] (or as many as the model has positions)."""
         length = self.text_tokens if text_tokens is None else text_tokens
-        t5 = text_encoders.t5_tokenizer(self.source / "tokenizer_2", length)
-        clip = text_encoders.clip_tokenizer(self.source / "tokenizer", self.clip[0].max_position_embeddings)
-        return t5(prompts), clip(prompts)
+        return tuple(encode(prompts) for encode in _tokenizers(self.source, length, self.t5[0], self.clip[0]))
 
     def words(self, prompts, length):
         """For each prompt its T5 tokens as they stand in the text, at most `length`, without the padding."""
         return text_encoders.t5_words(self.source / "tokenizer_2", prompts, length)
 
 
-def read_config(model):
-    """(folder, transformer Config) of `model`, without its weights: enough to check flags before a long load."""
-    folder = resolve(model, ["transformer/config.json", "vae/config.json"])
-    return folder, tensor_files.read_config(Config, folder / "transformer" / "config.json")
+def _tokenizers(folder, length, t5, clip):
+    """T5's and CLIP's tokenizers of a pipeline's folder; t5, clip: the models' configs."""
+    return (text_encoders.t5_tokenizer(folder / "tokenizer_2", length, t5.vocab_size),
+            text_encoders.clip_tokenizer(folder / "tokenizer", clip.max_position_embeddings, clip.vocab_size))
 
 
-def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None, walk=None, last=None):
+def read_config(model, transformer=None, unpack=None):
+    """(folder, transformer Config) of `model`, without its weights: enough to check flags before a long load. Raises
+    ValueError where it is no FLUX.1 pipeline. transformer, unpack: as for `load`."""
+    folder = resolve(model, ["model_index.json", *(f"{part}/*.json" for part in (
+        "transformer", "text_encoder", "text_encoder_2", "vae", "scheduler"))])
+    cfg = (_open_transformer(transformer, unpack)[0] if transformer else
+           _transformer_config(folder / "transformer" / "config.json"))
+    _check_parts(folder, cfg)
+    return folder, cfg
+
+
+def _check_parts(folder, cfg):
+    """(T5Config, CLIPConfig, vae.Config, scheduler's fields) of a pipeline. Raises ValueError where its parts fit
+    neither FLUX.1 nor each other, as those of other pipelines do not."""
+    index = folder / "model_index.json"
+    kind = tensor_files.read_json(index).get("_class_name") if index.exists() else None
+    if kind not in (None, "FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"):      # of the same weights
+        raise Mistake(f"{folder} holds a {kind}; fae runs FLUX.1 from text, a FluxPipeline")
+    t5, clip = text_encoders.t5_config(folder / "text_encoder_2"), text_encoders.clip_config(folder / "text_encoder")
+    image = vae.config(folder / "vae")
+    scheduler = tensor_files.read_json(folder / "scheduler" / "scheduler_config.json")
+    for name, value, what, fitting in (
+            ("in_channels", cfg.in_channels, "the VAE's latent_channels times 4", 4 * image.latent_channels),
+            ("out_channels", cfg.out_channels or cfg.in_channels, "its in_channels", cfg.in_channels),
+            ("patch_size", cfg.patch_size, "that of FLUX.1", 1),
+            ("joint_attention_dim", cfg.joint_attention_dim, "the T5's d_model", t5.d_model),
+            ("pooled_projection_dim", cfg.pooled_projection_dim, "the CLIP's hidden_size", clip.hidden_size)):
+        if value != fitting:
+            raise Mistake(f"the transformer's {name} is {value}, and {what} is {fitting}; in {folder} they must be the "
+                          "same: it is no FLUX.1 that draws from text, or its parts are of different models")
+    sigmas(scheduler, 2, 256)
+    return t5, clip, image, scheduler
+
+
+def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None, walk=None, last=None, variant=None):
     """A `Model` from "nano", "schnell", "dev", a diffusers folder or a Hugging Face repo id.
 
     put(name, array), unpack: see `load_transformer`; names start with transformer., t5., clip. or vae. here.
     transformer: a path to take it from instead, for example `flux1-schnell.safetensors`. last: for `residuals` at
-    layers up to this one, in one step, and nothing else: what they do not need (the VAE too) is not loaded.
+    layers up to this one, in one step, and nothing else: what they do not need (the VAE too) is not loaded. variant:
+    "fp16" for files such as `model.fp16.safetensors`. Raises ValueError, before any weight is read, where it is no
+    FLUX.1 pipeline.
     """
-    folder = resolve(model)
+    folder = resolve(model, [part for part in PARTS if not transformer or not part.startswith("transformer/")])
+    place = transformer or folder / "transformer"
 
     def part(prefix):
-        return None if put is None else lambda name, array: put(f"{prefix}.{name}", array)
+        return {"put": None if put is None else lambda name, array: put(f"{prefix}.{name}", array), "dtype": dtype,
+                "variant": variant}
 
-    cfg, params = load_transformer(transformer or folder / "transformer", put=part("transformer"), dtype=dtype,
-                                   unpack=unpack, last=last)
+    cfg = _open_transformer(place, unpack, variant)[0]
+    t5, clip, image, scheduler = _check_parts(folder, cfg)
     tokens = text_encoders.tokenizer_config(folder / "tokenizer_2").get("model_max_length", 512)
+    tokens = min(tokens, 512 if cfg.guidance_embeds else 256)
+    _tokenizers(folder, tokens, t5, clip)                        # a mistake there shows before the long work
     return Model(
-        cfg, params,
-        t5=text_encoders.load_t5(folder / "text_encoder_2", put=part("t5"), dtype=dtype, unpack=unpack),
-        clip=text_encoders.load_clip(folder / "text_encoder", put=part("clip"), dtype=dtype, unpack=unpack),
-        vae=(vae.load(folder / "vae", put=part("vae"), dtype=dtype) if last is None
-             else (vae.config(folder / "vae"), None)),
-        scheduler=tensor_files.read_json(folder / "scheduler" / "scheduler_config.json"),
-        source=folder, text_tokens=min(tokens, 512 if cfg.guidance_embeds else 256), size=default_size(folder),
-        walk=walk)
+        cfg, load_transformer(place, unpack=unpack, last=last, **part("transformer"))[1],
+        t5=text_encoders.load_t5(folder / "text_encoder_2", unpack=unpack, **part("t5")),
+        clip=text_encoders.load_clip(folder / "text_encoder", unpack=unpack, **part("clip")),
+        vae=vae.load(folder / "vae", **part("vae")) if last is None else (image, None),
+        scheduler=scheduler, source=folder, text_tokens=tokens, size=default_size(folder), walk=walk)
 
 
 PARTS = ["model_index.json", *(f"{part}/*" for part in (

@@ -238,18 +238,19 @@ def scan(mesh=None):
 @lru_cache
 def sliced(mesh=None):
     """As `scan`, but one program for all layers, dispatched once for each. Not to be wrapped in `jax.jit`."""
-    first = jax.jit(partial(fetch, mesh=mesh))
+    first = jax.jit(lambda stack, i: (fetch(stack, i, mesh), i))
 
     @partial(jax.jit, static_argnums=0)
     def run(block, x, p, stack, i, context):
-        return stepper(block, mesh)(x, p, stack, i, context)
+        (x, p), found = stepper(block, mesh)(x, p, stack, i, context)
+        return (x, p, i + 1), found                              # counted here: the host would send it to every chip
 
     def walk(block, x, stack, layers, *context):
         if not layers:
             return x, {}
-        caught, p = [], first(stack, layers.start)
-        for i in layers:
-            (x, p), found = wait(mesh, run(block, x, p, stack, i, context))
+        caught, (p, i) = [], first(stack, layers.start)
+        for _ in layers:
+            (x, p, i), found = wait(mesh, run(block, x, p, stack, i, context))
             caught.append(found)
         return x, jax.tree.map(lambda *values: jnp.stack(values), *caught)
 

@@ -72,11 +72,16 @@ def t5_table(cfg):
     }
 
 
-def load_t5(folder, *, put=None, dtype=jnp.bfloat16, unpack=None):
-    """(T5Config, params) from a transformers folder (config.json and safetensors)."""
-    cfg = read_config(T5Config, Path(folder) / "config.json")
+def load_t5(folder, *, put=None, dtype=jnp.bfloat16, unpack=None, variant=None):
+    """(T5Config, params) from a transformers folder (config.json and safetensors); see `weights.open_weights`."""
+    cfg, weights = t5_config(folder), open_weights(folder, unpack, variant=variant)
     ignore = ("encoder.embed_tokens.weight",)                    # a second name of shared.weight
-    return cfg, load_tensors(t5_table(cfg), open_weights(folder, unpack), put=put, dtype=dtype, ignore=ignore)
+    return cfg, load_tensors(t5_table(cfg), weights, put=put, dtype=dtype, ignore=ignore)
+
+
+def t5_config(folder):
+    """`T5Config` of a folder. Raises ValueError where it holds another kind of model."""
+    return _config(folder, T5Config, "a T5 encoder", ("t5",))
 
 
 def t5(params, cfg, ids, *, walk=None):
@@ -177,12 +182,24 @@ def clip_table(cfg, prefix=""):
     }
 
 
-def load_clip(folder, *, put=None, dtype=jnp.bfloat16, unpack=None):
-    """(CLIPConfig, params) from a transformers folder (config.json and safetensors)."""
-    cfg, weights = read_config(CLIPConfig, Path(folder) / "config.json"), open_weights(folder, unpack)
-    prefix = "text_model." if any(name.startswith("text_model.") for name in weights) else ""
-    ignore = (prefix + "embeddings.position_ids",)               # a buffer that old files carry
-    return cfg, load_tensors(clip_table(cfg, prefix), weights, put=put, dtype=dtype, ignore=ignore)
+def load_clip(folder, *, put=None, dtype=jnp.bfloat16, unpack=None, variant=None):
+    """(CLIPConfig, params) from a transformers folder (config.json and safetensors); see `weights.open_weights`."""
+    cfg, weights = clip_config(folder), open_weights(folder, unpack, variant=variant, prefixes=("text_model.",))
+    ignore = ("embeddings.position_ids",)                        # a buffer that old files carry
+    return cfg, load_tensors(clip_table(cfg), weights, put=put, dtype=dtype, ignore=ignore)
+
+
+def clip_config(folder):
+    """`CLIPConfig` of a folder. Raises ValueError where it holds another kind of model."""
+    return _config(folder, CLIPConfig, "a CLIP text encoder", ("clip_text_model",))
+
+
+def _config(folder, cls, what, kinds):
+    file = Path(folder) / "config.json"
+    given = read_json(file)
+    if given.get("model_type", kinds[0]) not in kinds:
+        raise Mistake(f"{file} says model_type {given['model_type']!r}; FLUX.1 has {what} there, {' or '.join(kinds)}")
+    return read_config(cls, given)
 
 
 def clip(params, cfg, ids):
@@ -236,26 +253,85 @@ def _layer_norm(x, p, eps):
 # ---------------------------------------------------------------- tokenizers
 
 
-def t5_tokenizer(folder, length):
-    """A function from prompts to ids [B, length] int32: `tokenizer.json`, truncated to, and padded with <pad>."""
-    tokenizer = _open_t5(folder)
-    pad = tokenizer_config(folder).get("pad_token", "<pad>")
-    return _encoder(tokenizer, length, _content(pad))
+def t5_tokenizer(folder, length, vocab_size=None):
+    """A function from prompts to ids [B, length] int32: `tokenizer.json`, truncated to, and padded with <pad>.
+    vocab_size: of the model; a tokenizer that knows more tokens raises ValueError."""
+    return _encoder(*_opened("t5", folder, length, "<pad>", vocab_size))
 
 
 def t5_words(folder, prompts, length):
     """For each prompt its tokens as they stand in the text, at most `length`, without the padding (to which FLUX.1
     attends too)."""
-    tokenizer = _open_t5(folder)
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(length)
+    tokenizer, _ = _opened("t5", folder, length, None)
     return [[prompt[a:b] if b > a else token for token, (a, b) in zip(code.tokens, code.offsets)]
             for prompt, code in zip(prompts, tokenizer.encode_batch(prompts))]
 
 
-def clip_tokenizer(folder, length=77):
-    """A function from prompts to ids [B, length] int32, from `vocab.json` and `merges.txt` alone (byte-level BPE)."""
-    folder, settings = Path(folder), tokenizer_config(folder)
+def clip_tokenizer(folder, length=77, vocab_size=None):
+    """As `t5_tokenizer`, from `vocab.json` and `merges.txt` (byte-level BPE) or else `tokenizer.json`."""
+    return _encoder(*_opened("clip", folder, length, "<|endoftext|>", vocab_size))
+
+
+def tokenizer_config(folder):
+    """`tokenizer_config.json` and `special_tokens_map.json` of a folder, as one dict; {} where it has neither."""
+    files = [Path(folder) / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    return {key: value for file in files if file.exists() for key, value in read_json(file).items()}
+
+
+def _opened(kind, folder, length, pad, vocab_size=None):
+    """(tokenizer that truncates to `length`, length). pad: fill up to `length` with the folder's padding token, by
+    default this one; None: do not. It is opened once, until its files change: to open one of 32,128 pieces takes as
+    long as to encode a thousand prompts."""
+    if isinstance(length, bool) or not isinstance(length, (int, np.integer)):
+        raise Mistake(f"a length of {length!r} tokens; it must be a whole number")
+    folder = Path(folder).absolute()
+    stamp = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*")) if file.name in FILES)
+    return _open(kind, folder, int(length), pad, vocab_size, stamp), int(length)
+
+
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@lru_cache(maxsize=16)
+def _open(kind, folder, length, pad, vocab_size, stamp):
+    """What `_opened` keeps: one tokenizer for each length, since length and padding are part of its state."""
+    settings, split = tokenizer_config(folder), kind == "clip" and (folder / "vocab.json").exists()
+    tokenizer = _open_clip(folder, settings) if split else _open_json(folder, kind)
+    if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
+        raise Mistake(f"the tokenizer in {folder} knows {tokenizer.get_vocab_size()} tokens, but its model only "
+                      f"{vocab_size}: they are not of one pipeline")
+    fewest = max(tokenizer.num_special_tokens_to_add(False), 1)
+    if length < fewest:
+        raise Mistake(f"a length of {length} tokens; it must be a whole number from {fewest}")
+    tokenizer.enable_truncation(length)
+    tokenizer.no_padding()
+    if pad:
+        pad = _content(settings.get("pad_token", pad))
+        tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+    return tokenizer
+
+
+def _encoder(tokenizer, length):
+    return lambda prompts: np.array(
+        [code.ids for code in tokenizer.encode_batch(list(prompts))], np.int32).reshape(-1, length)
+
+
+def _content(token):
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _open_json(folder, kind):
+    file = folder / "tokenizer.json"
+    if not file.exists() and (folder / "spiece.model").exists():
+        raise Mistake(f"{folder} holds spiece.model but no tokenizer.json; transformers (with sentencepiece) makes it: "
+                      f"T5TokenizerFast.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})")
+    if not file.exists() and kind == "clip":
+        raise FileNotFoundError(f"{folder} holds neither vocab.json and merges.txt nor tokenizer.json")
+    return _open_tokenizer(lambda: Tokenizer.from_file(str(file)), file)
+
+
+def _open_clip(folder, settings):
+    """CLIP's byte-level BPE from `vocab.json` and `merges.txt`."""
     start, end, unknown, pad = (_content(settings.get(f"{name}_token", default)) for name, default in (
         ("bos", "<|startoftext|>"), ("eos", "<|endoftext|>"), ("unk", "<|endoftext|>"), ("pad", "<|endoftext|>")))
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
@@ -274,22 +350,7 @@ def clip_tokenizer(folder, length=77):
     tokenizer.add_special_tokens([AddedToken(name, special=True, **option) for name, option in options.items()])
     tokenizer.post_processor = processors.RobertaProcessing(
         (end, tokenizer.token_to_id(end)), (start, tokenizer.token_to_id(start)), False, False)
-    return _encoder(tokenizer, length, pad)
-
-
-def tokenizer_config(folder):
-    """`tokenizer_config.json` and `special_tokens_map.json` of a folder, as one dict; {} where it has neither."""
-    files = [Path(folder) / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
-    return {key: value for file in files if file.exists() for key, value in read_json(file).items()}
-
-
-def _content(token):
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _open_t5(folder):
-    file = Path(folder) / "tokenizer.json"
-    return _open_tokenizer(lambda: Tokenizer.from_file(str(file)), file)
+    return tokenizer
 
 
 def _open_tokenizer(make, *files):
@@ -300,17 +361,3 @@ def _open_tokenizer(make, *files):
         return make()
     except Exception as error:                                   # `tokenizers` raises bare Exceptions
         raise Mistake(f"{' and '.join(map(str, files))}: not a tokenizer: {error}") from None
-
-
-def _encoder(tokenizer, length, pad):
-    fewest = max(tokenizer.num_special_tokens_to_add(False), 1)
-    if isinstance(length, bool) or not isinstance(length, (int, np.integer)) or length < fewest:
-        raise Mistake(f"a length of {length!r} tokens; it must be a whole number from {fewest}")
-    length = int(length)
-    tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
-
-    def encode(prompts):
-        return np.array([e.ids for e in tokenizer.encode_batch(list(prompts))], np.int32).reshape(-1, length)
-
-    return encode

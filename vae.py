@@ -7,22 +7,20 @@ Copy `weights.py` with this file.
     images = vae.decode(params, cfg, latents)            # and back; not clipped
 
 Images and activations are [B, H, W, C] (torch: [B, C, H, W]), convolutions [height, width, in, out], linear layers
-[in, out]. Arithmetic is in the parameters' dtype, what comes out is float32. `table` declares every tensor once;
-loading, initialization and saving follow from it. Source: arXiv 2112.10752 (latent diffusion), as `diffusers` runs it.
+[in, out]. Arithmetic is in the parameters' dtype, what comes out is float32. `table` declares every tensor once.
+Source: arXiv 2112.10752 (latent diffusion), as `diffusers` runs it.
 """
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from weights import Mistake
+import weights as tensor_files
+from weights import Mistake, Tensor, linear, open_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 EPSILON = 1e-6                                                   # of every group norm; diffusers does not configure it
@@ -60,12 +58,10 @@ def config(source):
     """`Config` from a folder that holds config.json, from that file, or from its contents as a dict."""
     if not isinstance(source, dict):
         path = Path(source)
-        source = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+        source = tensor_files.read_json(path / "config.json" if path.is_dir() else path)
     if source.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise Mistake(f"_class_name is {source['_class_name']!r}, only 'AutoencoderKL' is supported")
-    known = {field.name for field in fields(Config)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in source.items() if key in known}
-    cfg = Config(**values)
+    cfg = tensor_files.read_config(Config, source)
     _check_config(cfg, source)
     return cfg
 
@@ -92,20 +88,6 @@ def _check_config(cfg, source):
 # ---------------------------------------------------------------- the table of tensors: load, initialize, save
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor, declared once: its shape as we keep it, its name in the file, mean and std of its initialization."""
-    shape: tuple[int, ...]
-    name: str
-    mean: float = 0.0
-    std: float = 0.0
-
-    @property
-    def file_shape(self):
-        """Torch's layout: OIHW for a convolution, [out, in] for a linear layer."""
-        return (*self.shape[:1:-1], *self.shape[:2]) if len(self.shape) == 4 else self.shape[::-1]
-
-
 def table(cfg):
     """Every tensor of the model, as the nested dict that the parameters have as well."""
     channels, wide = cfg.block_out_channels, cfg.block_out_channels[-1]
@@ -130,15 +112,13 @@ def table(cfg):
 
 def _conv(name, n_in, n_out, size=3):
     std = (size * size * n_in) ** -0.5
-    return {"w": Tensor((size, size, n_in, n_out), f"{name}.weight", std=std), "b": Tensor((n_out,), f"{name}.bias")}
-
-
-def _linear(name, n_in, n_out):
-    return {"w": Tensor((n_in, n_out), f"{name}.weight", std=n_in ** -0.5), "b": Tensor((n_out,), f"{name}.bias")}
+    return {"w": Tensor((size, size, n_in, n_out), {f"{name}.weight": n_out}, transposed=True, std=std),
+            "b": Tensor((n_out,), {f"{name}.bias": n_out})}
 
 
 def _norm(name, channels):
-    return {"w": Tensor((channels,), f"{name}.weight", mean=1.0), "b": Tensor((channels,), f"{name}.bias")}
+    return {"w": Tensor((channels,), {f"{name}.weight": channels}, mean=1.0),
+            "b": Tensor((channels,), {f"{name}.bias": channels})}
 
 
 def _resnet(name, n_in, n_out):
@@ -164,80 +144,45 @@ def _middle(name, channels, attention):
     if attention:
         at = f"{name}.attentions.0"
         block["attention"] = {"norm": _norm(f"{at}.group_norm", channels)} | {
-            key: _linear(f"{at}.{theirs}", channels, channels)
+            key: linear(channels, {f"{at}.{theirs}": channels})
             for key, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0"))}
     return block
 
 
-def load(folder, *, put=None, dtype=jnp.bfloat16):
+def load(folder, *, put=None, dtype=jnp.bfloat16, variant=None):
     """(Config, params) of a diffusers `vae/` folder: config.json and safetensors, one file or sharded with an index.
 
     put: (name, array in our layout) → the leaf to keep, called tensor by tensor as they stream from disk; the name is
-    the path in the parameters, "encoder.conv_in.w". A missing, unexpected or misshapen tensor raises ValueError.
+    the path in the parameters, "encoder.conv_in.w". variant: see `weights.open_weights`. A missing, unexpected or
+    misshapen tensor raises ValueError.
     """
     cfg = config(folder)
-    tensors, weights = table(cfg), _open(Path(folder))
-    _check_weights(tensors, weights, folder)
-    put = put or (lambda name, array: jnp.asarray(array))
-
-    def leaf(path, tensor):
-        array = weights[tensor.name][:].reshape(tensor.file_shape)                 # drops an old attention's 1x1
-        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-        return put(".".join(step.key for step in path), array.astype(jnp.dtype(dtype)))
-
-    return cfg, jax.tree_util.tree_map_with_path(leaf, tensors)
+    weights = _today(open_weights(folder, variant=variant))
+    return cfg, tensor_files.load_tensors(table(cfg), weights, put=put, dtype=dtype)
 
 
-def _open(folder):
-    """{tensor name, in today's spelling: lazy slice} of the folder's safetensors; nothing is read yet."""
-    index = folder / f"{WEIGHTS}.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
-    weights = {}
-    for file in files:
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} holds no {file}" + f", which {index.name} names" * index.exists())
-        reader = safe_open(folder / file, "np")
-        weights |= {_today(name): reader.get_slice(name) for name in reader.keys()}       # noqa: SIM118 (not a dict)
-    return weights
-
-
-def _today(name):
-    """A tensor's name as diffusers spells it now."""
-    head, _, last = name.rpartition(".")
-    module, _, old = head.rpartition(".")
-    return f"{module}.{OLD_NAMES[old]}.{last}" if ".attentions." in name and old in OLD_NAMES else name
-
-
-def _check_weights(tensors, weights, folder):
-    expected = {tensor.name: tensor.file_shape for tensor in jax.tree.leaves(tensors)}
-    for problem, names in (("missing", expected.keys() - weights), ("unexpected", weights.keys() - expected)):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise Mistake(f"{problem} in the weights of {folder}: {', '.join(sorted(names)[:5])}{more}")
-    for name, shape in expected.items():
-        found = tuple(weights[name].get_shape())
-        if found != shape and not (".attentions." in name and found == (*shape, 1, 1)):
-            raise Mistake(f"misshapen in the weights of {folder}: {name} is {list(found)}, should be {list(shape)}")
+def _today(weights):
+    """The weights under the names that diffusers gives them now; its old 1x1 convolutions are linear layers now."""
+    today = {}
+    for name, piece in weights.items():
+        module, _, last = name.rpartition(".")
+        head, _, old = module.rpartition(".")
+        if ".attentions." in name and old in OLD_NAMES:
+            name, shape = f"{head}.{OLD_NAMES[old]}.{last}", piece.get_shape()
+            piece = replace(piece, shape=tuple(shape[:2])) if shape[2:] == [1, 1] else piece
+        today[name] = piece
+    return today
 
 
 def init(key, cfg, dtype=jnp.float32):
     """Random parameters as `table` declares them: normal with variance 1 / inputs, norms at one, biases at zero."""
-    leaves, structure = jax.tree.flatten(table(cfg))
-    keys = jax.random.split(key, len(leaves))
-    return structure.unflatten([(tensor.mean + tensor.std * jax.random.normal(k, tensor.shape)).astype(dtype)
-                                for tensor, k in zip(leaves, keys)])
+    return tensor_files.init_tensors(table(cfg), key, dtype)
 
 
 def save(folder, params, cfg, dtype=jnp.bfloat16):
     """Write a folder that `load` and `diffusers.AutoencoderKL.from_pretrained` read. Each file appears complete."""
-    folder, tensors = Path(folder), table(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {}
-    for tensor, value in zip(jax.tree.leaves(tensors), jax.tree.structure(tensors).flatten_up_to(params)):
-        value = np.asarray(value).astype(jnp.dtype(dtype))
-        # A transposed view is not enough: safetensors writes the memory as it lies.
-        arrays[tensor.name] = np.ascontiguousarray(value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T)
-    save_file(arrays, folder / f".{WEIGHTS}", metadata={"format": "pt"})
+    folder = Path(folder)
+    tensor_files.save_tensors(table(cfg), params, folder / f".{WEIGHTS}", dtype)
     os.replace(folder / f".{WEIGHTS}", folder / WEIGHTS)
     blocks = {key: [kind] * len(cfg.block_out_channels) for key, kind in BLOCKS.items()}
     text = json.dumps({"_class_name": "AutoencoderKL"} | asdict(cfg) | blocks, indent=2)

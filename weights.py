@@ -7,6 +7,7 @@ Stands alone: copy this one file. It needs jax, numpy and safetensors.
     weights.save_tensors(table, params, "model.safetensors")                    # the inverse
 """
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,7 +29,8 @@ class Tensor:
 
     shape: as we keep it, without the layer axis. parts: {name in the file: width on our last axis}, joined in this
     order; "{}" in a name stands for the layer number. layers: how many are stacked on axis 0 (None: not stacked).
-    transposed: the file holds torch's [out, in]. mean, std: of the initialization (std 0: a constant).
+    transposed: the file holds torch's [out, in], or [out, in, height, width] for our [height, width, in, out].
+    mean, std: of the initialization (std 0: a constant).
     """
     shape: tuple[int, ...]
     parts: dict[str, int]
@@ -39,7 +41,14 @@ class Tensor:
 
     def file_shape(self, width):
         shape = (*self.shape[:-1], width)
-        return shape[::-1] if self.transposed else shape
+        return (width, shape[-2], *shape[:-2]) if self.transposed else shape
+
+    def to_file(self, array):
+        """Our axes in the file's order."""
+        return array.transpose(-1, -2, *range(array.ndim - 2)) if self.transposed else array
+
+    def from_file(self, array):
+        return array.transpose(*range(2, array.ndim), 1, 0) if self.transposed else array
 
     @property
     def numbers(self):
@@ -57,53 +66,136 @@ def linear(n_in, parts, *, layers=None, bias=True, std=None):
     return table
 
 
-def open_weights(path, unpack=None):
-    """{tensor name: lazy slice} of a safetensors file, or of a folder with one file or a sharded set and its index.
+def open_weights(path, unpack=None, *, variant=None, prefixes=()):
+    """{tensor name: lazy slice} of a safetensors file, of an index file, or of a folder that holds one of them.
 
-    Nothing is read yet: a slice has `get_shape()`, and reads what `[...]` asks for. unpack: from this dict to another,
-    in which one piece may stand for several tensors of the file. Raises OSError or ValueError.
+    Nothing is read yet: a slice has `get_shape()`, and reads what `[...]` asks for. Weights with a scale beside them
+    (float8) are multiplied by it. unpack: from this dict to another, in which one piece may stand for several tensors
+    of the file. variant: "fp16" for `model.fp16.safetensors`; None for the plain file, or the only one there is.
+    prefixes: the first of these that the file has is taken off the names, and what lies outside it is left out.
+    Raises OSError or ValueError.
     """
     path, weights = Path(path), {}
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}")
-    for file in [path] if path.is_file() else _weight_files(path):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is named by the index beside it but is missing")
-        try:
-            reader = safe_open(file, "np")
-        except Exception as error:
-            raise Mistake(f"{file} is not a readable safetensors file: {error}") from None
-        with reader:
-            weights |= {name: Slice(file, name, reader.get_slice(name).get_shape())
-                        for name in reader.keys()}               # noqa: SIM118 (it is no dict)
+    whole = _weight_file(path, variant) if path.is_dir() else path
+    for file in _shards(whole) if whole.suffix == ".json" else [whole]:
+        weights |= _slices(file)
+    for prefix in prefixes:
+        if any(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): piece for name, piece in weights.items() if name.startswith(prefix)}
+            break
+    weights = _scaled(weights, path)
     return unpack(weights) if unpack else weights
+
+
+# safetensors' names of types; its own reader for numpy knows no float8
+KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+         "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
+         "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool"}
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A tensor of a safetensors file, which is mapped into memory only while it is read: what stays mapped counts as
-    used, and a model may be larger than the memory."""
+    """A tensor of a safetensors file, which is opened only while it is read: a model may be larger than the memory.
+    kind: its type, by safetensors' name. start: where its bytes begin."""
     file: Path
     name: str
-    shape: list[int]
+    shape: tuple[int, ...]
+    kind: str
+    start: int
 
     def get_shape(self):
-        return self.shape
+        return list(self.shape)
 
     def __getitem__(self, item):
-        with safe_open(self.file, "np") as reader:
-            return reader.get_slice(self.name)[item]
+        if self.kind not in KINDS:
+            raise Mistake(f"{self.name} in {self.file} is of type {self.kind}; known are {', '.join(KINDS)}")
+        dtype = jnp.dtype(KINDS[self.kind])
+        raw = np.fromfile(self.file, np.uint8, math.prod(self.shape) * dtype.itemsize, offset=self.start)
+        return raw.view(dtype).reshape(self.shape)[item]
 
 
-def _weight_files(folder):
-    index = sorted(folder.glob("*.safetensors.index.json"))
-    if index:
-        return sorted({folder / name for name in read_json(index[0])["weight_map"].values()})
-    for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
-        if (folder / name).exists():
-            return [folder / name]
-    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor diffusion_pytorch_model.safetensors nor "
-                            "a *.safetensors.index.json")
+@dataclass(frozen=True)
+class Scaled:
+    """A lazy slice times its scale, in float32: one number, or one for each output (axis 0)."""
+    piece: Slice
+    scale: Slice
+
+    def get_shape(self):
+        return self.piece.get_shape()
+
+    def __getitem__(self, item):
+        scale = self.scale[...].astype(np.float32).reshape(-1, *[1] * (len(self.get_shape()) - 1))
+        return (self.piece[...].astype(np.float32) * scale)[item]
+
+
+def _scaled(weights, path):
+    """The weights with their scales applied, without these and without what else belongs to a quantized file."""
+    for name in weights:
+        if name.endswith(".SCB"):
+            raise Mistake(f"{path} holds int8 weights of bitsandbytes ({name}), which cannot be read: load the "
+                          "unquantized weights, and quantize them with --quant int8, or take its NF4 weights")
+    scaled = {}
+    for name, scale in weights.items():
+        module, _, kind = name.rpartition(".")
+        weight = f"{module}.weight"
+        if kind in ("scale_weight", "weight_scale") and weight in weights:
+            outputs, size = weights[weight].get_shape()[:1], math.prod(scale.get_shape())
+            if size not in (1, *outputs):
+                raise Mistake(f"{name} in {path} is {scale.get_shape()}; only one scale, or one for each output, can "
+                              "be applied")
+            scaled[weight] = Scaled(weights[weight], scale)
+    beside = ("scale_weight", "weight_scale", "scale_input", "input_scale", "scaled_fp8", "comfy_quant")
+    return {name: piece for name, piece in (weights | scaled).items() if name.rpartition(".")[2] not in beside}
+
+
+def _slices(file):
+    """{name: Slice} of one safetensors file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is named by the index beside it but is missing")
+    try:
+        with safe_open(file, "np"):                              # checks all of the header
+            pass
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+    except Exception as error:
+        raise Mistake(f"{file} is not a readable safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    return {name: Slice(file, name, tuple(about["shape"]), about["dtype"], 8 + length + about["data_offsets"][0])
+            for name, about in header.items()}
+
+
+def _weight_file(folder, variant):
+    """Its index or only file of that variant: model.safetensors, model.fp16.safetensors, model.safetensors.index.json,
+    model.safetensors.index.fp16.json; all the same for diffusion_pytorch_model."""
+    found = {}
+    for stem in ("diffusion_pytorch_model", "model"):
+        for file in sorted(folder.glob(f"{stem}.*"), key=lambda file: (file.suffix, file.name)):       # .json first
+            words = file.name.split(".")[1:]
+            kind = [word for word in words if word not in ("safetensors", "index", "json")]
+            if words[-1] in ("safetensors", "json") and "safetensors" in words and "-of-" not in file.name:
+                found.setdefault(".".join(kind), file)
+    wanted = variant or ("" if "" in found or len(found) != 1 else next(iter(found)))
+    if wanted not in found:
+        variants = ", ".join(filter(None, found))
+        if not variants:
+            raise FileNotFoundError(f"{folder} holds neither model.safetensors nor diffusion_pytorch_model.safetensors "
+                                    "nor a *.safetensors.index.json")
+        raise Mistake(f"{folder} holds the variants {variants}" + (f", not {variant}" if variant else
+                      " and no plain weights: name one (variant=), or keep only one in the folder"))
+    return found[wanted]
+
+
+def _shards(index):
+    """The files that an index file names; they lie beside it."""
+    try:
+        return sorted({index.with_name(name) for name in read_json(index)["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, Mistake):
+            raise
+        raise Mistake(f"{index} is not an index of safetensors files") from None
 
 
 def load_tensors(table, weights, *, put=None, dtype=jnp.bfloat16, ignore=()):
@@ -156,8 +248,10 @@ def check_tensors(table, weights, ignore=()):
             raise Mistake(f"{problem} tensor{'s' * (len(names) > 1)} in the weights: {listed}")
     for name, shape in expected.items():
         if shapes[name] != shape:
-            raise Mistake(f"misshapen tensor in the weights: {name} is {list(shapes[name])}, "
-                             f"should be {list(shape)}")
+            raise Mistake(f"misshapen tensor in the weights: {name} is {list(shapes[name])}, should be {list(shape)}")
+        if getattr(weights[name], "kind", "F")[0] in "IU":
+            raise Mistake(f"{name} in the weights holds whole numbers ({weights[name].kind}): a kind of quantization "
+                          "that cannot be read")
 
 
 def _read(tensor, weights, layer, dtype):
@@ -167,7 +261,7 @@ def _read(tensor, weights, layer, dtype):
         return pieces[0].joined(pieces, dtype)
     array, start = np.empty(tensor.shape, jnp.dtype(dtype)), 0
     for piece, width in zip(pieces, tensor.parts.values()):
-        array[..., start:start + width] = piece[:].T if tensor.transposed else piece[:]
+        array[..., start:start + width] = tensor.from_file(piece[:])
         start += width
     return array
 
@@ -194,7 +288,7 @@ def save_tensors(table, params, file, dtype=jnp.bfloat16):
             layer, start = value if tensor.layers is None else value[i], 0
             for part, width in tensor.parts.items():
                 piece = layer[..., start:start + width]
-                arrays[part.format(i)] = np.ascontiguousarray(piece.T if tensor.transposed else piece)
+                arrays[part.format(i)] = np.ascontiguousarray(tensor.to_file(piece))
                 start += width
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     save_file(arrays, file, metadata={"format": "pt"})

@@ -1,9 +1,10 @@
 """Write a FLUX.1-schnell of random weights: python tests/synthetic.py FOLDER
 
-The official shapes, names and files (34 GB, bfloat16), with nano's tokenizers: for timing and memory at full size where
-the real weights are not. Remove the folder when done.
+The official shapes, names and files (34 GB, bfloat16), with nano's tokenizers filled up to the official sizes: for
+timing and memory at full size where the real weights are not. Remove the folder when done.
 """
 import json
+import random
 import shutil
 import sys
 import zlib
@@ -32,10 +33,8 @@ def main(folder):
         sys.exit(f"{folder} is not empty")
     shutil.copytree(nano, folder, dirs_exist_ok=True,
                     ignore=shutil.ignore_patterns("*.safetensors", "*.py", "*.jpg", "*.md", "__pycache__"))
-    end = weights.read_json(nano / "text_encoder" / "config.json")["eos_token_id"]
-    t5, clip = text.T5Config(), text.CLIPConfig(eos_token_id=end)
-    settings = weights.read_json(nano / "tokenizer_2" / "tokenizer_config.json")
-    rewrite(folder / "tokenizer_2" / "tokenizer_config.json", settings | {"model_max_length": 256})
+    t5, clip = text.T5Config(), text.CLIPConfig()
+    tokenizers(folder, t5.vocab_size, clip.vocab_size)
     rewrite(folder / "scheduler" / "scheduler_config.json",
             weights.read_json(nano / "scheduler" / "scheduler_config.json") | {"shift": 1.0})
     parts = {"transformer": (flux.Config(), flux.table(flux.Config())), "text_encoder_2": (t5, text.t5_table(t5)),
@@ -47,6 +46,39 @@ def main(folder):
     cfg = vae.config(folder / "vae")
     vae.save(folder / "vae", vae.init(jax.random.key(0), cfg), cfg)
     print(f"{sum(file.stat().st_size for file in folder.rglob('*')) / 1e9:.1f} GB in {folder}")
+
+
+def tokenizers(folder, t5_pieces=32128, clip_pieces=49408):
+    """Write nano's tokenizers, filled up to these sizes with random pieces, into the folder of a pipeline."""
+    rng = random.Random(0)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(ROOT / "nano" / name, folder / name, dirs_exist_ok=True)
+    settings = weights.read_json(folder / "tokenizer_2" / "tokenizer_config.json")
+    rewrite(folder / "tokenizer_2" / "tokenizer_config.json", settings | {"model_max_length": 256})
+    file = folder / "tokenizer_2" / "tokenizer.json"
+    t5 = weights.read_json(file)
+    pieces = {piece: score for piece, score in t5["model"]["vocab"] if not piece.startswith("<extra")}
+    extra = {piece: score for piece, score in t5["model"]["vocab"] if piece.startswith("<extra")}
+    while len(pieces) + len(extra) < t5_pieces:
+        word = "".join(rng.choices("etaoinshrdlucmfw", k=rng.randint(2, 9)))
+        pieces.setdefault(rng.choice(["", "\u2581"]) + word, -10 - 5 * rng.random())
+    t5["model"]["vocab"] = list(map(list, (pieces | extra).items()))
+    ids = {piece: i for i, (piece, _) in enumerate(t5["model"]["vocab"])}
+    t5["added_tokens"] = [token | {"id": ids[token["content"]]} for token in t5["added_tokens"]]
+    rewrite(file, t5)
+    folder = folder / "tokenizer"
+    *words, start, end = weights.read_json(folder / "vocab.json")
+    words, starts, merges = dict.fromkeys(words), [w for w in words if w.isascii() and not w.endswith("</w>")], []
+    while len(words) + 2 < clip_pieces:
+        pair = rng.choice(starts), rng.choice(starts) + rng.choice(["", "</w>"])
+        if len("".join(pair)) < 12 and "".join(pair) not in words:
+            merges.append(" ".join(pair))
+            words["".join(pair)] = None
+            starts += [] if pair[1].endswith("</w>") else ["".join(pair)]
+            words.setdefault(pair[1])
+    rewrite(folder / "vocab.json", {word: i for i, word in enumerate([*words, start, end])})
+    with open(folder / "merges.txt", "a", encoding="utf-8") as out:
+        out.write("".join(f"{merge}\n" for merge in merges))
 
 
 def rewrite(file, settings):

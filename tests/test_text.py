@@ -1,6 +1,8 @@
 """Text encoders and tokenizers against transformers, and the loader's errors."""
 import json
+import os
 import random
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -151,8 +153,72 @@ def test_tokenizer_errors(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="not a tokenizer"):
         text.t5_tokenizer(tmp_path, 8)
-    with pytest.raises(FileNotFoundError, match=r"vocab\.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"neither vocab\.json and merges\.txt nor tokenizer\.json"):
+        text.clip_tokenizer(tmp_path / "clip")
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"merges\.txt is missing"):
         text.clip_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind, name", [("clip", "tokenizer"), ("t5", "tokenizer_2")])
+def test_tokenizers_as_transformers_5_saves_them(nano, tmp_path, kind, name):
+    """tokenizer.json and tokenizer_config.json, for both."""
+    cls, ours = {"clip": (CLIPTokenizer, text.clip_tokenizer), "t5": (T5TokenizerFast, text.t5_tokenizer)}[kind]
+    cls.from_pretrained(nano / name).save_pretrained(tmp_path)
+    for extra in ("vocab.json", "merges.txt"):                   # transformers before 5 writes them too
+        (tmp_path / extra).unlink(missing_ok=True)
+    prompts, theirs = strings(500), cls.from_pretrained(tmp_path)
+    expected = theirs(prompts, padding="max_length", max_length=19, truncation=True, return_tensors="np").input_ids
+    np.testing.assert_array_equal(ours(tmp_path, 19)(prompts), expected)
+    np.testing.assert_array_equal(ours(nano / name, 19)(prompts), expected)
+
+
+def test_spiece_alone_says_how_to_convert_it(tmp_path):
+    spm = pytest.importorskip("sentencepiece")
+    (tmp_path / "corpus.txt").write_text("\n".join(f"a red cube {i} left of {j}" for i in range(9) for j in range(9)))
+    spm.SentencePieceTrainer.train(input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spiece"),
+                                   vocab_size=40, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False,
+                                   minloglevel=2)
+    with pytest.raises(weights.Mistake, match=r"spiece\.model but no tokenizer\.json") as caught:
+        text.t5_tokenizer(tmp_path, 8)
+    line, = str(caught.value).splitlines()
+    exec("from transformers import T5TokenizerFast; " + line.partition("makes it: ")[2])
+    theirs = T5TokenizerFast.from_pretrained(tmp_path)
+    options = {"padding": "max_length", "max_length": 8, "truncation": True, "return_tensors": "np"}
+    expected = theirs(["a red cube"], **options).input_ids
+    np.testing.assert_array_equal(text.t5_tokenizer(tmp_path, 8)(["a red cube"]), expected)
+
+
+def test_tokenizers_are_opened_once(nano, tmp_path, monkeypatch):
+    """One for each length, which do not disturb each other; again where a file has changed."""
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(nano / name, tmp_path / name)
+    opened, original = [], text._open_tokenizer
+    monkeypatch.setattr(text, "_open_tokenizer", lambda make, *of: opened.append(of[0].name) or original(make, *of))
+
+    def ids():
+        t5 = [text.t5_tokenizer(tmp_path / "tokenizer_2", n)(["a red cube on a blue one"]) for n in (4, 32)]
+        words = text.t5_words(tmp_path / "tokenizer_2", ["a red cube on a blue one"], 32)
+        return *t5, words, text.clip_tokenizer(tmp_path / "tokenizer", 16)(["a red cube", "b"])
+
+    first, again = ids(), ids()
+    assert sorted(opened) == ["tokenizer.json"] * 3 + ["vocab.json"]
+    assert [np.shape(first[i]) for i in (0, 1, 3)] == [(1, 4), (1, 32), (2, 16)] and 0 < len(first[2][0]) < 32
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    file = tmp_path / "tokenizer_2" / "tokenizer_config.json"
+    file.write_text(file.read_text().replace('"<pad>"', '"</s>"'))
+    os.utime(file, ns=(1, 1))
+    assert text.t5_tokenizer(tmp_path / "tokenizer_2", 32)(["a"])[0, -1] == 1 != first[1][0, -1]
+
+
+def test_a_tokenizer_of_another_model_is_refused(nano):
+    n = len(T5TokenizerFast.from_pretrained(nano / "tokenizer_2"))
+    assert text.t5_tokenizer(nano / "tokenizer_2", 8, n)(["a"]).shape == (1, 8)
+    with pytest.raises(weights.Mistake, match=f"knows {n} tokens, but its model only {n - 1}"):
+        text.t5_tokenizer(nano / "tokenizer_2", 8, n - 1)
+    for length in (True, 2.0, "8", None):
+        with pytest.raises(weights.Mistake, match="whole number"):
+            text.t5_tokenizer(nano / "tokenizer_2", length)
 
 
 # ---------------------------------------------------------------- the loader

@@ -1,5 +1,6 @@
 """The autoencoder against diffusers, its files, and its errors."""
 import json
+from dataclasses import fields
 from functools import partial
 
 import jax
@@ -237,7 +238,7 @@ def test_config_names_what_it_does_not_support(change, message):
 def test_config_of_a_folder_has_diffusers_defaults(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "force_upcast": True}))
     cfg, defaults = vae.config(tmp_path), AutoencoderKL(norm_num_groups=8, block_out_channels=(8,)).config
-    for field in vae.fields(vae.Config):
+    for field in fields(vae.Config):
         if field.name not in ("norm_num_groups", "block_out_channels"):
             assert getattr(cfg, field.name) == defaults[field.name], field.name
 
@@ -261,7 +262,7 @@ def test_load_names_the_file_that_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=WEIGHTS):
         vae.load(tmp_path)
     (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"a": "part-2.safetensors"}}))
-    with pytest.raises(FileNotFoundError, match=r"part-2.safetensors, which .*index.json names"):
+    with pytest.raises(FileNotFoundError, match=r"part-2.safetensors is named by the index"):
         vae.load(tmp_path)
 
 
