@@ -253,7 +253,7 @@ def _held(out):
 def stopping():
     """stop(step=0): the number of the signal that asks to end (SIGTERM, as before a TPU is taken away; SIGINT, Ctrl-C;
     SIGHUP, a closed terminal), else 0. A second one ends the process at once. Several hosts agree on the step."""
-    asked, several = [], jax.process_count() > 1
+    asked, agreed, several = [], [], jax.process_count() > 1
 
     def ask(number, _):
         if asked:
@@ -268,7 +268,9 @@ def stopping():
         if not several:
             return asked[0] if asked else 0
         from jax.experimental import multihost_utils
-        return (asked or [signal.SIGTERM])[0] if multihost_utils.reached_preemption_sync_point(step) else 0
+        if not agreed and multihost_utils.reached_preemption_sync_point(step):           # true at one step only
+            agreed.append((asked or [signal.SIGTERM])[0])
+        return agreed[0] if agreed else 0
 
     names = ("SIGINT", "SIGHUP") if several else ("SIGTERM", "SIGINT", "SIGHUP")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]             # Windows has no SIGHUP

@@ -504,7 +504,7 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
          text_tokens=None, lr=None, out="ckpt", resume=False, overwrite=False, seed=None, dtype="", quant="",
          activation="", matryoshka=None, transcoder=None, normalization="", init="", transformer="", revision="",
          padding: bool | None = None, held_out: bool | None = None, prompts_sha256="",
-         log_every=20, save_every=200, push="", distributed=False, **unknown):
+         log_every=20, save_every=200, push="", distributed="", **unknown):
     """Train a sparse autoencoder on the residual stream of one layer, and write it to the folder --out. A flag left out
     takes what suits the model (see `defaults`) or, with --resume, what the checkpoint says.
 
@@ -526,7 +526,7 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
     session.check_whole({"log_every": log_every, "save_every": save_every})
     out = Path(out)
     if distributed:
-        shard.join(*([] if distributed is True else address(distributed)))
+        shard.join(*([] if distributed in (True, "True", "true") else address(distributed)))
     with shard.as_one(f"if a host was lost, go on from the checkpoint in {out}: --resume on all of them"), \
             contextlib.ExitStack() as held:
         shard.together(lambda: shard.first() and held.enter_context(session.claim(out)))

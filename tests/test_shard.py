@@ -178,6 +178,19 @@ def test_a_killed_host_ends_the_other(nano, two_hosts):
     assert int(sae.load_state(folder)[0].step) >= 16 and sae.load(folder)[1].features == 256
 
 
+def test_a_signal_to_one_host_saves_and_ends_both(nano, tmp_path):
+    """At one step; the exit codes say which signal it was, so that what follows after && does not run. JAX tells the
+    other host as of SIGTERM."""
+    first, second = hosts(nano, [tmp_path / "ckpt"] * 2, steps=100_000)
+    while first.poll() is None and not (tmp_path / "ckpt" / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    second.send_signal(signal.SIGINT)
+    said = finish([first, second], timeout=120)
+    assert [code for code, *_ in said] == [143, 130], said
+    assert "stopped by SIGTERM; --resume goes on" in said[0][1]
+    assert int(sae.load_state(tmp_path / "ckpt")[0].step) >= 4 and sae.load(tmp_path / "ckpt")[1].features == 256
+
+
 def test_a_mistake_ends_every_host(nano, two_hosts, tmp_path):
     folder, *_ = two_hosts
     said = finish(hosts(nano, [folder, tmp_path / "no"], steps=20, resume=True))
