@@ -116,13 +116,16 @@ def _outer(values: Array, indices: Array, x: Array, features: int, spare: Array 
     def by_column(total, values, indices, x):
         return lax.scan(lambda total, part: add(total, (*part, x)), total, (values.T, indices.T))[0]
 
+    def by_product(total, values, indices, x):  # a GPU's scatter adds in no order: not the same bits twice
+        return total + _outer_dense(values, indices, x, features, None).astype(total.dtype)
+
     dtype = jnp.promote_types(jnp.promote_types(values.dtype, x.dtype), jnp.float32)
     # Not a constant, which XLA would build once for several of these sums and then copy for each
     start = (jnp.full((features, x.shape[1]), 0 * values[0, 0], dtype) if spare is None
              else by_rows(jnp.zeros_like, spare.astype(dtype)))
     # Rows that fit a cache anyway, or are so short that a loop over entries costs more than adding them, go by_row
     on_cpu = by_feature if start.size >= 2**22 and x.shape[1] >= 512 else by_row
-    return lax.platform_dependent(start, values, indices, x, cpu=on_cpu, default=by_column)
+    return lax.platform_dependent(start, values, indices, x, cpu=on_cpu, tpu=by_column, default=by_product)
 
 
 def _by_feature(indices: Array, features: int) -> tuple[Array, Array]:
@@ -182,16 +185,16 @@ def _by_rows(function, rows, size):
     return piece(whole * size, left, rows) if left else rows
 
 
-def preactivations(x: Array, W_enc: Array, b_enc: Array) -> Array:
+def preactivations(x: Array, W_enc: Array, b_enc: Array, precision: lax.Precision = lax.Precision.HIGH) -> Array:
     """x [B, D], W_enc [F, D], b_enc [F] -> [B, F], the one array of that size. Not differentiable: see `select`, or
     `sparse_encode`, which does both.
 
     W_enc holds features as rows, so that its gradient is row-sparse like W_dec's; the product is as fast either way.
-    HIGH, because a TPU's default rounds float32 to bfloat16, which reorders the top-k. Its three passes err by 1e-5;
-    HIGHEST takes six, and half a minute to compile.
+    precision: a TPU's default rounds float32 to bfloat16, which reorders the top-k. HIGH errs by 1e-5 on TPUs (three
+    passes) and by 5e-4 on GPUs (TF32): right for training on standardized residuals. HIGHEST is float32 everywhere.
     """
     x, W_enc, b_enc = lax.stop_gradient((x, W_enc, b_enc))
-    product = lax.dot_general(x, W_enc, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGH)
+    product = lax.dot_general(x, W_enc, (((1,), (1,)), ((), ())), precision=precision)
     # In place, or every reader of the sum would get a [B, F] of its own
     return by_rows(lambda rows: rows + b_enc, product)
 
@@ -246,11 +249,31 @@ def _attach_backward(mesh, residuals, g):
     active, indices, x, W_enc, b_enc, spare = residuals
     g = jnp.where(active, g, 0)
     d_x, d_W = _encode_gradients(g, indices, x, W_enc, spare, mesh)
-    d_b = jnp.zeros_like(b_enc).at[indices.reshape(-1)].add(g.reshape(-1).astype(b_enc.dtype))
+    d_b = _total(g, indices, len(b_enc)).astype(b_enc.dtype)
     return jnp.zeros_like(g), None, d_x.astype(x.dtype), d_W.astype(W_enc.dtype), d_b, None
 
 
 _attach.defvjp(_attach_forward, _attach_backward)
+
+
+@jax.custom_vjp
+def gather(vector: Array, indices: Array) -> Array:
+    """vector [F], indices [B, k] -> [B, k]. Unlike that of `vector[indices]`, its gradient has the same bits each time,
+    on GPUs too."""
+    return vector[indices]
+
+
+gather.defvjp(lambda vector, indices: (vector[indices], (indices, vector)),
+              lambda residuals, g: (_total(g, residuals[0], len(residuals[1])).astype(residuals[1].dtype), None))
+
+
+def _total(values: Array, indices: Array, features: int) -> Array:
+    """values, indices [B, k] -> [F]: the sum of each feature's values, always in one order."""
+    def by_entry(values, indices):
+        return jnp.zeros(features, values.dtype).at[indices.reshape(-1)].add(values.reshape(-1))
+
+    return lax.platform_dependent(values, indices, cpu=by_entry, tpu=by_entry,
+                                  default=lambda values, indices: _scattered(values, indices, features).sum(0))
 
 
 # ---- how the three operations are done ------------------------------------------------------------------------------

@@ -115,6 +115,9 @@ class Config:
 
 
 def _check_choices(cfg: Config) -> None:
+    # Each but the first is a folder of a checkpoint, and files may say anything
+    if bad := [name for name in cfg.groups if not re.fullmatch(r"\w[\w.-]*", str(name))]:
+        raise Mistake(f"{bad[0]!r} is no name of a group of tokens: letters, digits, '-', '_' and '.', as in img-t0")
     if not 1 <= cfg.k_aux <= cfg.features:
         raise Mistake(f"k_aux = {cfg.k_aux} of {cfg.features} features; it must lie in 1..features")
     for name, known in (("activation", ACTIVATIONS), ("normalization", NORMALIZATIONS)):
@@ -323,7 +326,8 @@ def _updated(state: State, cfg: Config, grads: Params, idle: Array) -> tuple[Par
     only changes its rows' lengths (appendix A); then its rows are made unit again."""
     params = state.params
     along = _parallel(grads["dec"], params["dec"])
-    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()) - jnp.sum(along**2))
+    # Where nothing else is left, rounding may take away more than there is
+    norm = jnp.sqrt(jnp.maximum(sum(jnp.sum(g * g) for g in grads.values()) - jnp.sum(along**2), 0))
     scale = cfg.clip / jnp.maximum(norm, cfg.clip)
     grads = grads | {"dec": remove_parallel(grads["dec"], params["dec"])}
     grads = {name: scale * g for name, g in grads.items()}
@@ -395,7 +399,7 @@ def _activate(params: Params, cfg: Config, x: Array, mesh: Mesh | None = None, s
     # What lies below a threshold, but within the reach of its pseudo-derivative, is selected too
     reach = lax.stop_gradient(threshold * (1 - cfg.bandwidth / 2))
     above, indices = kernels.sparse_encode(x, params["enc"], params["b_enc"] - reach, cfg.width, mesh, spare)
-    p, log_threshold = jnp.where(above > 0, above + reach[indices], 0), params["log_threshold"][indices]
+    p, log_threshold = jnp.where(above > 0, above + reach[indices], 0), kernels.gather(params["log_threshold"], indices)
     l0 = jnp.sum(_jump(p, log_threshold, cfg.bandwidth, False)) / len(x)
     penalty = cfg.l0_coefficient * (l0 / cfg.k - 1) ** 2
     return _jump(p, log_threshold, cfg.bandwidth, True), indices, penalty
@@ -615,12 +619,36 @@ def encode(params: Params, cfg: Config, x: Array, width: int | None = None) -> t
 
 @jax.jit
 def _candidates(params: Params, x: Array) -> tuple[Array, Array]:
-    """-> pre-activations [B, F], -inf where below a threshold; the most above it of any token."""
-    pre = kernels.preactivations(x, params["W_enc"].T, params["b_enc"])
+    """-> pre-activations [B, F], -inf where below a threshold; the most above it of any token. In full precision: raw
+    residuals are far from zero, and rounding to TF32 or bfloat16 would choose other features on each kind of chip."""
+    pre = kernels.preactivations(*_around_center(params, x), precision=lax.Precision.HIGHEST)
     if "threshold" not in params:
         return pre, jnp.zeros((), int)
     above = pre > jnp.maximum(params["threshold"], 0)
     return jnp.where(above, pre, -jnp.inf), above.sum(1).max()
+
+
+def _around_center(params: Params, x: Array) -> tuple[Array, Array, Array]:
+    """x, weights (features as rows) and biases of the same encoder, but from b_dec, which is close to the residuals'
+    mean: (x - b_dec) W + (b_enc + b_dec W). Otherwise the few features that fire would be small differences of large
+    products, of which each chip rounds away others.
+    """
+    center, W_enc, b_enc = params["b_dec"], params["W_enc"], params["b_enc"]
+    if center.shape != x.shape[-1:]:
+        return x, W_enc.T, b_enc
+    pieces = (-(-len(center) // 32), 32)
+    center_in, rows = (jnp.pad(a, [(0, -len(center) % 32)] + [(0, 0)] * (a.ndim - 1)) for a in (center, W_enc))
+    parts = jnp.einsum("pd,pdf->pf", center_in.reshape(pieces), rows.reshape(*pieces, -1),
+                       precision=lax.Precision.HIGHEST)
+
+    def add(sums, part):  # Knuth's sum, which keeps what rounding loses
+        total, lost = sums
+        new = total + part
+        back = new - total
+        return (new, lost + ((total - (new - back)) + (part - back))), None
+
+    (total, lost), _ = lax.scan(add, (b_enc, jnp.zeros_like(b_enc)), parts)
+    return x - center, W_enc.T, total + lost
 
 
 @partial(jax.jit, static_argnums=3)
@@ -636,9 +664,20 @@ def decode(params: Params, cfg: Config, values: Array, indices: Array) -> Array:
 
 
 def splice(params: Params, cfg: Config, x: Array) -> Array:
-    """Raw residuals x [..., d_in] -> their reconstruction [..., d_out] in x's dtype. With thresholds at most 8 k
-    features of a token are used."""
-    return decode(params, cfg, *encode(params, cfg, x, _wide(cfg))).astype(x.dtype)
+    """Raw residuals x [..., d_in] -> their reconstruction [..., d_out] in x's dtype, also under `jit`."""
+    if cfg.activation == "topk":
+        return decode(params, cfg, *encode(params, cfg, x)).astype(x.dtype)
+    flat = jnp.asarray(x, jnp.float32).reshape(-1, cfg.d_in)
+    size = min(len(flat), 512)  # tokens at a time: no [B, F] of all
+    parts = jnp.pad(flat, ((0, -len(flat) % size), (0, 0))).reshape(-1, size, cfg.d_in)
+    out = lax.map(partial(_reconstruct_all, params), parts).reshape(-1, params["b_dec"].shape[0])[:len(flat)]
+    return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def _reconstruct_all(params: Params, x: Array) -> Array:
+    """x [B, d_in] -> [B, d_out] by all features above their thresholds, however many these are."""
+    values = jax.nn.relu(_candidates(params, x)[0])
+    return jnp.matmul(values, params["W_dec"], precision=lax.Precision.HIGHEST) + params["b_dec"]
 
 
 def change(params: Params, cfg: Config, x: Array, features: Array, scale: Array, add: Array) -> Array:
@@ -659,8 +698,8 @@ def _values_of(params: Params, cfg: Config, x: Array, features: Array) -> Array:
     it is enough to count those before it, which costs far less than to find the top k."""
     pre, _ = _candidates(params, x)
     own = lax.stop_gradient(pre[:, features])
-    v = jax.nn.relu(jnp.matmul(x, params["W_enc"][:, features], precision=lax.Precision.HIGHEST)
-                    + params["b_enc"][features])
+    x, rows, bias = _around_center(params, x)
+    v = jax.nn.relu(jnp.matmul(x, rows[features].T, precision=lax.Precision.HIGHEST) + bias[features])
     if cfg.activation != "topk":
         return jnp.where(own > 0, v, 0)                          # -inf where it is not above its threshold
     return jnp.where(_ranks(pre, own, features) < cfg.k, v, 0)
@@ -681,11 +720,6 @@ def _ranks(pre: Array, own: Array, features: Array, lanes: int = 128) -> Array:
 
     counts = jnp.zeros((*own.shape, lanes), jnp.int32)
     return lax.fori_loop(0, pre.shape[1] // lanes, add, counts).sum(-1)
-
-
-def _wide(cfg: Config) -> int | None:
-    """How many features of a token to consider under `jit`."""
-    return None if cfg.activation == "topk" else min(cfg.features, 8 * cfg.k)
 
 
 class Evaluation(NamedTuple):

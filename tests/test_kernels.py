@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import kernels
@@ -297,7 +298,8 @@ def dense(*args):
     return autoencode(kernels.sparse_encode_dense, kernels.sparse_decode_dense, *args)
 
 
-def test_backward_builds_nothing_of_size_b_by_f():
+def test_backward_builds_nothing_of_size_b_by_f(monkeypatch):
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, cpu=None, default=None, **_: (cpu or default)(*args))
     args = normal(0, B, D), normal(1, F, D), np.zeros(F, np.float32), normal(2, F, D)
 
     def count(f):
@@ -305,6 +307,46 @@ def test_backward_builds_nothing_of_size_b_by_f():
 
     assert count(jax.grad(sparse, (0, 1, 2, 3))) == count(sparse)
     assert count(jax.grad(dense, (0, 1, 2, 3))) > count(dense)  # the count does see them
+
+
+@pytest.mark.parametrize(("b", "f", "d", "k"), [(1, 1, 1, 1), (13, 101, 7, 1), (24, 1013, 9, 5), (64, 40, 33, 12)])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_what_a_gpu_runs_equals_the_dense_form(monkeypatch, b, f, d, k, repeated):
+    """The branches that `platform_dependent` takes where the chip is neither a CPU nor a TPU."""
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    rng = np.random.default_rng(b + k)
+    indices = jnp.asarray(rng.integers(0, f, (b, k)) if repeated else np.argsort(rng.random((b, f)), 1)[:, :k])
+    values, W, g = map(jnp.asarray, (normal(0, b, k), normal(1, f, d), normal(2, b, d)))
+    ours, pull = jax.vjp(lambda v, W: kernels.sparse_decode(v, indices, W), values, W)
+    theirs, pull_dense = jax.vjp(lambda v, W: kernels.sparse_decode_dense(v, indices, W), values, W)
+    assert_close((ours, *pull(g)), (theirs, *pull_dense(g)))
+    vector = jnp.asarray(normal(3, f))
+    slope = jax.grad(lambda vector: jnp.vdot(kernels.gather(vector, indices), values))(vector)
+    np.testing.assert_allclose(slope, jax.grad(lambda vector: jnp.vdot(vector[indices], values))(vector), atol=1e-5)
+    if not repeated:
+        args = tuple(map(jnp.asarray, (normal(4, b, d), normal(5, f, d), normal(6, f), normal(7, f, d))))
+        run = lambda encode, decode: jax.grad(lambda *args: jnp.sum(decode(*encode(*args[:3], k), args[3]) ** 2),
+                                              (0, 1, 2, 3))(*args)
+        assert_close(run(kernels.sparse_encode, kernels.sparse_decode),
+                     run(kernels.sparse_encode_dense, kernels.sparse_decode_dense))
+
+
+def test_what_a_gpu_runs_adds_floats_in_no_scatter_of_rows(monkeypatch):
+    """A GPU's scatter adds in any order. What is scattered here are single values, one to a place."""
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    args = normal(0, B, D), normal(1, F, D), np.zeros(F, np.float32), normal(2, F, D)
+    jaxpr = jax.make_jaxpr(jax.grad(sparse, (0, 1, 2, 3)))(*args)
+    scattered = [eqn.invars[2].aval.shape for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "scatter-add"]
+    assert scattered and set(scattered) == {(B, K)}
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr, nested ones included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: isinstance(p, Jaxpr)):
+            if isinstance(parameter, ClosedJaxpr | Jaxpr):
+                yield from equations(getattr(parameter, "jaxpr", parameter))
 
 
 def test_compiled_gradient_needs_room_for_one_b_by_f_array():

@@ -1,0 +1,160 @@
+"""Check and time what only a GPU shows of the SAE: python tests/bench_gpu.py [--small]
+
+Prints, with the card and the versions: how often `sae.encode` of raw residuals chooses the same features as float64 on
+the host; whether training steps give the same bits twice, in one process and in another; medians of a step's time.
+"""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import kernels
+import sae
+
+SMALL = "--small" in sys.argv
+D, F, K, B = (96, 512, 8, 256) if SMALL else (3072, 16384, 32, 4096)
+FOUND = {}
+
+
+def main():
+    tell("device", f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    for ratio in (5, 50, 300):
+        agreement(ratio)
+    for activation in sae.ACTIVATIONS:
+        one, two = (trained(activation) for _ in range(2))
+        tell(f"{activation}: same bits in one process", one == two)
+        other = subprocess.run([sys.executable, __file__, f"--hash={activation}", *["--small"] * SMALL],
+                               capture_output=True, text=True, check=True).stdout.split()[-1]
+        tell(f"{activation}: same bits in another process", one == other)
+    products()
+    steps()
+    if "OUT" in os.environ:
+        Path(os.environ["OUT"], "bench_gpu.json").write_text(json.dumps(FOUND, indent=1))
+
+
+def tell(name, value):
+    FOUND[name] = value
+    print(f"{name}: {value}", flush=True)
+
+
+def residuals(rng, n, ratio):
+    """Raw residuals [n, D] around a mean of about `ratio` standard deviations, of a few large directions and many small
+    ones."""
+    scale = np.exp(rng.standard_normal(D)).astype(np.float32)
+    mixed = rng.standard_normal((n, 64)).astype(np.float32) @ rng.standard_normal((64, D)).astype(np.float32) / 8
+    u = mixed + 0.5 * rng.standard_normal((n, D)).astype(np.float32)
+    return scale * (u + ratio * rng.choice([-1, 1], D).astype(np.float32))
+
+
+def agreement(ratio):
+    """Share of the chosen features that float64 chooses too, for `encode` and for one product in HIGH precision."""
+    x = residuals(np.random.default_rng(ratio), 2 * B, ratio)
+    cfg = sae.Config(d_in=D, features=F, k=K)
+    params = sae.fold(sae.init(jax.random.key(0), cfg, x[:B]), cfg)
+    x = x[B:]
+    _, ours = sae.encode(params, cfg, x)
+    high = kernels.topk(kernels.preactivations(x, params["W_enc"].T, params["b_enc"]), K)[1]
+    W, b = (np.asarray(params[name], np.float64) for name in ("W_enc", "b_enc"))
+    exact = np.concatenate([np.argpartition(-(x[i:i + 512].astype(np.float64) @ W + b), K - 1, 1)[:, :K]
+                            for i in range(0, B, 512)])
+    share = lambda found: np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(np.asarray(found), exact)])
+    tell(f"mean / std {ratio}: agreement with float64", round(float(share(ours)), 6))
+    tell(f"mean / std {ratio}: of one product in HIGH", round(float(share(high)), 6))
+
+
+def start(activation, tokens):
+    """(cfg, state with 1 % of the features dead, batches)"""
+    x = residuals(np.random.default_rng(1), 5 * tokens, 5)
+    cfg = sae.Config(d_in=D, features=F, k=K, activation=activation, warmup=1)
+    state = sae.init(jax.random.key(0), cfg, x[:tokens])
+    dead = jnp.arange(F) % 100 == 0
+    state = state._replace(idle=jnp.where(dead, cfg.dead_after + 1, 0))
+    return cfg, state, jnp.asarray(x).reshape(5, tokens, D)
+
+
+def trained(activation):
+    """A hash of the state after five steps."""
+    cfg, state, batches = start(activation, B // 2)
+    step = jax.jit(sae.step, static_argnums=1)
+    for x in batches:
+        state, _ = step(state, cfg, x)
+    total = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        total.update(np.asarray(leaf).tobytes())
+    return total.hexdigest()
+
+
+def products():
+    """The gradient of the decoder's rows by each way."""
+    rng = np.random.default_rng(2)
+    values, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((B, K), (B, D)))
+    indices = jnp.asarray(np.argsort(rng.random((B, F)), 1)[:, :K] if SMALL else
+                          np.stack([rng.choice(F, K, replace=False) for _ in range(B)]), jnp.int32)
+
+    def dense(values, indices, x, algorithm):
+        return lax.dot_general(kernels._scattered(values, indices, F), x, (((0,), (0,)), ((), ())), precision=algorithm)
+
+    ways = {"scatter": scatter, "product, HIGH": partial(dense, algorithm=lax.Precision.HIGH)}
+    if jax.devices()[0].platform == "gpu":
+        ways["product, HIGHEST"] = partial(dense, algorithm=lax.Precision.HIGHEST)
+        ways["product, three TF32"] = partial(dense, algorithm=lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
+        ways["product, three bfloat16"] = partial(dense, algorithm=lax.DotAlgorithmPreset.BF16_BF16_F32_X3)
+    exact = None
+    for name, way in ways.items():
+        run = jax.jit(way)
+        out = np.asarray(run(values, indices, x))
+        exact = out if exact is None else exact
+        error = float(np.abs(out - exact).max() / np.abs(exact).max())
+        tell(f"outer, {B} tokens, {name}", f"{1000 * median(lambda run=run: run(values, indices, x)):.2f} ms, "
+                                          f"error {error:.1e}")
+
+
+def scatter(values, indices, x, features=F, spare=None):
+    """The sum as before, whose order is the scheduler's."""
+    def add(total, part):
+        value, index = part
+        return total.at[index].add(value[:, None] * x), None
+
+    return lax.scan(add, jnp.zeros((features, x.shape[1])), (values.T, indices.T))[0]
+
+
+def steps():
+    """Medians of a training step, as it is and with the scatter of before."""
+    ours = kernels.PLAIN["scan"]
+    for tokens in (B // 2, 2 * B):
+        for name, outer in (("as it is", ours[2]), ("with scatters", scatter)):
+            kernels.PLAIN["scan"] = (*ours[:2], outer)
+            cfg, state, batches = start("topk", tokens)
+            step = jax.jit(lambda state, x, cfg=cfg: sae.step(state, cfg, x))
+            seconds = median(lambda step=step, state=state, x=batches[0]: step(state, x))
+            tell(f"step, {tokens} tokens, {name}", f"{1000 * seconds:.2f} ms")
+    kernels.PLAIN["scan"] = ours
+
+
+def median(call, n=20):
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(3 if SMALL else n):
+        begun = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - begun)
+    return float(np.median(seconds))
+
+
+if __name__ == "__main__":
+    asked = [flag.partition("=")[2] for flag in sys.argv[1:] if flag.startswith("--hash=")]
+    if asked:
+        print(trained(asked[0]))
+    else:
+        main()
