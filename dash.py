@@ -5,7 +5,7 @@
     python dash.py ckpt/ --pages_only                      # the pages once more, from what was collected before
     python dash.py ckpt/ --steer 20                        # and what images become with a feature ablated, doubled, …
 
-Copy it with `pages.py`, `dash.css`, `dash.js`, `prompts.py`, `flux.py`, `sae.py` and what these import. From Python,
+Copy it with `pages.py`, `templates/`, `prompts.py`, `flux.py`, `sae.py` and what these import. From Python,
 without pages:
 
     found = dash.collect(model, params, cfg, prompts, folder, layer=3, site="img")

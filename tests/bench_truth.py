@@ -37,7 +37,6 @@ import scenes
 
 import dash
 import flux
-import pages
 import sae
 import score
 import session
@@ -285,6 +284,38 @@ def add_to(ckpts, found, data):
             score.write(file, json.loads(file.read_text(encoding="utf-8")) | {"truth": truth})
 
 
+COLORS = ("#c02942", "#e08a9a", "#2a7ab0", "#3a9a5c", "#999999", "#d99a00", "#222222")
+
+
+def truth_plot(layers):
+    """SVG of {"tokens", "images": {direction: {layer: mean AUROC}}}, one panel for each."""
+    names = list(dict.fromkeys(name for rows in layers.values() for name in rows))
+    numbers = sorted({int(layer) for rows in layers.values() for row in rows.values() for layer in row})
+    first, last = numbers[0], numbers[-1]
+    place = lambda layer: (int(layer) - first) / max(last - first, 1)
+    out = []
+    for p, where in enumerate(("tokens", "images")):
+        x, y = lambda layer: 60 + 400 * p + 320 * place(layer), lambda value: 520 - 480 * float(value)
+        out += [f'<line x1="{60 + 400 * p}" x2="{380 + 400 * p}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ddd"/>'
+                f'<text x="{52 + 400 * p}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.1f}</text>'
+                for v in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
+        out += [f'<text x="{x(n):.1f}" y="298" text-anchor="middle">{n}</text>' for n in numbers]
+        out.append(f'<text x="{220 + 400 * p}" y="24" text-anchor="middle" font-weight="bold">best single direction, '
+                   f"AUROC over {where}</text>")
+        for name, row in layers[where].items():
+            points = [(x(n), y(row[n])) for n in sorted(row, key=int)]
+            line, color = " ".join(f"{a:.1f},{b:.1f}" for a, b in points), COLORS[names.index(name) % len(COLORS)]
+            out.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2.5"/>')
+            out += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{color}"/>' for a, b in points]
+    for i, name in enumerate(names):
+        left, top = 60 + 190 * (i % 4), 326 + 20 * (i // 4)
+        out.append(f'<line x1="{left}" x2="{left + 24}" y1="{top}" y2="{top}" stroke="{COLORS[i % len(COLORS)]}" '
+                   f'stroke-width="3"/><text x="{left + 30}" y="{top + 4}">{html.escape(name)}</text>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 360" font-family="sans-serif" font-size="12" '
+            'role="img" aria-label="AUROC of the best direction over layers"><rect width="840" height="360" '
+            f'fill="white"/>{"".join(out)}</svg>')
+
+
 def main(results, plot="", layers=range(12), n=600, images=2000, steps=400, level=0.5, ckpts="", shown=5, **unknown):
     session.no_unknown_flags(unknown)
     file = Path(results)
@@ -295,7 +326,7 @@ def main(results, plot="", layers=range(12), n=600, images=2000, steps=400, leve
     shown = shown if shown in found else sorted(found)[len(found) // 2]
     print(table(found[shown], f"layer {shown}, tokens / images"))
     if plot:
-        Path(plot).write_text(pages.truth_plot(over_layers(found)) + "\n", encoding="utf-8")
+        Path(plot).write_text(truth_plot(over_layers(found)) + "\n", encoding="utf-8")
     if ckpts:
         add_to(ckpts, found, f"{n} renders of held-out scenes, noised to t = {level}")
 
