@@ -1,9 +1,8 @@
-"""4-bit NF4 and int8 weights that multiply like arrays, exact, with Pallas kernels for TPUs and a plain XLA twin.
+"""4-bit NF4 and int8 weights that multiply like arrays, exact, with Pallas kernels for TPUs and a plain XLA form.
 
-Stands alone: copy this one file. It needs jax, numpy and safetensors.
+Stands alone: copy this one file. It needs jax and numpy.
 
     q = quant.nf4(w)                       # w [..., in, out] → 4.5 bits a weight, bitsandbytes' NormalFloat4
-    q = quant.nf4(w, nested=True)          # 4.13 bits: the scales in 8 bits as well ("double quantization")
     q = quant.int8(w)                      # one scale per output column; activations get one per row as they come
     y = x @ q                              # a pytree: jit, scan over stacked layers, q[i], device_put, grad to x
     w = quant.dequantize(q)
@@ -12,14 +11,13 @@ Blocks of 64 run along the input axis, so that a split of the output axis never 
 rows that lie half a span of (mostly) 1,024 inputs apart, not of two neighbours: both nibbles of a tile then decode to
 whole tiles, and nothing is ever interleaved. A weight knows its chip, "cpu" or for example "v5e" (default: of JAX's
 first device, when it is quantized); `plan` says from it and from the sizes alone which product is a kernel. Sources:
-NF4 and double quantization: QLoRA (arXiv 2305.14314), rounding as bitsandbytes 0.50 does it; int8: LLM.int8 (arXiv
+NF4: QLoRA (arXiv 2305.14314), rounding as bitsandbytes 0.50 does it; int8: LLM.int8 (arXiv
 2208.07339) without its outliers.
 """
 import json
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +28,7 @@ TABLE = np.array([                                               # QLoRA, append
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)
 BOUNDS = (TABLE[:-1] + TABLE[1:]) / 2                            # a value on a bound takes the lower code
-BLOCK, NESTED_BLOCK, SPAN = 64, 256, 1024
+BLOCK, SPAN = 64, 1024
 TINY = np.float32(1e-38)                                         # stands in for the scale of a block of zeros
 
 
@@ -70,9 +68,9 @@ class Quantized:
 class NF4(Quantized):
     """Values TABLE[code] * scale. rows: the length of the input axis, which is filled up to whole blocks. codes
     [..., in / 2, out] uint8: of each span of inputs the first half is in the low nibbles, the second in the high ones.
-    scales: float32, or `Nested`, of shape [..., in / block, out]. kind: the dtype it decodes to."""
+    scales: float32 [..., in / block, out]. kind: the dtype it decodes to."""
     codes: jax.Array
-    scales: "jax.Array | Nested"
+    scales: jax.Array
     rows: int
     block: int
     kind: str
@@ -86,19 +84,6 @@ class NF4(Quantized):
     def span(self):
         """How many inputs a step of the kernels takes: with scales that fill tiles of 8 rows, or all there are."""
         return _span(2 * self.codes.shape[-2], self.block)
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales", "offset", "table"], meta_fields=["blocks"])
-@dataclass(frozen=True)
-class Nested:
-    """Scales in 8 bits: table[code] * scale + offset. codes [..., n, out] uint8; scales [..., m] float32, one for each
-    256 in bitsandbytes' order: the `blocks` real ones of an output, then those of the next; offset [...], table
-    [..., 256]."""
-    codes: jax.Array
-    scales: jax.Array
-    offset: jax.Array
-    table: jax.Array
-    blocks: int
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["kind", "chip"])
@@ -118,7 +103,7 @@ class Int8(Quantized):
 # ---------------------------------------------------------------- quantize
 
 
-def nf4(w, block=BLOCK, *, nested=False, dtype=None, chip=None):
+def nf4(w, block=BLOCK, *, dtype=None, chip=None):
     """w [..., in, out] → NF4, on the host: with bitsandbytes' codes and scales for each block of `block` inputs.
 
     A last block that is not full is scaled by its own values. dtype: what it decodes to (default: w's). Raises
@@ -130,9 +115,7 @@ def nf4(w, block=BLOCK, *, nested=False, dtype=None, chip=None):
     codes, scales = (np.asarray(part) for part in _fast_codes(jax.device_put(w, _host()), block))
     if scales.min() < 1e-30:                                     # XLA takes the smallest floats for zeros
         codes, scales = _codes(w, block, np)
-    rows = w.shape[-2]
-    scales = _nest(scales, -(-rows // block)) if nested else scales
-    return _pack(codes, scales, rows, block, kind, chip)
+    return _pack(codes, scales, w.shape[-2], block, kind, chip)
 
 
 def int8(w, *, dtype=None, chip=None):
@@ -144,7 +127,7 @@ def int8(w, *, dtype=None, chip=None):
     return Int8(jnp.asarray(values), jnp.asarray(scales), kind, chip or chip_of())
 
 
-def put(name, *, nested=False, dtype=None, chip=None):
+def put(name, *, dtype=None, chip=None):
     """For `flux.load`: (name, array) → leaf, quantizing the weights of the blocks of transformer and T5 as `name` says
     (nf4, int8 or none). What else there is, is small, and stays as it is. Raises ValueError for another name."""
     chip = chip or chip_of()
@@ -163,7 +146,7 @@ def put(name, *, nested=False, dtype=None, chip=None):
             return jax.tree.map(jnp.asarray, array)
         if name == "int8":
             return int8(array, dtype=dtype, chip=chip)
-        return replace(array, chip=chip) if packed else nf4(array, nested=nested, dtype=dtype, chip=chip)
+        return replace(array, chip=chip) if packed else nf4(array, dtype=dtype, chip=chip)
 
     return leaf
 
@@ -231,39 +214,11 @@ def _span(rows, block):
 
 
 def _pack(codes, scales, rows, block, kind, chip):
-    """NF4 from codes [..., in, out] and scales [..., n, out], nested or not."""
+    """NF4 from codes [..., in, out] and scales [..., n, out]."""
     *stack, n, out = codes.shape
     halves = codes.reshape(*stack, -1, 2, _span(n, block) // 2, out)
     packed = (halves[..., 0, :, :] | halves[..., 1, :, :] << 4).reshape(*stack, n // 2, out)
-    return NF4(jnp.asarray(packed), jax.tree.map(jnp.asarray, scales), rows, block, kind, chip or chip_of())
-
-
-def _nest(scales, blocks):
-    """float32 scales [..., n, out], the first `blocks` of them real → Nested, as bitsandbytes compresses statistics."""
-    real = np.moveaxis(scales[..., :blocks, :], -1, -2)          # outputs first: bitsandbytes' order
-    flat = np.ascontiguousarray(real).reshape(*scales.shape[:-2], -1)
-    offset = flat.mean(-1, dtype=np.float32)
-    pad = [(0, 0)] * (flat.ndim - 1) + [(0, -flat.shape[-1] % NESTED_BLOCK)]
-    grouped = np.pad(flat - offset[..., None], pad).reshape(*flat.shape[:-1], -1, NESTED_BLOCK)
-    most, table = np.abs(grouped).max(-1), dynamic_table()
-    # As bitsandbytes does it on a CPU: -1…1 in 65,536 steps, and of each step the nearest value's code.
-    nearest = np.searchsorted((table[:-1] + table[1:].astype(np.float64)) / 2, np.linspace(-1, 1, 65536))
-    scaled = grouped * (np.float32(1) / np.maximum(most, TINY))[..., None]
-    codes = nearest[((scaled + 1) * np.float32(32767.5) + np.float32(0.5)).astype(np.int32)].astype(np.uint8)
-    codes = codes.reshape(*flat.shape[:-1], -1)[..., :flat.shape[-1]].reshape(real.shape)
-    full = np.zeros(scales.shape, np.uint8)
-    full[..., :blocks, :] = np.moveaxis(codes, -1, -2)
-    return Nested(full, most, offset, np.broadcast_to(table, (*offset.shape, 256)), blocks)
-
-
-def dynamic_table():
-    """The 256 values of the 8-bit "dynamic tree" type (arXiv 1511.04561), signed, as bitsandbytes uses it."""
-    values = []
-    for i in range(7):
-        edges = np.linspace(0.1, 1, 2 ** i + 1, dtype=np.float32)
-        means = (edges[:-1] + edges[1:]) / 2
-        values += [sign * np.float32(10.0 ** (i - 6)) * m for m in means for sign in (1, -1)]
-    return np.sort(np.array([*values, 0.0, 1.0], np.float32))
+    return NF4(jnp.asarray(packed), jnp.asarray(scales), rows, block, kind, chip or chip_of())
 
 
 # ---------------------------------------------------------------- decode
@@ -276,24 +231,8 @@ def dequantize(q):
     *stack, n, out = q.codes.shape
     half = q.span // 2
     nibbles = q.codes.reshape(*stack, -1, 1, half, out) >> np.array([0, 4], np.uint8)[:, None, None] & 15
-    blocks = _values(nibbles).reshape(*stack, -1, q.block, out) * scales_of(q)[..., None, :]
+    blocks = _values(nibbles).reshape(*stack, -1, q.block, out) * q.scales[..., None, :]
     return blocks.reshape(*stack, 2 * n, out)[..., :q.rows, :].astype(q.dtype)
-
-
-def scales_of(q):
-    """An NF4's scales, float32 [..., n, out], decoded where they are nested."""
-    s = q.scales
-    if not isinstance(s, Nested):
-        return s
-    n, out = s.codes.shape[-2:]
-    group = (np.arange(out) * s.blocks + np.minimum(np.arange(n), s.blocks - 1)[:, None]) // NESTED_BLOCK
-
-    def one(codes, scales, offset, table):
-        return table[codes] * scales[group] + offset
-
-    for _ in range(s.codes.ndim - 2):
-        one = jax.vmap(one)
-    return one(s.codes, s.scales, s.offset, s.table)
 
 
 def _values(codes):
@@ -318,7 +257,7 @@ def matmul(x, q):
     flat = x.reshape(-1, x.shape[-1])
     tiles = plan(q, len(flat))
     if isinstance(q, Int8):
-        y = int8_twin(flat, q) if tiles is None else int8_kernel(flat, q, tiles)
+        y = int8_plain(flat, q) if tiles is None else int8_kernel(flat, q, tiles)
     else:
         y = flat @ dequantize(q.astype(x.dtype)) if tiles is None else nf4_kernel(flat, q, tiles)
     return y.reshape(*x.shape[:-1], q.shape[1])
@@ -340,7 +279,7 @@ def _matmul_backward(q, g):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def int8_twin(x, q):
+def int8_plain(x, q):
     """The product with Int8 in plain XLA: exact in int32, then scaled by row and column."""
     if q.chip == "v4":                                           # has no int8 product
         return x @ dequantize(q.astype(x.dtype))
@@ -397,7 +336,7 @@ CHIPS = {
 
 def plan(q, rows, transposed=False):
     """The Tiles with which a product of x [rows, in] and q (or, [rows, out], and q transposed) is a kernel, or None
-    where it is the XLA twin's: on other chips than those of CHIPS, for weights smaller than a tile of the matrix unit,
+    where it is plain XLA's: on other chips than those of CHIPS, for weights smaller than a tile of the matrix unit,
     for those that do not divide, and for int8 transposed, whose scales lie along what is summed."""
     chip, coded = CHIPS.get(q.chip), isinstance(q, NF4)
     if not chip or (transposed and not coded):
@@ -444,7 +383,7 @@ def nf4_kernel(x, q, tiles, *, interpret=False):
                   pl.BlockSpec((tiles.depth // 2, tiles.columns), lambda i, j, k: (k, j)),
                   pl.BlockSpec((tiles.depth // q.block, tiles.columns), lambda i, j, k: (k, j))],
         **output(M, out, tiles.rows, tiles.columns, x.dtype, jnp.float32, chip, interpret),
-    )(x, signed(q.codes, chip), scales_of(q))
+    )(x, signed(q.codes, chip), q.scales)
 
 
 def nf4_transposed_kernel(g, q, tiles, *, interpret=False):
@@ -479,11 +418,11 @@ def nf4_transposed_kernel(g, q, tiles, *, interpret=False):
                   pl.BlockSpec((half, tiles.columns), lambda i, j, k: (j, k)),
                   pl.BlockSpec((tiles.depth // q.block, tiles.columns), lambda i, j, k: (j, k))],
         **output(M, columns, tiles.rows, tiles.depth, g.dtype, jnp.float32, chip, interpret),
-    )(g, signed(q.codes, chip), scales_of(q))[:, :q.rows]
+    )(g, signed(q.codes, chip), q.scales)[:, :q.rows]
 
 
 def int8_kernel(x, q, tiles, *, interpret=False):
-    """The same numbers as `int8_twin`, in tiles: int8 products, summed in int32, scaled when they are written."""
+    """The same numbers as `int8_plain`, in tiles: int8 products, summed in int32, scaled when they are written."""
     from jax.experimental import pallas as pl
     (M, _), (rows, out), chip = x.shape, q.shape, CHIPS[q.chip]
     values, scales = round_rows(x)
@@ -612,60 +551,6 @@ def precision(x):
 # ---------------------------------------------------------------- files
 
 
-def save(file, tree):
-    """Write nested dicts of arrays and quantized weights as safetensors: `a.b.codes`, `a.b.scales`, … for `a["b"]`."""
-    from safetensors.numpy import save_file
-    arrays, kinds = {}, {}
-
-    def add(name, leaf):
-        if isinstance(leaf, (NF4, Int8, Nested)):
-            parts = {field.name: getattr(leaf, field.name) for field in fields(leaf)}
-            kinds[name] = {k: v for k, v in parts.items() if isinstance(v, (int, str)) and k != "chip"}
-            kinds[name]["type"] = type(leaf).__name__
-            leaf = {k: v for k, v in parts.items() if not isinstance(v, (int, str))}
-        if isinstance(leaf, dict):
-            for key, value in leaf.items():
-                if "." in key:
-                    raise Mistake(f"the key {key!r} holds a dot, which separates keys in the file")
-                add(f"{name}.{key}" if name else key, value)
-        else:
-            arrays[name] = np.ascontiguousarray(leaf)
-
-    add("", tree)
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, file, metadata={"quantized": json.dumps(kinds)})
-
-
-def load(file, *, chip=None):
-    """What `save` wrote. Raises ValueError for another safetensors file."""
-    from safetensors import safe_open
-    with safe_open(file, "np") as reader:
-        try:
-            kinds = json.loads((reader.metadata() or {})["quantized"])
-        except KeyError:
-            raise Mistake(f"{file} was not written by quant.save") from None
-        tree = {}
-        for name in reader.keys():                               # noqa: SIM118 (it is no dict)
-            *parents, key = name.split(".")
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[key] = jnp.asarray(reader.get_tensor(name))
-    chip = chip or chip_of()
-
-    def build(name, node):
-        if not isinstance(node, dict):
-            return node
-        parts = {key: build(f"{name}.{key}" if name else key, value) for key, value in node.items()}
-        if name not in kinds:
-            return parts
-        kind = dict(kinds[name])
-        cls = {"NF4": NF4, "Int8": Int8, "Nested": Nested}[kind.pop("type")]
-        return cls(**parts, **kind, **({} if cls is Nested else {"chip": chip}))
-
-    return build("", tree)
-
-
 STATE = ".quant_state.bitsandbytes__nf4"
 SIBLINGS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
 
@@ -708,15 +593,8 @@ class Packed:
         block = int(np.gcd(rows, self.state["blocksize"]))
         n = _block_count(rows, block)
         codes = _fill(np.concatenate([piece.codes() for piece in pieces], 1), n * block)
-        if self.nested and len(pieces) == 1 and block == self.state["blocksize"]:
-            scales = self.nest(n)
-        else:
-            scales = _fill(np.concatenate([piece.scales(block) for piece in pieces], 1), n)
+        scales = _fill(np.concatenate([piece.scales(block) for piece in pieces], 1), n)
         return _pack(codes, scales, rows, block, jnp.dtype(dtype).name, None)
-
-    @property
-    def nested(self):
-        return ".nested_absmax" in self.parts
 
     def codes(self):
         """[in, out]"""
@@ -728,20 +606,12 @@ class Packed:
     def scales(self, block):
         """float32 [in / block, out]: of the file's block in which each of ours lies."""
         scales = self.parts[".absmax"][:].reshape(-1)
-        if self.nested:
+        if ".nested_absmax" in self.parts:                       # in 8 bits: "double quantization"
             groups = np.arange(len(scales)) // self.state["nested_blocksize"]
             scales = (self.parts[".nested_quant_map"][:][scales] * self.parts[".nested_absmax"][:][groups]
                       + np.float32(self.state["nested_offset"]))
         out, rows = self.get_shape()
         return scales[np.arange(0, out * rows, block) // self.state["blocksize"]].reshape(out, -1).T
-
-    def nest(self, n):
-        """The scales as they are in the file, for weights whose blocks end with the inputs."""
-        out, rows = self.get_shape()
-        blocks = rows // self.state["blocksize"]
-        codes = self.parts[".absmax"][:].reshape(out, blocks).T
-        return Nested(_fill(codes, n), self.parts[".nested_absmax"][:], np.float32(self.state["nested_offset"]),
-                      self.parts[".nested_quant_map"][:], blocks)
 
 
 def _fill(array, n):

@@ -26,8 +26,7 @@ import session
 import text
 import weights
 
-FORMATS = {"none": {}, "int8": {"name": "int8"}, "nf4": {"name": "nf4"},
-           "nf4, nested": {"name": "nf4", "nested": True}}
+FORMATS = {"none": {}, "int8": {"name": "int8"}, "nf4": {"name": "nf4"}}
 SHAPE = (12288, 3072)
 CAPTIONS = ["a red cube", "a green cone", "a blue cylinder", "a small orange sphere"]
 
@@ -54,7 +53,7 @@ def main(picture=None):
 
 
 def quantizer(options):
-    return quant.int8 if options["name"] == "int8" else lambda w, **k: quant.nf4(w, nested="nested" in options, **k)
+    return getattr(quant, options["name"])
 
 
 def stored(shape, options):

@@ -45,10 +45,10 @@ def main(*chips):
     for chip in chips or tpu.TOPOLOGIES:
         for size in SPARSE:
             sparse(chip, *size)
-    print("\n| weight | bfloat16, bytes | nf4 | nested | int8 |\n|---|--:|--:|--:|--:|")
+    print("\n| weight | bfloat16, bytes | nf4 | int8 |\n|---|--:|--:|--:|")
     for n_in, out in SHAPES:
         n = n_in * out
-        sizes = (n // 2 + 4 * n // 64, n // 2 + n // 64 + 4 * n // 64 // 256, n + 4 * out)
+        sizes = (n // 2 + 4 * n // 64, n + 4 * out)
         print(f"| {n_in} x {out} | {2 * n:,} | " + " | ".join(f"{size / (2 * n):.3f}" for size in sizes) + " |")
 
 
