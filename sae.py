@@ -118,6 +118,9 @@ class Config:
 
 
 def _check_choices(cfg: Config) -> None:
+    # Each but the first is a folder of a checkpoint, and files may say anything
+    if bad := [name for name in cfg.groups if not re.fullmatch(r"\w[\w.-]*", str(name))]:
+        raise Mistake(f"{bad[0]!r} is no name of a group of tokens: letters, digits, '-', '_' and '.', as in img-t0")
     if not 1 <= cfg.k_aux <= cfg.features:
         raise Mistake(f"k_aux = {cfg.k_aux} of {cfg.features} features; it must lie in 1..features")
     for name, known in (("activation", ACTIVATIONS), ("normalization", NORMALIZATIONS)):

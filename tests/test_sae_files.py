@@ -1,12 +1,13 @@
 """SAEs that others wrote, against the libraries that wrote them; what cannot be read says why in one line."""
+import copy
+import dataclasses
 import json
 import random
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import sae
 import train
@@ -88,8 +89,7 @@ def test_saelens_before_version_6(tmp_path, case):
     write(tmp_path, cfg, weights(**more.get(cfg.get("architecture"), {})))
     x = normal(64, D, seed=9)
     found = assert_same(tmp_path, *saelens(tmp_path, x), x)
-    assert (found.activation, found.k) == (("topk", K) if "activation_fn_kwargs" in cfg and cfg["activation_fn_kwargs"]
-                                           else ("jumprelu", F))
+    assert (found.activation, found.k) == (("topk", K) if cfg.get("activation_fn_kwargs") else ("jumprelu", F))
     assert sae.load_metadata(tmp_path)["hook_name"] == "blocks.5.hook_resid_post"
 
 
@@ -147,7 +147,7 @@ def test_constant_normalization_is_folded_in(tmp_path, kind, rescale):
 def test_factors_that_are_none(tmp_path, said):
     write(tmp_path, old(normalize_activations="expected_average_only_in"), weights())
     (tmp_path / "activation_scaler.json").write_text(said)
-    with pytest.raises(Mistake, match="activation_scaler.json"):
+    with pytest.raises(Mistake, match=r"activation_scaler\.json"):
         sae.load(tmp_path)
 
 
@@ -202,3 +202,116 @@ def test_what_cannot_be_represented_says_why(tmp_path, case):
     with pytest.raises(Mistake, match=message) as error:
         sae.load(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def ours(folder, **changes):
+    """Written by us, but with other metadata and no digest."""
+    cfg = sae.Config(d_in=D, features=F, k=K)
+    sae.save(folder, weights(), cfg, metadata={"layer": 5, "site": "img", "model": "nano"})
+    described = json.loads((folder / "cfg.json").read_text())
+    del described["metadata"]["digest"]
+    described["metadata"] |= changes.pop("metadata", {})
+    (folder / "cfg.json").write_text(json.dumps(described | changes))
+    return folder
+
+
+def test_metadata_that_says_nothing(tmp_path):
+    cfg = {"architecture": "topk", "k": K, "d_in": D, "d_sae": F}
+    params = [sae.load(write(tmp_path, cfg | more, weights()))[0] for more in ({}, {"metadata": None})]
+    assert sae.load_metadata(tmp_path) == {}
+    for name in params[0]:
+        np.testing.assert_array_equal(params[0][name], params[1][name])
+
+
+@pytest.mark.parametrize("message, about", [
+    ("metadata.training is \\[1\\]; need an object", {"training": [1]}),
+    ("metadata.run is 'x'; need an object", {"run": "x"}),
+    ("metadata.layer is '5'; need an integer", {"layer": "5"}),
+    ("metadata.layer is True; need an integer", {"layer": True}),
+    ("metadata.site is 3; need a string", {"site": 3}),
+    ("metadata.model is {}; need a string", {"model": {}}),
+    ("groups is \\[1, 2\\]; need tuple", {"training": {"groups": [1, 2]}}),
+    ("groups is 'txt'; need tuple", {"training": {"groups": "txt"}}),
+    ("lr is 'fast'; need float | None", {"training": {"lr": "fast"}}),
+    ("decay is \\[1\\]; need tuple", {"training": {"decay": [1]}}),
+    ("k_aux = 99 of 31 features", {"training": {"k_aux": 99}}),
+    ("'../../out' is no name of a group", {"training": {"groups": ["txt", "../../out"]}}),
+    ("'/tmp' is no name of a group", {"training": {"groups": ["txt", "/tmp"]}}),
+    ("'' is no name of a group", {"training": {"groups": ["txt", ""]}}),
+    ("'..' is no name of a group", {"training": {"groups": ["..", "img"]}}),
+])
+def test_metadata_of_wrong_types_is_one_line(tmp_path, message, about):
+    folder = ours(tmp_path / "sae", metadata=about)
+    for read in (sae.load, sae.load_groups, sae.load_metadata):
+        with pytest.raises(Mistake, match=message) as error:
+            read(folder)
+        assert str(folder / "cfg.json") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_metadata_that_is_no_object(tmp_path):
+    for said in ("about", [1], 3, True):
+        with pytest.raises(Mistake, match="need an object"):
+            sae.load(write(tmp_path, old(metadata=said), weights()))
+
+
+def test_group_names_do_not_leave_the_folder(tmp_path):
+    """Neither when they are written."""
+    with pytest.raises(Mistake, match="no name of a group"):
+        sae.Config(d_in=D, features=F, k=K, groups=("a", "../../escaped"))
+    cfg = sae.Config(d_in=D, features=F, k=K, groups=("a", "b"))
+    object.__setattr__(cfg, "groups", ("a", "../b"))             # as a file that says so
+    with pytest.raises(Mistake, match="no name of a group"):
+        dataclasses.replace(cfg)
+
+
+WRONG = (None, True, "", "x", "../x", 0, -1, 1.5, 10**400, float("nan"), [], [None], ["a", 3], {}, {"k": "x"}, [[1]])
+
+
+@pytest.mark.parametrize("kind", ["ours", "old", "sparsify"])
+def test_any_value_anywhere_is_one_line_or_loads(tmp_path, kind):
+    """Each value of cfg.json in turn replaced by each wrong one, and two at once; never another error than Mistake."""
+    if kind == "ours":
+        folder = ours(tmp_path, metadata={"run": {"size": 64}})
+    else:
+        cfg, arrays = (sparsify(), sparsify_weights()) if kind == "sparsify" else (old(), weights())
+        folder = write(tmp_path, cfg, arrays, "sae.safetensors" if kind == "sparsify" else "sae_weights.safetensors")
+    path, r = folder / "cfg.json", random.Random(0)
+    whole, loads = json.loads(path.read_text()), 0
+    places = [(name,) for name in whole] + [("metadata", name) for name in whole.get("metadata", {})] + [
+        ("metadata", "training", name) for name in whole.get("metadata", {}).get("training", {})]
+    tries = [[(place, value)] for place in places for value in WRONG]
+    tries += [[(r.choice(places), r.choice(WRONG)) for _ in range(2)] for _ in range(100)]
+    for changes in tries:
+        changed = copy.deepcopy(whole)
+        for place, value in changes:
+            inner = changed
+            for name in place[:-1]:
+                inner = inner.get(name) if isinstance(inner, dict) else None
+            if isinstance(inner, dict):
+                inner[place[-1]] = value
+        path.write_text(json.dumps(changed))
+        try:
+            sae.load_metadata(folder)
+            sae.load(folder)
+            loads += 1
+        except Mistake as error:
+            assert str(folder) in str(error) and "\n" not in str(error)
+    assert 0 < loads < len(tries)
+
+
+def test_init_takes_them(tmp_path):
+    """train.py --init: k and activation are those of the SAE, and training begins from what it does."""
+    def unit(arrays):                                            # as training keeps decoder rows
+        return arrays | {"W_dec": arrays["W_dec"] / np.linalg.norm(arrays["W_dec"], axis=1, keepdims=True)}
+
+    gated = unit(weights(b_gate=(F,), b_mag=(F,), r_mag=(F,), b_enc=None))
+    write(tmp_path / "old", old(activation_fn_str="topk", activation_fn_kwargs={"k": K}), unit(weights()))
+    write(tmp_path / "sparsify", sparsify(), unit(sparsify_weights()), "sae.safetensors")
+    write(tmp_path / "gated", old(architecture="gated"), gated)
+    for name, expected in {"old": ("topk", K, F), "sparsify": ("topk", K, F), "gated": ("jumprelu", F, F)}.items():
+        found = train.inherited({"init": str(tmp_path / name)}, D)
+        assert (found["activation"], found["k"], found["features"]) == expected
+        cfg = sae.Config(d_in=D, features=F, k=found["k"], activation=found["activation"], normalization="scale")
+        params, state = sae.load(tmp_path / name)[0], sae.init(jax.random.key(0), cfg, normal(200, D))
+        again, x = sae.fold(sae.unfold(params, cfg, state), cfg), normal(50, D, seed=3)
+        np.testing.assert_allclose(sae.splice(again, cfg, x), sae.splice(params, cfg, x), atol=1e-4)
