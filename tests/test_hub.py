@@ -189,7 +189,7 @@ def test_groups_of_tokens_go_along_and_init_takes_them_from_there(server, tmp_pa
                                      {"site": None}], ids=str)
 def test_places_of_no_model_are_not_made(server, tmp_path, changes):
     """A folder in the repo is named after them."""
-    with pytest.raises(sae.Mistake, match=r"cfg\.json: metadata\.layer is .*; need a block's number and img, txt or both"):
+    with pytest.raises(sae.Mistake, match=r"cfg\.json: metadata\.layer is .*; need a block's number and img"):
         hub.upload(foreign(tmp_path / "a", {"layer": 3, "site": "img"} | changes), "me/saes")
     assert not server.repos
 
