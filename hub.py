@@ -47,7 +47,7 @@ def upload(folder, repo, base=None):
     folder = Path(folder)
     _, cfg = sae.load_groups(folder)                             # nothing damaged is put on the hub
     about, api = sae.load_metadata(folder), HfApi()
-    place = f"layer{about['layer']}-{about['site']}"
+    place = place_of(folder, about)
     names = [str(Path(group, name)) for group in ("", *cfg.groups[1:]) for name in (sae.CONFIG, sae.WEIGHTS)]
     names += ["metrics.jsonl"] if (folder / "metrics.jsonl").is_file() else []
     try:
@@ -61,6 +61,17 @@ def upload(folder, repo, base=None):
     except Exception as error:
         raise Mistake(f"cannot push to {repo}: {line(error)}") from None
     return f"{api.endpoint}/{repo}"
+
+
+def place_of(folder, about):
+    """The SAE's folder in its repo. Raises Mistake for metadata that train.py did not write: a path is made of them."""
+    layer, site = about.get("layer"), about.get("site")
+    if type(layer) is not int or layer < 0 or site not in ("img", "txt", "both"):
+        raise Mistake(f"{folder / sae.CONFIG}: metadata.layer is {layer!r}, metadata.site {site!r}; need a block's "
+                      "number and img, txt or both")
+    if missing := [name for name in ("model", "run", "evaluation", "normalization") if not about.get(name)]:
+        raise Mistake(f"{folder / sae.CONFIG}: metadata says no {', '.join(missing)}: it was not written by train.py")
+    return f"layer{layer}-{site}"
 
 
 def line(error):

@@ -185,6 +185,29 @@ def test_groups_of_tokens_go_along_and_init_takes_them_from_there(server, tmp_pa
         train.begun_from("me/nothing")
 
 
+@pytest.mark.parametrize("changes", [{"site": "../../x"}, {"site": "img/.."}, {"layer": -1}, {"layer": None},
+                                     {"site": None}], ids=str)
+def test_places_of_no_model_are_not_made(server, tmp_path, changes):
+    """A folder in the repo is named after them."""
+    with pytest.raises(sae.Mistake, match=r"cfg\.json: metadata\.layer is .*; need a block's number and img"):
+        hub.upload(foreign(tmp_path / "a", {"layer": 3, "site": "img"} | changes), "me/saes")
+    assert not server.repos
+
+
+def foreign(folder, metadata):
+    cfg = sae.Config(d_in=24, features=96, k=5)
+    x = np.random.default_rng(0).standard_normal((200, 24), np.float32)
+    sae.save(folder, sae.fold(sae.init(jax.random.key(0), cfg, x), cfg), cfg, metadata=metadata)
+    return folder
+
+
+def test_saes_of_others_are_not_pushed(server, tmp_path):
+    """Their card would have nothing to say."""
+    with pytest.raises(sae.Mistake, match="says no model, run, evaluation, normalization: it was not"):
+        hub.upload(foreign(tmp_path / "a", {"layer": 3, "site": "img"}), "me/saes")
+    assert not server.repos
+
+
 def test_the_card(server, tmp_path):
     folder = checkpoint(tmp_path / "a", prompts="a file's name.txt")
     hub.upload(folder, "lab/saes", "black-forest-labs/FLUX.1-schnell")

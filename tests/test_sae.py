@@ -511,7 +511,7 @@ BROKEN = {
     "sae_weights.safetensors is missing": lambda f: (f / "sae_weights.safetensors").unlink(),
     "cfg.json is not JSON": lambda f: truncate(f, "cfg.json"),
     "sae_weights.safetensors is damaged": lambda f: truncate(f, "sae_weights.safetensors"),
-    "architecture is 'gated'; need one of topk, jumprelu": lambda f: edit_config(f, architecture="gated"),
+    "architecture is 'temporal'; need one of topk, jumprelu": lambda f: edit_config(f, architecture="temporal"),
     "d_sae is '50'": lambda f: edit_config(f, d_sae="50"),
     "k is None": lambda f: edit_config(f, k=None),
     "normalize_activations is 'layer_norm'": lambda f: edit_config(f, normalize_activations="layer_norm"),

@@ -277,6 +277,10 @@ def test_unreadable_weights(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors is named by the index"):
         weights.open_weights(tmp_path)
+    for name in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors"), "a/b.safetensors"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(weights.Mistake, match="is not an index of safetensors files"):   # they lie beside it
+            weights.open_weights(tmp_path)
 
 
 def test_config_values_that_are_not_supported():
