@@ -51,6 +51,32 @@ COFIRE_LIMIT = 16_384                                            # features; the
 # ---------------------------------------------------------------- what is collected
 
 
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """Maps [..., S], of each only what is above zero, so that memory follows what fires. Indexed like an array of maps
+    they become dense: `maps[7]`, `maps[7, 0]`, `maps[:, 0]`."""
+    span: np.ndarray                                             # [..., 2]: of each where it begins and ends in the next
+    position: np.ndarray                                         # [M] uint32
+    value: np.ndarray                                            # [M] float32
+    length: int                                                  # S
+
+    def __getitem__(self, index):
+        span = self.span[index]
+        dense = np.zeros((*span.shape[:-1], self.length), np.float32)
+        for at in np.ndindex(span.shape[:-1]):
+            here = slice(*span[at])
+            dense[at][self.position[here]] = self.value[here]
+        return dense
+
+    def kept(self):
+        """The same maps without what belongs to none of them."""
+        count = (self.span[..., 1] - self.span[..., 0]).reshape(-1)
+        ends = np.cumsum(count)
+        rows = np.repeat(self.span[..., 0].reshape(-1) - (ends - count), count) + np.arange(count.sum())
+        span = np.stack([ends - count, ends], 1).reshape(self.span.shape)
+        return Maps(span, self.position[rows], self.value[rows], self.length)
+
+
 @dataclass(frozen=True)
 class Collected:
     """Statistics of F features over all tokens of N images, as `stats.safetensors` and `collect.json` hold them.
@@ -71,10 +97,10 @@ class Collected:
     spread: np.ndarray                                           # [F]: rms distance from its centre, in image sides
     top_value: np.ndarray                                        # [F, K] float32, falling
     top_image: np.ndarray                                        # [F, K] int32: place in `info["prompts"]`
-    top_map: np.ndarray                                          # [F, K, S] float32
+    top_map: Maps                                                # [F, K, S]
     quantile_value: np.ndarray                                   # [F, 4, Q] float32; group 0 holds the largest
     quantile_image: np.ndarray                                   # [F, 4, Q] int32
-    quantile_map: np.ndarray                                     # [F, 4, Q, S] float32
+    quantile_map: Maps                                           # [F, 4, Q, S]
     together: np.ndarray                                         # [F, 10] int32: fire most at the same positions, or -1
     together_jaccard: np.ndarray                                 # [F, 10]: positions of both ÷ positions of either
     nearest: np.ndarray                                          # [F, 10] int32: by cosine of decoder rows, or -1
@@ -115,55 +141,88 @@ def load(folder):
     try:
         info = json.loads((folder / "collect.json").read_text(encoding="utf-8"))
         with safe_open(folder / "stats.safetensors", "np") as file:
-            return Collected(**{name: file.get_tensor(name) for name in file.keys()}, info=info)  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys()}       # noqa: SIM118 (no dict)
+        maps = {name: Maps(*(arrays.pop(f"{name}.{part}") for part in PARTS), Layout(**info["layout"]).positions)
+                for name in MAPS}
+        return Collected(**arrays, **maps, info=info)
     except Exception as error:
         raise Mistake(f"{folder} holds no collected statistics: {error}") from None
 
 
 def save(folder, found):
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {f.name: np.ascontiguousarray(getattr(found, f.name)) for f in fields(found) if f.name != "info"}
-    save_file(arrays, folder / "stats.safetensors")
+    arrays = {f.name: getattr(found, f.name) for f in fields(found) if f.name not in (*MAPS, "info")}
+    arrays |= {f"{name}.{part}": getattr(getattr(found, name), part) for name in MAPS for part in PARTS}
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "stats.safetensors")
     (folder / "collect.json").write_text(json.dumps(found.info))
 
 
+MAPS, PARTS = ("top_map", "quantile_map"), ("span", "position", "value")
+
+
 class Counts:
-    """The running state of the pass: arrays in a dict, so that a stopped run can save and restore them."""
+    """The running state of the pass: arrays in a dict, so that a stopped run can save and restore them. The maps of the
+    examples that are kept lie one behind the other in `position` and `value`, between those of others that had to go.
+    """
 
     def __init__(self, F, layout):
-        self.layout, S = layout, layout.positions
+        self.layout = layout
         self.a = {
             "fired": np.zeros(F, np.int64), "images": np.zeros(F, np.int64), "total": np.zeros(F),
             "maximum": np.zeros(F, np.float32), "histogram": np.zeros((F, len(EDGES)), np.int64),
             "map_sum": np.zeros((F, layout.image_tokens)), "shape_sum": np.zeros((F, 4)),
             "pairs": np.zeros((F, F) if F <= COFIRE_LIMIT else (0, 0), np.int32)}
+        self.a |= {"position": np.zeros(0, np.uint32), "value": np.zeros(0, np.float32),
+                   "tokens": np.zeros(1, np.int64)}
         for kind, room in (("top", KEPT), ("some", RESERVOIR)):
             self.a |= {f"{kind}_key": np.full((F, room), -np.inf), f"{kind}_value": np.zeros((F, room), np.float32),
                        f"{kind}_image": np.full((F, room), -1, np.int32),
-                       f"{kind}_map": np.zeros((F, room, S), np.float32)}
+                       f"{kind}_span": np.zeros((F, room, 2), np.int64)}
+        self.new, self.end = [], 0                               # (position, value) not yet in `a`; entries in all
 
-    def add(self, number, values, indices, seed):
-        """Count image `number`, values [S, k] and indices [S, k]. Returns (features that fire, their maxima)."""
-        positions, slots = np.nonzero(values > 0)
+    def add(self, number, values, indices, seed, real=None):
+        """Count image `number`, values [S, k] and indices [S, k]; real [S] bool: the positions that count, all by
+        default. Returns (features that fire, their maxima)."""
+        on = values > 0 if real is None else (values > 0) & real[:, None]
+        positions, slots = np.nonzero(on)
         value, feature = values[positions, slots], indices[positions, slots]
-        alive, row = np.unique(feature, return_inverse=True)     # of this image: far fewer than F
-        maps = np.zeros((len(alive), self.layout.positions), np.float32)
-        maps[row, positions] = value
-        peak = maps.max(1, initial=0)
+        order = np.argsort(feature, kind="stable")               # so that a feature's entries are one piece
+        position, value, feature = positions[order].astype(np.uint32), value[order], feature[order]
+        alive, starts, count = np.unique(feature, return_index=True, return_counts=True)      # far fewer than F
+        peak = np.maximum.reduceat(value, starts) if len(alive) else np.zeros(0, np.float32)
         a = self.a
-        a["fired"][alive] += (maps > 0).sum(1)
+        a["tokens"] += self.layout.positions if real is None else real.sum()
+        a["fired"][alive] += count
         a["images"][alive] += 1
-        a["total"][alive] += maps.sum(1, dtype=np.float64)
+        a["total"][alive] += np.add.reduceat(value, starts, dtype=np.float64) if len(alive) else 0
         a["maximum"][alive] = np.maximum(a["maximum"][alive], peak)
         np.add.at(a["histogram"], (feature, np.searchsorted(EDGES, value, "right") - 1), 1)
         if len(a["pairs"]):
-            self._count_pairs(values > 0, indices)
+            self._count_pairs(on, indices)
         if self.layout.image_tokens:
-            self._add_shapes(alive, maps)
-        self._keep("top", alive, peak, peak, maps, number)
+            self._add_shapes(alive, np.repeat(np.arange(len(alive)), count), position, value)
+        span = self.end + np.stack([starts, starts + count], 1)
         keys = np.random.default_rng((seed, number)).random(len(a["fired"]))[alive]
-        self._keep("some", alive, keys, peak, maps, number)      # the largest random keys: a uniform sample
+        kept = self._keep("top", alive, peak, peak, span, number)
+        kept |= self._keep("some", alive, keys, peak, span, number)      # the largest random keys: a uniform sample
+        if kept:
+            self.new.append((position, value))
+            self.end += len(value)
+            if self.end > 2 * len(a["value"]) + 2 ** 22:
+                self.settled()
         return alive, peak
+
+    def settled(self):
+        """The state as arrays alone, without the maps of examples that had to go."""
+        a = self.a
+        position, value = (np.concatenate([a[name], *parts]) for name, parts in zip(
+            ("position", "value"), zip(*self.new) if self.new else ((), ())))
+        span = np.concatenate([a["top_span"], a["some_span"]], 1)
+        maps = Maps(span, position, value, self.layout.positions).kept()
+        a |= {"position": maps.position, "value": maps.value, "top_span": maps.span[:, :KEPT],
+              "some_span": maps.span[:, KEPT:]}
+        self.new, self.end = [], len(maps.value)
+        return a
 
     def _count_pairs(self, on, indices, chunk=256):
         pairs, F = self.a["pairs"].reshape(-1), len(self.a["fired"])
@@ -172,50 +231,59 @@ class Counts:
             both = active[:, :, None] & active[:, None, :]
             np.add.at(pairs, (index[:, :, None] * F + index[:, None, :])[both], 1)
 
-    def _add_shapes(self, alive, maps):
-        """Sums of area, concentration and spread over the images on whose image tokens the feature fires."""
-        layout = self.layout
-        v = layout.image_part(maps).mean(1, dtype=np.float64)    # over timesteps
-        self.a["map_sum"][alive] += v
-        seen = v.any(1)
-        alive, v = alive[seen], v[seen]
-        weight = v / v.sum(1, keepdims=True)
-        y, x = np.divmod(np.arange(v.shape[1]), layout.grid[1])
-        centres = (y + 0.5) / layout.grid[0], (x + 0.5) / layout.grid[1]
-        variance = sum(weight @ c ** 2 - (weight @ c) ** 2 for c in centres)
-        concentration = 1 - 1 / (v.shape[1] * (weight ** 2).sum(1))
-        spread = np.sqrt(variance.clip(0))
-        self.a["shape_sum"][alive] += np.stack([(v > 0).mean(1), concentration, spread, np.ones(len(v))], 1)
+    def _add_shapes(self, alive, row, position, value):
+        """Sums of area, concentration and spread over the images on whose image tokens the feature fires. row: which of
+        `alive` each entry is of."""
+        layout, I = self.layout, self.layout.image_tokens
+        token = position.astype(np.int64) % (layout.text_tokens + I) - layout.text_tokens
+        image = token >= 0
+        place, inverse = np.unique(row[image] * I + token[image], return_inverse=True)
+        v = np.bincount(inverse, value[image].astype(np.float64), len(place)) / layout.timesteps
+        row, token = np.divmod(place, I)
+        np.add.at(self.a["map_sum"], (alive[row], token), v)
+        total = lambda weights: np.bincount(row, weights, len(alive))
+        area, whole, squares = total(np.ones(len(v))), total(v), total(v * v)
+        seen = area > 0
+        y, x = np.divmod(token, layout.grid[1])
+        variance = np.zeros(seen.sum())
+        for centre in ((y + 0.5) / layout.grid[0], (x + 0.5) / layout.grid[1]):
+            variance += total(v * centre ** 2)[seen] / whole[seen] - (total(v * centre)[seen] / whole[seen]) ** 2
+        concentration = 1 - whole[seen] ** 2 / (I * squares[seen])
+        self.a["shape_sum"][alive[seen]] += np.stack(
+            [area[seen] / I, concentration, np.sqrt(variance.clip(0)), np.ones(len(variance))], 1)
 
-    def _keep(self, kind, alive, keys, values, maps, number):
-        """Let an example take the place of the one with the smallest key, where its own is larger."""
+    def _keep(self, kind, alive, keys, values, span, number):
+        """Let an example take the place of the one with the smallest key, where its own is larger. Whether any did."""
         a = self.a
         smallest = a[f"{kind}_key"][alive].argmin(1)
         better = np.flatnonzero(keys > a[f"{kind}_key"][alive, smallest])
         at = alive[better], smallest[better]
         a[f"{kind}_key"][at], a[f"{kind}_value"][at] = keys[better], values[better]
-        a[f"{kind}_image"][at], a[f"{kind}_map"][at] = number, maps[better]
+        a[f"{kind}_image"][at], a[f"{kind}_span"][at] = number, span[better]
+        return len(better) > 0
 
     def finish(self, W_dec, labels, maxima, info):
         """The `Collected` of what was counted. labels [N, A] and maxima [N, F] are for the AUROCs; A may be 0."""
-        a, images, tokens = self.a, max(info["images"], 1), self.layout.positions
+        a, images = self.settled(), max(info["images"], 1)
         order = np.argsort(-a["top_key"], 1, kind="stable")
-        top = {name: _take(a[f"top_{name}"], order) for name in ("value", "image", "map")}
+        top = {name: _take(a[f"top_{name}"], order) for name in ("value", "image", "span")}
         area, concentration, spread = (a["shape_sum"][:, :3] / np.maximum(a["shape_sum"][:, 3:], 1)).T
         together, jaccard = _together(a["pairs"], a["fired"])
         nearest, cosine = _nearest(W_dec)
+        value, image, span = self._quantiles(top["image"])
+        maps = lambda span: Maps(span, a["position"], a["value"], self.layout.positions).kept()
         return Collected(
             a["fired"], a["images"], a["total"], a["maximum"], a["histogram"],
             (a["map_sum"] / images).astype(np.float32), area, concentration, spread,
-            top["value"], top["image"], top["map"], *self._quantiles(top["image"]), together, jaccard, nearest, cosine,
-            auroc(maxima, labels), info | {"tokens": images * tokens})
+            top["value"], top["image"], maps(top["span"]), value, image, maps(span), together, jaccard, nearest, cosine,
+            auroc(maxima, labels), info | {"tokens": int(a["tokens"][0])})
 
     def _quantiles(self, top):
-        """Values, images and maps of the random examples, [F, 4, Q], the largest quarter first."""
+        """Values, images and spans of the random examples, [F, 4, Q], the largest quarter first."""
         a, F = self.a, len(top)
         key = np.where((a["some_image"][:, :, None] == top[:, None, :]).any(2), -np.inf, a["some_key"])
         value = np.zeros((F, QUANTILES, SHOWN), np.float32)
-        image, maps = np.full(value.shape, -1, np.int32), np.zeros((*value.shape, self.layout.positions), np.float32)
+        image, span = np.full(value.shape, -1, np.int32), np.zeros((*value.shape, 2), np.int64)
         for f in np.flatnonzero((key > -np.inf).any(1)):
             below = np.flatnonzero(key[f] > -np.inf)
             below = below[np.argsort(-a["some_value"][f, below], kind="stable")]
@@ -223,8 +291,8 @@ class Counts:
                 drawn = part[np.argsort(-key[f, part])[:SHOWN]]
                 drawn = drawn[np.argsort(-a["some_value"][f, drawn], kind="stable")]
                 value[f, q, :len(drawn)] = a["some_value"][f, drawn]
-                image[f, q, :len(drawn)], maps[f, q, :len(drawn)] = a["some_image"][f, drawn], a["some_map"][f, drawn]
-        return value, image, maps
+                image[f, q, :len(drawn)], span[f, q, :len(drawn)] = a["some_image"][f, drawn], a["some_span"][f, drawn]
+        return value, image, span
 
 
 @dataclass(frozen=True)
@@ -313,12 +381,13 @@ def auroc(scores, labels):
 
 
 def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, steps=4, size=None, text_tokens=None,
-            seed=0, batch=16, attributes=(), labels=None, info=None, progress=None):
+            padding=True, seed=0, batch=16, attributes=(), labels=None, info=None, progress=None, stop=lambda: False):
     """Draw `prompts`, encode the activations of one layer, and keep statistics: a `Collected`, also saved in
     `folder`/collect, with the images in `folder`/images.
 
     model: of `flux.load`. params, cfg: of `sae.load` or `sae.load_groups`. timesteps: at which activations are taken,
-    as `train.py` does.
+    as `train.py` does. padding: whether T5's padding counts as tokens. stop(): whether to save the state and end, with
+    None.
     steps: in which the images are drawn. labels [N, A] bool: what is true of each prompt's scene, named by
     `attributes`. info: more for the JSON. progress: called with the number of prompts done. A stopped run goes on where
     its last state was saved, if all arguments are the same. Raises ValueError where activations are not finite.
@@ -332,7 +401,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     labels = np.zeros((len(prompts), 0), bool) if labels is None else np.asarray(labels, bool)
     info = {**(info or {}), "kind": "fae dashboard", "layer": layer, "site": site, "layout": asdict(layout),
             "size": size, "steps": steps, "seed": seed, "first_noise": HELD_OUT, "images": len(prompts),
-            "text_tokens": text_tokens,
+            "text_tokens": text_tokens, "padding": padding,
             "attributes": list(attributes), "prompts": prompts, "features": cfg.features, "edges": EDGES.tolist(),
             "words": model.words(prompts, text_tokens) if layout.text_tokens else []}
     counts = Counts(cfg.features, layout)
@@ -341,6 +410,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     if (ended := partial.ended()) is not None:
         return ended
     done = partial.restore(counts.a)
+    counts.end = len(counts.a["value"])
     if not done:
         shutil.rmtree(folder / "steer", ignore_errors=True)      # strips of other images
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -356,15 +426,21 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
         codes = (np.moveaxis(x, 1, 0).reshape(batch, layout.positions, -1)
                  for x in encode(params, cfg, acts.astype(jnp.float32), site, text_tokens))
         drawn = flux.generate(model, full, steps=steps, **options)
-        for i, (values, indices, image, _) in enumerate(zip(*codes, drawn, part), done):
-            alive, peak = counts.add(i, values, indices, seed)
+        real = [None] * len(part)
+        if layout.text_tokens and not padding:
+            real = np.tile(session.real_tokens(model, part, site, text_tokens, layout.image_tokens), (1, timesteps))
+        for i, (values, indices, image, mask) in enumerate(zip(*codes, drawn, real), done):
+            alive, peak = counts.add(i, values, indices, seed, mask)
             if labels.shape[1]:
                 counts.a["maxima"][i, alive] = peak
             save_image(folder / "images" / f"{i}.webp", image)
         done += len(part)
-        partial.save(counts.a, done)
+        if (stopped := stop()) or partial.due():
+            partial.save(counts.settled(), done)
         if progress:
             progress(done)
+        if stopped:
+            return None
     found = counts.finish(params[0]["W_dec"], labels, counts.a["maxima"], info | {"arguments": partial.arguments})
     save(folder / "collect", found)
     partial.remove()
@@ -413,9 +489,10 @@ class Partial:
         except Exception:                                        # none yet, or torn: begin anew
             return 0
 
+    def due(self):
+        return time.monotonic() - self.saved >= self.seconds
+
     def save(self, state, done):
-        if time.monotonic() - self.saved < self.seconds:
-            return
         new = self.arrays.with_suffix(".new")
         save_file(state, new, {"done": str(done), "arguments": self.arguments})
         os.replace(new, self.arrays)
@@ -505,41 +582,46 @@ def scaling(cfg):
 
 
 def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, steps=None, features="", model="", seed=0,
-         batch=None, quant="", pages_only=False, steer=None, **unknown):
+         batch=None, dtype="", quant="", transformer="", pages_only=False, overwrite=False, steer=None, **unknown):
     """Write a dashboard of the SAE in the folder `checkpoint` into the folder --out.
 
     --n: prompts. --steps: in which images are drawn. --features 0:200,512: pages of these only. --pages_only: pages
     from what an earlier run collected. --steer 20: for the 20 features that fire on the most images, their best example
     with the feature ablated, as it is, and times 2, 4 and 8; with --pages_only for a dashboard that is there.
-    --model: where the checkpoint's own is not to be found.
+    --model: where the checkpoint's own is not to be found. --overwrite: also replace another checkpoint's dashboard.
     """
     session.no_unknown_flags(unknown)
     out = Path(out)
-    check_out(out, pages_only)
     given = {"n": n, "seed": seed, "steps": steps, "batch": batch, "steer": steer}
     session.check_whole({name: value for name, value in given.items() if value is not None})
     params, cfg = sae.load_groups(checkpoint)
     wanted = feature_range(features, cfg.features)
     if steer and cfg.d_out is not None:
         raise Mistake(f"--steer: {checkpoint} is a transcoder, which writes what belongs to another layer")
-    building = out.resolve().with_name(f".{out.resolve().name}.{'pages' if pages_only else 'building'}")
-    loader = lru_cache(lambda: load_model(checkpoint, cfg, model, quant))
-    if pages_only:
-        found = load(out / "collect")
-        strips_for(checkpoint, loader, params, cfg, found, out, steer)
-        shutil.rmtree(building, ignore_errors=True)              # of a stopped run; a stopped pass has another name
-        for part in ("collect", "images", "steer"):
-            if (out / part).exists() or part != "steer":
-                shutil.copytree(out / part, building / part)
-    else:
-        found = collect_from(checkpoint, loader, params, cfg, building, prompts, prompt_field, n, steps, model, seed,
-                             batch)
-        strips_for(checkpoint, loader, params, cfg, found, building, steer)
-    if is_of(found, checkpoint):                                 # scores may be newer than what was collected
-        found.info["scores"] = read_scores(Path(checkpoint) / "eval.json", sae.fingerprint(params))
-    pages.write(found, building, wanted)
-    swap(building, out.resolve())
-    print(f"dashboard: {out / 'index.html'}")
+    loader = lru_cache(lambda: session.load_model(model_name(checkpoint, cfg, model), run_of(checkpoint), dtype=dtype,
+                                                  quant=quant, transformer=transformer))
+    with session.claim(out), session.stopping() as stop:
+        check_out(out, checkpoint, pages_only, overwrite)
+        building = workplace(out, "pages" if pages_only else "building")
+        if pages_only:
+            found = load(out / "collect")
+            strips_for(checkpoint, loader, params, cfg, found, out, steer)
+            shutil.rmtree(building, ignore_errors=True)          # of a stopped run; a stopped pass has another name
+            for part in ("collect", "images", "steer"):
+                if (out / part).exists() or part != "steer":
+                    shutil.copytree(out / part, building / part)
+        else:
+            found = collect_from(checkpoint, loader, params, cfg, building, prompts, prompt_field, n, steps, model,
+                                 seed, batch, stop)
+            if found is None:
+                print("stopped; the same command goes on")
+                raise SystemExit(128 + stop())
+            strips_for(checkpoint, loader, params, cfg, found, building, steer)
+        if is_of(found, checkpoint):                             # scores may be newer than what was collected
+            found.info["scores"] = read_scores(Path(checkpoint) / "eval.json", sae.fingerprint(params))
+        pages.write(found, building, wanted)
+        replace(building, out)
+        print(f"dashboard: {out / 'index.html'}")
 
 
 def strips_for(checkpoint, loader, params, cfg, found, folder, n):
@@ -576,43 +658,76 @@ def model_name(checkpoint, cfg, model):
     return name
 
 
-def load_model(checkpoint, cfg, model, quant):
-    run = sae.load_metadata(checkpoint).get("run") or {}
-    options = shard.arguments(shard.several(), session.quantized(quant or run.get("quant", "none")))
-    return flux.load(model_name(checkpoint, cfg, model), dtype=jnp.dtype(run.get("dtype", "float32")), **options)
+def run_of(checkpoint):
+    """The flags of train.py that the checkpoint was trained with; {} of a foreign SAE."""
+    return sae.load_metadata(checkpoint).get("run") or {}
 
 
-def collect_from(checkpoint, loader, params, cfg, folder, source, field, n, steps, model, seed, batch):
+def collect_from(checkpoint, loader, params, cfg, folder, source, field, n, steps, model, seed, batch, stop):
     """What the checkpoint says of itself, and the flags → `collect`. loader() → the model."""
-    about, name = sae.load_metadata(checkpoint), model_name(checkpoint, cfg, model)
-    run = about.get("run") or {}
-    source, labels = source or run.get("prompts", "scenes"), {}
-    if source == "scenes":
-        scenes = prompt_sources.scenes()
-        drawn = [scenes.sample(i) for i in range(n)]             # train.py begins behind the first 10,000
-        texts = [scenes.caption(scene) for scene in drawn]
-        labels = dict(zip(("attributes", "labels"), scene_attributes(scenes, drawn)))
-    else:
-        texts = prompt_sources.take(source, field or run.get("prompt_field"), n)
+    about, name, run = sae.load_metadata(checkpoint), model_name(checkpoint, cfg, model), run_of(checkpoint)
+    texts, labels = captions(run, source, field, n)
     loaded = loader()
     steps = steps or (28 if loaded.cfg.guidance_embeds else 4)
-    info = {"model": str(name), "source": source, "checkpoint": read_cfg(checkpoint),
+    size = run.get("size") or None
+    info = {"model": str(name), "source": source or run.get("prompts", "scenes"), "checkpoint": read_cfg(checkpoint),
             "metrics": read_metrics(Path(checkpoint) / "metrics.jsonl"), "versions": {"jax": jax.__version__}}
     with tqdm(total=len(texts), unit="prompt", desc="collecting", dynamic_ncols=True) as bar:
         return collect(loaded, params, cfg, texts, folder, layer=about["layer"], site=about["site"], steps=steps,
-                       timesteps=run.get("timesteps", 1), size=run.get("size") or None,
-                       text_tokens=run.get("text_tokens") or None, seed=seed, info=info, **labels,
-                       batch=batch or (16 if loaded.cfg.width <= 512 else 4),
-                       progress=lambda done: bar.update(done - bar.n))
+                       timesteps=run.get("timesteps", 1), size=tuple(size) if isinstance(size, list) else size,
+                       text_tokens=run.get("text_tokens") or None, padding=run.get("padding", True), seed=seed,
+                       info=info, **labels, batch=batch or shard.batch(*((1, 16) if loaded.cfg.width <= 512 else (4,))),
+                       progress=lambda done: bar.update(done - bar.n), stop=stop)
 
 
-def check_out(out, pages_only):
-    """Refuse, before any work, a folder that is not a dashboard."""
+def captions(run, source, field, n):
+    """(n prompts that no training step saw, where the source allows it; arguments of `collect` about their scenes)."""
+    source, own = source or run.get("prompts", "scenes"), source in ("", run.get("prompts"))
+    if source != "scenes":
+        held_out = True if own and run.get("held_out") else None
+        return prompt_sources.take(source, field or run.get("prompt_field"), n, held_out=held_out), {}
+    scenes, drawn = prompt_sources.scenes(), prompt_sources.held_out_scenes(n)
+    labels = dict(zip(("attributes", "labels"), scene_attributes(scenes, drawn)))
+    return [scenes.caption(scene) for scene in drawn], labels
+
+
+OURS = {"index.html", "run.html", "data.js", "dash.css", "dash.js", "feature", "maps", "images", "steer", "collect"}
+
+
+def check_out(out, checkpoint, pages_only, overwrite):
+    """Refuse, before any work, a folder that is no dashboard, or another checkpoint's."""
     ours = (out / "collect" / "collect.json").is_file()
-    if out.exists() and not ours and not (out.is_dir() and not any(out.iterdir())):
-        raise Mistake(f"{out} exists and is not a dashboard; choose another --out")
     if pages_only and not ours:
         raise Mistake(f"--pages_only: there is no dashboard in {out} yet")
+    if not out.exists():
+        return
+    names = [path.name for path in out.iterdir() if not path.name.startswith(".")] if out.is_dir() else [out.name]
+    if names and not ours:
+        raise Mistake(f"{out} exists and is not a dashboard; choose another --out")
+    if foreign := sorted(set(names) - OURS):
+        raise Mistake(f"{out} holds something that is no part of a dashboard: {', '.join(foreign[:5])}")
+    if ours and not overwrite and not pages_only and not same_run(load(out / "collect").info, checkpoint):
+        raise Mistake(f"{out} holds the dashboard of another checkpoint than {checkpoint}: choose another --out, or "
+                      "--overwrite it")
+
+
+def same_run(info, checkpoint):
+    """Whether a dashboard is of a checkpoint's run, at whatever step; of a foreign SAE, of this very cfg.json."""
+    run = lambda cfg: {k: v for k, v in (cfg.get("metadata", {}).get("run") or cfg).items() if k != "steps"}
+    return run(info.get("checkpoint") or {}) == run(read_cfg(checkpoint))
+
+
+def workplace(out, name):
+    """Where the new dashboard is made: beside `out`, or inside it where it cannot be renamed."""
+    whole = out.resolve()
+    return whole.with_name(f".{whole.name}.{name}") if renamable(out) else whole / f".{name}"
+
+
+def renamable(out):
+    """Whether the folder can be renamed: no mount, not where the user stands, its parent writable."""
+    whole = out.resolve()
+    parent = next(path for path in whole.parents if path.is_dir())
+    return not os.path.ismount(whole) and whole != Path.cwd() and os.access(parent, os.W_OK)
 
 
 def feature_range(text, F):
@@ -630,14 +745,27 @@ def feature_range(text, F):
         raise Mistake(f"--features {text}: give numbers or ranges from 0 to {F - 1}, as in 0:200,512") from None
 
 
-def swap(new, out):
-    """Put the finished folder `new` where `out` is or will be; an old one stays until that moment."""
+def replace(new, out):
+    """Put the finished folder `new` where `out` is or will be; an old one stays until that moment. Where it cannot be
+    renamed, its parts are replaced one by one."""
+    out, whole = out.resolve(), renamable(out)
     old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    if whole:
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+        return
+    for name in sorted(OURS):
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        if (new / name).exists():
+            os.replace(new / name, path)
+    shutil.rmtree(new)
 
 
 def read_metrics(path):

@@ -94,7 +94,7 @@ def index_data(found, wanted):
 
 def index_page(found, wanted):
     dead = found.fired == 0
-    evaluation = found.info.get("checkpoint", {}).get("metadata", {}).get("evaluation", {}).get("SAE", {})
+    evaluation = ((found.info.get("checkpoint", {}).get("metadata") or {}).get("evaluation") or {}).get("SAE", {})
     facts = [("Features", f"{found.features:,}"), ("Never fired here", f"{int(dead.sum()):,} ({dead.mean():.1%})"),
              ("L0", number(found.fired.sum() / max(found.info["tokens"], 1), 3)),
              ("FVU, held out", number(evaluation["fvu_standardized"], 3) if "fvu_standardized" in evaluation else "–"),
@@ -242,7 +242,7 @@ def run_page(found):
             "k": checkpoint.get("k"), "width": checkpoint.get("d_in"), "prompts": f"{info['images']:,}, from "
             f"{info.get('source', 'a list')}", "image": f"{info['size']} pixels, {info['steps']} steps",
             "noise": f"seed {info['seed']}, numbers from {info['first_noise']:,}"}
-    rows |= flat(checkpoint.get("metadata", {}))
+    rows |= flat(checkpoint.get("metadata") or {})
     return {"curves": curves(info.get("metrics", [])), "scores": scores(info.get("scores")), "configuration": rows,
             "width": checkpoint.get("d_in", "D")}
 

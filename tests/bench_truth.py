@@ -18,6 +18,7 @@ direction and its sign is chosen by AUROC on the scenes of even number, and its 
 Rivals: the layer's MLP neurons, the principal axes, as many random directions as the SAE has features; all may be taken
 with either sign. A linear probe (discriminant analysis with all 128 dimensions) is what supervision would find.
 """
+import html
 import json
 import os
 import sys

@@ -14,6 +14,7 @@ from safetensors import safe_open
 import dash
 import flux
 import pages
+import prompts
 import sae
 
 ROOT = Path(dash.__file__).parent
@@ -272,12 +273,13 @@ def test_images_are_those_of_generate(built, model):
 
 def test_the_scene_truth(built):
     import scenes
-    found = dash.load(built[0] / "collect")
-    names, table = dash.scene_attributes(scenes, [scenes.sample(i) for i in range(40)])
-    assert found.info["attributes"] == names and found.info["prompts"][3] == scenes.caption(scenes.sample(3))
+    found, drawn = dash.load(built[0] / "collect"), prompts.held_out_scenes(40)
+    names, table = dash.scene_attributes(scenes, drawn)
+    assert found.info["attributes"] == names and found.info["prompts"][3] == scenes.caption(drawn[3])
+    assert all(map(prompts.is_held_out, found.info["prompts"]))
     for i in range(40):
         row = dict(zip(names, table[i]))
-        solids = scenes.sample(i).solids
+        solids = drawn[i].solids
         assert {n for n in row if n.startswith("color") and row[n]} == {f"color: {s.color}" for s in solids}
         assert sum(row[f"light: {side}"] for side in scenes.SIDES) == 1 and row[f"objects: {len(solids)}"]
     assert found.auroc.shape == (96, len(names)) and found.best_attribute(int(found.fired.argmax()))[0] in names
@@ -420,7 +422,7 @@ def test_strips_are_drawn_once_and_stay(built, model, visit, tmp_path, monkeypat
     strip.scroll_into_view_if_needed()
     browsed.wait_for_function("[...document.querySelectorAll('[aria-labelledby=steer] img')]"
                               ".filter(image => image.complete && image.naturalWidth === 64).length === 5")
-    assert strip.locator("figcaption").all_inner_texts() == ["ablated", "×1, as it is", "×2", "×4", "×8"]
+    assert strip.locator("figcaption").all_inner_texts() == ["ablated", "×1, unchanged", "×2", "×4", "×8"]
     strip.get_by_role("button", name="Enlarge: ×8").click()
     assert browsed.locator("dialog[open] img").get_attribute("src") == f"../steer/{f}-8.webp"
     before = {p: p.read_bytes() for p in (out / "steer").iterdir()}
@@ -571,7 +573,7 @@ def test_feature_page_heatmap_tip_and_enlarging(built, visit):
         y, x = divmod(token, 4)
         page.mouse.move(box["x"] + (x + 0.5) * box["width"] / 4, box["y"] + (y + 0.5) * box["height"] / 4)
         row, value = page.inner_text("#tip").split(": ")
-        assert row == f"row {y}, column {x}" and float(value) == pytest.approx(found.top_map[f, 0, token], rel=1e-3)
+        assert row == f"row {y}, column {x}" and float(value) == pytest.approx(found.top_map[f, 0][token], rel=1e-3)
     page.locator(".grid .pic").first.click()
     assert page.locator("#large").evaluate("d => d.open")
     assert page.locator("#large img").bounding_box()["width"] > 1.5 * box["width"]

@@ -1,4 +1,4 @@
-"""Quantized weights against the real bitsandbytes, as arrays under JAX's transformations, and kernels against plain forms."""
+"""Quantized weights against the real bitsandbytes, as arrays under JAX, and kernels against their plain forms."""
 import os
 import subprocess
 import sys
