@@ -1093,8 +1093,8 @@ def _modern(path: Path, read: Mapping[str, Any], about: Mapping[str, Any]) -> di
 
 
 def _from_sparsify(path: Path, read: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for sparsify's. normalize_decoder concerns its training alone, multi_topk its loss and its `forward`, which
-    then returns 4 k features a token, but not its `encode`."""
+    """The same for sparsify's. normalize_decoder concerns its training alone; multi_topk its loss and its `forward`,
+    which then returns 4 k features a token, but not its `encode`."""
     for name, (needed, why) in SPARSIFY.items():
         if read.get(name, needed) != needed:
             raise Mistake(f"{path}: {name} is {read[name]!r}; of sparsify's SAEs only those with {needed!r} can be "
