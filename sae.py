@@ -1056,7 +1056,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], Config]:
     if not path.is_file():
         raise Mistake(f"{path} is missing: {path.parent} is not an SAE folder")
     read = _read_json(path)
-    _check_metadata(path, about := read.get("metadata") or {})
+    about = {} if read.get("metadata") is None else read["metadata"]
+    _check_metadata(path, about)
     defaults = {"apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": False, "reshape_activations": "none",
                 "finetuning_scaling_factor": False}
     described = defaults | read | {"weights": WEIGHTS, "metadata": about} | _modern(path, read, about)
@@ -1073,10 +1074,11 @@ def _read_config(path: Path) -> tuple[dict[str, Any], Config]:
 
 def _check_metadata(path: Path, about: Any) -> None:
     kinds = {"training": dict, "run": dict, "evaluation": dict, "layer": int, "site": str, "model": str, "group": str}
-    for name, kind, value in (("", dict, about), *((f".{name}", kind, about.get(name)) for name, kind in kinds.items()
-                                                  if isinstance(about, dict))):
-        if value is not None and type(value) is not kind:
-            raise Mistake(f"{path}: metadata{name} is {value!r}; need {NOUNS[kind]}")
+    if type(about) is not dict:
+        raise Mistake(f"{path}: metadata is {about!r}; need an object")
+    for name, kind in kinds.items():
+        if about.get(name) is not None and type(about[name]) is not kind:
+            raise Mistake(f"{path}: metadata.{name} is {about[name]!r}; need {NOUNS[kind]}")
 
 
 def _check_described(path: Path, described: Mapping[str, Any]) -> None:
@@ -1112,8 +1114,8 @@ def _modern(path: Path, read: Mapping[str, Any], about: Mapping[str, Any]) -> di
     new["metadata"] = {name: read[name] for name in MODEL_KEYS if name in read} | about
     if "hook_z" in str(read.get("hook_name", read.get("hook_point"))) and "reshape_activations" not in read:
         new["reshape_activations"] = "hook_z"
-    activation, options = read.get("activation_fn_str", read.get("activation_fn", "relu")), read.get(
-        "activation_fn_kwargs") or {}
+    activation = read.get("activation_fn_str", read.get("activation_fn", "relu"))
+    options = read.get("activation_fn_kwargs") or {}
     if activation not in ("relu", "topk") or not isinstance(options, dict):
         raise Mistake(f"{path}: activation_fn is {activation!r}, with {options!r}; need 'relu', or 'topk' with its k")
     topk = activation == "topk" or read.get("architecture") == "topk"
@@ -1122,8 +1124,8 @@ def _modern(path: Path, read: Mapping[str, Any], about: Mapping[str, Any]) -> di
 
 
 def _from_sparsify(path: Path, read: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for sparsify's. normalize_decoder concerns its training alone, and multi_topk its loss and `forward`, which
-    then returns 4 k features a token; its `encode` returns k."""
+    """The same for sparsify's. normalize_decoder concerns its training alone; multi_topk its loss and its `forward`,
+    which then returns 4 k features a token, but not its `encode`."""
     for name, (needed, why) in SPARSIFY.items():
         if read.get(name, needed) != needed:
             raise Mistake(f"{path}: {name} is {read[name]!r}; of sparsify's SAEs only those with {needed!r} can be "

@@ -94,10 +94,9 @@ def test_saelens_before_version_6(tmp_path, case):
 
 
 def test_gated_saes_of_saelens_6(tmp_path):
-    from sae_lens import GatedSAE, GatedSAEConfig
-    torch = pytest.importorskip("torch")
+    torch, sae_lens = pytest.importorskip("torch"), pytest.importorskip("sae_lens")
     torch.manual_seed(0)
-    theirs = GatedSAE(GatedSAEConfig(D, F))
+    theirs = sae_lens.GatedSAE(sae_lens.GatedSAEConfig(D, F))
     for parameter in theirs.parameters():
         parameter.data = torch.randn_like(parameter)
     theirs.save_model(tmp_path)
@@ -249,7 +248,7 @@ def test_metadata_of_wrong_types_is_one_line(tmp_path, message, about):
 
 
 def test_metadata_that_is_no_object(tmp_path):
-    for said in ("about", [1], 3, True):
+    for said in ("about", [], [1], 0, 3, True):
         with pytest.raises(Mistake, match="need an object"):
             sae.load(write(tmp_path, old(metadata=said), weights()))
 
