@@ -55,7 +55,7 @@ COFIRE_LIMIT = 16_384                                            # features; the
 class Maps:
     """Maps [..., S], of each only what is above zero, so that memory follows what fires. Indexed like an array of maps
     they become dense: `maps[7]`, `maps[7, 0]`, `maps[:, 0]`."""
-    span: np.ndarray                                             # [..., 2]: of each where it begins and ends in the next
+    span: np.ndarray                                             # [..., 2]: where each begins and ends in those below
     position: np.ndarray                                         # [M] uint32
     value: np.ndarray                                            # [M] float32
     length: int                                                  # S

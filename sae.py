@@ -740,14 +740,26 @@ class Evaluation(NamedTuple):
 
 def evaluate(params: Params, cfg: Config, batches: Array | Iterable[Array]) -> Evaluation:
     """Raw residuals, one array [..., C] or a stream of them -> statistics. Memory does not grow with the stream."""
-    total, shift = None, None
-    for x, y in (_parts(cfg, chunk) for chunk in _chunks(batches, cfg.columns)):
+    total = {}
+    for batch in [batches] if hasattr(batches, "shape") else batches:
+        total = added(total, params, cfg, batch)
+    return evaluation(total)
+
+
+def added(total: dict[str, Any], params: Params, cfg: Config, batch: Array) -> dict[str, Any]:
+    """What `evaluation` needs of the residuals so far ({} at first) -> the same with those of a batch [..., C]."""
+    for x, y in (_parts(cfg, chunk) for chunk in _chunks(batch, cfg.columns)):
         # Sums of squares around a point near the mean: around zero, float32 would lose the variance in the mean.
-        shift = y.mean(0, dtype=np.float64).astype(np.float32) if shift is None else shift
+        shift = total.get("shift", y.mean(0, dtype=np.float64).astype(np.float32))
         sums = _sums(params, cfg, y, *encode(params, cfg, x), shift)
-        sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
-        total = sums if total is None else {name: total[name] + sums[name] for name in sums}
-    if total is None:
+        total = {name: total.get(name, 0) + np.asarray(value, np.float64) for name, value in sums.items()}
+        total["shift"] = shift
+    return total
+
+
+def evaluation(total: dict[str, Any]) -> Evaluation:
+    """The statistics of all that was `added`. Raises Mistake where that is nothing."""
+    if not total:
         raise Mistake("no residuals to evaluate on")
     n = float(total["tokens"])
     var_x, var_y = total["xx"] - total["x"] ** 2 / n, total["yy"] - total["y"] ** 2 / n
@@ -766,11 +778,10 @@ def evaluate(params: Params, cfg: Config, batches: Array | Iterable[Array]) -> E
     )
 
 
-def _chunks(batches: Array | Iterable[Array], columns: int, size: int = 4096) -> Iterable[np.ndarray]:
+def _chunks(batch: Array, columns: int, size: int = 4096) -> Iterable[np.ndarray]:
     """Pieces [<= size, D] in float32, so that [size, F] bounds the memory."""
-    for batch in [batches] if hasattr(batches, "shape") else batches:
-        rows = np.asarray(batch, np.float32).reshape(-1, columns)
-        yield from (rows[i : i + size] for i in range(0, len(rows), size))
+    rows = np.asarray(batch, np.float32).reshape(-1, columns)
+    yield from (rows[i : i + size] for i in range(0, len(rows), size))
 
 
 @jax.jit(static_argnums=1)

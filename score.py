@@ -52,6 +52,7 @@ class Subject:
     site: str
     names: tuple[str, ...]                                       # of the streams that it reads, as blocks sow them
     trained: np.ndarray                                          # noise levels that it was trained at
+    padding: bool = True                                         # whether it was trained on T5's padding
 
     def at(self, level):
         """{name of the stream: parameters} at a noise level: those of the nearest level of training."""
@@ -238,18 +239,21 @@ def statistics(model, subject, captions, grid, tokens, seed, batch, text_tokens,
     """`sae.evaluate` on the activations of the kind that it was trained on: from noise, at its own noise levels, of at
     least so many tokens; the captions begin again with new noise where they are too few. Means over groups by their
     tokens; "density": share of tokens at which each feature fires, as a histogram."""
-    rows, done, numbers = {}, 0, np.arange(batch)
+    totals, done, numbers = {}, 0, np.arange(batch)
     levels = np.append(subject.trained, 0).astype(np.float32)
     while done < tokens:
         texts = [captions[i % len(captions)] for i in numbers]
         start = beginning(model, texts, numbers, levels, grid, seed, text_tokens)
         acts = flux.capture(model, start, layer=subject.layer, site=subject.site)
+        real = session.real_tokens(model, texts, "txt", start.condition[0].shape[1], 0)
         for t, name, x in streams(subject, acts, start):
-            rows.setdefault((t, name), []).append(np.asarray(x, np.float32).reshape(-1, subject.cfg.d_in))
+            rows = np.asarray(x, np.float32)
+            rows = rows[real] if name.endswith("txt") and not subject.padding else rows
+            p = subject.at(subject.trained[t])[name]
+            totals[t, name] = sae.added(totals.get((t, name), {}), p, subject.cfg, rows)
         done, numbers = done + math.prod(acts.shape[:3]), numbers + batch
         progress(min(done / tokens, 1))
-    each = [sae.evaluate(subject.at(subject.trained[t])[name], subject.cfg, np.concatenate(x))
-            for (t, name), x in rows.items()]
+    each = list(map(sae.evaluation, totals.values()))
     share = np.array([one.tokens for one in each]) / sum(one.tokens for one in each)
     density = sum(w * one.density for w, one in zip(share, each))
     names = ("fvu", "fvu_standardized", "l0", "cosine", "variance_explained")
@@ -342,6 +346,13 @@ class Attribution:
     codes: dict                                                  # {name: (values, indices) [N, width]} of the source
 
 
+def traceable(model):
+    """A walk over the blocks that can be traced and differentiated: one scan. Of several chips the model's own calls
+    a program for each block, and would be unrolled."""
+    sharding = jax.tree.leaves(model.params)[0].sharding
+    return shard.scan(sharding.mesh) if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
 class Forward:
     """A prompt's pass from the residual that `source` (or nothing: None) reads to a feature of `target`."""
 
@@ -352,6 +363,7 @@ class Forward:
             raise Mistake(f"attribution goes from an earlier layer to a later one, not from layer {source.layer} to "
                              f"layer {target.layer}")
         self.model, self.target, self.source, self.start, self.feature = model, target, source, start, feature
+        self.walk = traceable(model)
         saes, tokens = target.at(1.0), self.residual(target)
         self.w = jnp.concatenate([jnp.tile(saes[name]["W_enc"][:, feature], (x.shape[1], 1))
                                   for name, x in tokens.items()])
@@ -384,7 +396,7 @@ class Forward:
         source = (self.source.layer, self.source.names) if shifts else None
         args = (self.model.params, self.model.cfg, full(self.start.latents), shifts, full(t), full(p), full(level),
                 full(guidance), self.w, self.b, jnp.asarray(self.where, jnp.float32))
-        return (_gradient if gradient else _read)(*args, grid=self.start.grid, source=source, walk=self.model.walk,
+        return (_gradient if gradient else _read)(*args, grid=self.start.grid, source=source, walk=self.walk,
                                                   target=(self.target.layer, self.target.site))
 
 
@@ -460,7 +472,8 @@ def ablate_tokens(found, model, batch=16):
 
 
 def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, tokens=EVALUATED, prompts="", prompt_field="",
-         images="", model="", layer=None, site="", seed=0, batch=None, quant="", attribute=None, prompt="", **unknown):
+         images="", model="", layer=None, site="", seed=0, batch=None, dtype="", quant="", transformer="",
+         attribute=None, prompt="", **unknown):
     """Score the SAE in the folder `checkpoint`, print a table, and write eval.json into it, or to --out FILE.
 
     --n: images. --levels: noise levels of the loss. --steps: in which images are drawn. --tokens: for FVU, L0 and dead
@@ -476,12 +489,13 @@ def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, tokens=EVALUATED
     asked = attribute is not None
     if asked != bool(prompt) or (upstream and not asked):
         raise Mistake('--attribute needs a prompt: --attribute 123 --prompt "a red cube" --from ckptA/')
-    about = described(checkpoint, model, layer, site)
+    about, precision = described(checkpoint, model, layer, site), {"dtype": dtype, "quant": quant}
+    precision["transformer"] = transformer
     file = Path(out) if out else Path(checkpoint) / FILE
     if not asked:
         check_out(file)
         given = captions(about, prompts, prompt_field, images, n)
-        loaded, target = load(checkpoint, about, quant)
+        loaded, target = load(checkpoint, about, **precision)
         report(file, loaded, target, about, n, given, levels, steps, tokens, seed, batch)
         return
     if type(attribute) is not int or not 0 <= attribute < about["features"]:
@@ -490,9 +504,9 @@ def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, tokens=EVALUATED
     if earlier and earlier["layer"] >= about["layer"]:
         raise Mistake(f"--from {upstream} is an SAE of layer {earlier['layer']}: attribution needs one before layer "
                          f"{about['layer']}, that of {checkpoint}")
-    loaded, target = load(checkpoint, about, quant)
+    loaded, target = load(checkpoint, about, **precision)
     source = subject(loaded, upstream, earlier["layer"], earlier["site"]) if upstream else None
-    explain(loaded, target, attribute, prompt, source, seed, about["run"].get("size") or None,
+    explain(loaded, target, attribute, prompt, source, seed, about["size"],
             about["run"].get("text_tokens") or None)
 
 
@@ -516,6 +530,8 @@ def described(checkpoint, model="", layer=None, site=""):
     flux.residual_names(about["cfg"], about["layer"], about["site"])
     sae.check_width(cfg, about["cfg"].width, checkpoint, about["model"])
     about["run"], about["features"] = about.get("run") or {}, cfg.features
+    size = about["run"].get("size") or None
+    about["size"] = tuple(size) if isinstance(size, list) else size
     return about
 
 
@@ -524,20 +540,18 @@ def subject(model, checkpoint, layer=None, site=None):
     params, cfg = sae.load_groups(checkpoint)
     about = described(checkpoint, str(model.source), layer, site or "")
     run = about["run"]
-    grid = flux.token_grid(model, run.get("size") or min(256, model.size))
+    grid = flux.token_grid(model, about["size"] or min(256, model.size))
     trained = flux.sigmas(model.scheduler, run.get("timesteps", 1), grid[0] * grid[1])[:-1]
     names = flux.residual_names(model.cfg, about["layer"], about["site"])
     if len(params) not in (1, len(names) * len(trained)):
         raise Mistake(f"{checkpoint} has SAEs for {len(params)} groups of tokens, not {len(names) * len(trained)}, "
                          f"those of site {about['site']} with {len(trained)} timestep(s)")
-    return Subject(params, cfg, int(about["layer"]), about["site"], names, trained)
+    return Subject(params, cfg, int(about["layer"]), about["site"], names, trained, run.get("padding", True))
 
 
-def load(checkpoint, about, quant):
-    """(model, Subject) as the run had them."""
-    run = about["run"]
-    options = shard.arguments(shard.several(), session.quantized(quant or run.get("quant", "none")))
-    model = flux.load(about["model"], dtype=jnp.dtype(run.get("dtype", "float32")), **options)
+def load(checkpoint, about, **options):
+    """(model, Subject); options: of `session.load_model`."""
+    model = session.load_model(about["model"], about["run"], **options)
     return model, subject(model, checkpoint, about["layer"], about["site"])
 
 
@@ -551,25 +565,25 @@ def captions(about, prompts, field, images, n):
             raise Mistake("--images brings its own captions: leave --prompts out")
         return *folder_of_images(images, n, size), f"images of {images}"
     if source != "scenes":
-        return prompt_sources.take(source, field or run.get("prompt_field"), many), None, ""
-    scenes = prompt_sources.scenes()
-    drawn = [scenes.sample(i) for i in range(many)]              # train.py begins behind the first 10,000
+        held_out = True if not prompts and run.get("held_out") else None
+        return prompt_sources.take(source, field or run.get("prompt_field"), many, held_out=held_out), None, ""
+    scenes, drawn = prompt_sources.scenes(), prompt_sources.held_out_scenes(many)
     renders = None
-    if (about["folder"] / "scenes.py").is_file():                # this model draws them
+    if (about["folder"] / "scenes.py").is_file() and isinstance(size, int):      # this model draws them, as squares
         renders = [scenes.render(scene, size).image for scene in drawn[:n]]
-    return [scenes.caption(scene) for scene in drawn], renders, "renders of held-out scenes"
+    return [scenes.caption(scene) for scene in drawn], renders, "renders of held-out scenes" if renders else ""
 
 
 def vae_size(about):
     """Pixels a side of the run's images."""
-    return about["run"].get("size") or min(256, flux.default_size(about["folder"]))
+    return about["size"] or min(256, flux.default_size(about["folder"]))
 
 
 def report(file, model, target, about, n, given, levels, steps, tokens, seed, batch):
     """Measure, write and print."""
     run, (texts, images, origin) = about["run"], given
     steps = steps or (28 if model.cfg.guidance_embeds else 4)
-    batch = min(batch or (16 if model.cfg.width <= 512 else 4), n, len(texts))
+    batch = batch or min(shard.batch(*((1, 16) if model.cfg.width <= 512 else (4,))), n, len(texts))
     options = {"seed": seed, "batch": batch, "text_tokens": run.get("text_tokens") or None}
     data = dataset(model, texts[:n], images, size=vae_size(about), steps=steps, origin=origin, **options)
     print(f"data: {len(data.prompts)} images, {data.origin}")
@@ -583,7 +597,7 @@ def report(file, model, target, about, n, given, levels, steps, tokens, seed, ba
         found = score(model, target, data, captions=texts, levels=levels, steps=steps, tokens=tokens, progress=progress,
                       **options)
     found |= {"model": str(about["model"]), "prompts": run.get("prompts", "scenes")}
-    write(file, found | kept(file, found["weights"]))
+    write(file, found)
     print(table(found))
     print(f"scores: {file}")
 
@@ -599,12 +613,6 @@ def check_out(file):
             ours = False
         if not ours:
             raise Mistake(f"{file} exists and was not written by score.py; choose another --out")
-
-
-def kept(file, weights):
-    """What tests/bench_truth.py has added to the scores of this same SAE."""
-    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return {"truth": old["truth"]} if "truth" in old and old.get("weights") == weights else {}
 
 
 def write(file, found):

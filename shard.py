@@ -312,7 +312,9 @@ def batch_spec(mesh, B):
 def wait(mesh, tree):
     """Several devices on a CPU share one pool of threads: of programs that run at the same time, each may hold threads
     that wait for the others' forever."""
-    return jax.block_until_ready(tree) if mesh is not None and mesh.devices.flat[0].platform == "cpu" else tree
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    alone = mesh is None or mesh.devices.flat[0].platform != "cpu" or traced
+    return tree if alone else jax.block_until_ready(tree)
 
 
 def depth(stack):

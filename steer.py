@@ -55,6 +55,8 @@ class Place:
     text_tokens: int | None = None
     source: str = "scenes"                                       # of prompts
     field: str | None = None
+    held_out: bool | None = None                                 # whether those are meant that no training step saw
+    padding: bool = True                                         # whether it was trained on T5's padding
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +115,14 @@ def opened(folder, *, layer=None, site=None, model="", source="", field=""):
     if missing := [f"--{name}" for name, value in said.items() if value is None]:
         raise Mistake(f"{folder} does not say where it belongs (it was not written by train.py): give "
                          f"{' and '.join(missing)}")
+    held_out = True if not source and run.get("held_out") else None
     if not source and not (source := run.get("prompts")):
         scenes = (flux.read_config(said["model"])[0] / "scenes.py").is_file()
         source, field = ("scenes", "") if scenes else (prompt_sources.DATASET, field or prompt_sources.DATASET_FIELD)
-    place = Place(**said, timesteps=run.get("timesteps", 1), size=run.get("size") or None,
-                  text_tokens=run.get("text_tokens") or None, source=source, field=field or run.get("prompt_field"))
+    size = run.get("size") or None
+    place = Place(**said, timesteps=run.get("timesteps", 1), size=tuple(size) if isinstance(size, list) else size,
+                  text_tokens=run.get("text_tokens") or None, source=source, field=field or run.get("prompt_field"),
+                  held_out=held_out, padding=run.get("padding", True))
     groups = len(flux.token_groups(place.site, place.timesteps, 1)) if place.site in flux.SITES else 0
     if len(params) not in (1, groups):
         raise Mistake(f"{folder} has SAEs for {len(params)} groups of tokens; site {place.site} with "
@@ -134,9 +139,8 @@ def check_fit(dictionary, cfg, name):
 def examples(place, n):
     """The first n prompts of where the SAE's came from; of nano's scenes, which never end, n that are held out."""
     if place.source == "scenes":
-        scenes = prompt_sources.scenes()
-        return [scenes.caption(scenes.sample(i)) for i in range(n)]
-    return prompt_sources.take(place.source, place.field, n)
+        return list(map(prompt_sources.scenes().caption, prompt_sources.held_out_scenes(n)))
+    return prompt_sources.take(place.source, place.field, n, held_out=place.held_out)
 
 
 def calibrated(model, dictionary, prompts, *, seed=0, batch=16, progress=None):
@@ -146,19 +150,23 @@ def calibrated(model, dictionary, prompts, *, seed=0, batch=16, progress=None):
     size, tokens = place.size or min(256, model.size), place.text_tokens or model.text_tokens
     grid = flux.token_grid(model, size)
     total, count, batch = np.zeros(cfg.features), np.zeros(cfg.features), min(batch, len(prompts))
-    for first in range(0, len(prompts) // batch * batch, batch):                 # whole batches: one program
+    for first in range(0, len(prompts), batch):
+        some = prompts[first:first + batch]
+        full = some + some[-1:] * (batch - len(some))            # one shape, one program
         noise = flux.draw_noise(seed, HELD_OUT + first + np.arange(batch), (grid[0] * grid[1], model.cfg.in_channels))
-        start = flux.prepare(model, prompts[first:first + batch], steps=place.timesteps, size=size, noise=noise,
+        start = flux.prepare(model, full, steps=place.timesteps, size=size, noise=noise,
                              text_tokens=tokens)
         acts = flux.capture(model, start, layer=place.layer, site=place.site).astype(jnp.float32)
         groups = flux.token_groups(place.site, place.timesteps, tokens)
+        real = session.real_tokens(model, some, place.site, tokens, grid[0] * grid[1]) | place.padding
         for p, (_, t, part) in zip(dictionary.params if len(dictionary.params) > 1 else dictionary.params * len(groups),
                                    groups):
-            values, indices = (np.asarray(a).ravel() for a in sae.encode(p, cfg, acts[t, :, part]))
+            values, indices = (np.asarray(a)[:len(some)][real[:, part]].ravel()
+                               for a in sae.encode(p, cfg, acts[t, :, part]))
             total += np.bincount(indices, values, cfg.features)
             count += np.bincount(indices[values > 0], minlength=cfg.features)
         if progress:
-            progress(batch)
+            progress(len(some))
     fired = count > 0
     if not fired.any() or not np.isfinite(total).all():
         raise Mistake(f"{dictionary.name}: no feature fires, or some are not finite, at layer {place.layer} "
@@ -339,7 +347,8 @@ def _named(name, dictionaries):
 
 
 def main(*words, set="", steps=None, during="", box="", grid="0,0.5,1,2", seed=0, size=None, guidance=None, model="",
-         layer=None, site="", prompts="", prompt_field="", calibrate=None, quant="", out="steer", **unknown):
+         layer=None, site="", prompts="", prompt_field="", calibrate=None, dtype="", quant="", transformer="",
+         out="steer", **unknown):
     """Draw prompts with an SAE's features changed: first checkpoint folders, then prompts; a row of images for each.
 
     --set "123*4, 77*0, 5+8": multiply, ablate, add so many typical activations. Of several checkpoints say which:
@@ -350,7 +359,7 @@ def main(*words, set="", steps=None, during="", box="", grid="0,0.5,1,2", seed=0
     --model, --layer, --site: for an SAE that does not say where it belongs.
     """
     session.no_unknown_flags(unknown)
-    given = {"seed": seed, "steps": steps, "size": size, "calibrate": calibrate, "layer": layer}
+    given = {"seed": seed, "steps": steps, "calibrate": calibrate, "layer": layer}
     session.check_whole({name: value for name, value in given.items() if value is not None})
     folders, texts = told_apart(words)
     found = [opened(folder, layer=layer, site=site or None, model=model, source=prompts, field=prompt_field)
@@ -367,13 +376,15 @@ def main(*words, set="", steps=None, during="", box="", grid="0,0.5,1,2", seed=0
         raise Mistake(f"--box: {textual[0]} is of text tokens, which lie in no image")
     files = [f"{row}-x{strength:g}.png" for row in range(len(texts)) for strength in strengths]
     check_out(Path(out), files)
-    run = {"steps": steps, "seed": seed, "size": size, "guidance": guidance}
+    settings = {"steps": steps, "seed": seed, "size": size, "guidance": guidance}
     count = calibrate or (64 if cfg.width <= 512 else 16)
     known = {id(c.of): examples(c.of.place, count) for c in changes}             # a bad source of prompts fails here
-    loaded = load_model(found, name, quant)
+    print(f"model: {name}; " + ", ".join(f"{d.name}: layer {d.place.layer} ({d.place.site})" for d in found))
+    run = sae.load_metadata(folders[0]).get("run")
+    loaded = session.load_model(name, run, dtype=dtype, quant=quant, transformer=transformer)
     changes = measured(loaded, changes, known)
-    images = drawn(loaded, texts, changes, strengths, run, options)
-    about = {"kind": "fae steering", "model": name, "prompts": texts, "set": set, "strengths": strengths, **run,
+    images = drawn(loaded, texts, changes, strengths, settings, options)
+    about = {"kind": "fae steering", "model": name, "prompts": texts, "set": set, "strengths": strengths, **settings,
              **options, "checkpoints": [{"name": d.name, **asdict(d.place)} for d in found],
              "typical": [float(c.of.typical[c.feature]) for c in changes], "versions": {"jax": jax.__version__}}
     write(Path(out), images, files, about)
@@ -409,13 +420,6 @@ def same_model(dictionaries):
     for dictionary in dictionaries:
         check_fit(dictionary, cfg, name)
     return name, folder, cfg
-
-
-def load_model(dictionaries, name, quant):
-    options = shard.arguments(shard.several(), session.quantized(quant or session.default_quant(flux.resolve(name))))
-    print(f"model: {name}; " + ", ".join(f"{d.name}: layer {d.place.layer} ({d.place.site})" for d in dictionaries))
-    dtype = "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
-    return flux.load(name, dtype=jnp.dtype(dtype), **options)
 
 
 def measured(model, changes, known):

@@ -7,8 +7,7 @@ What is known is the rendered scene, so the model is shown renders: a scene's re
 SAEs are trained on such activations of scenes that are not held out, --steps steps; so is PCA, and the whole is done
 again on a nano whose transformer is untrained: Gaussian weights of the trained ones' mean and spread, tensor by tensor
 and layer by layer, behind the same text encoders. With --ckpts DIR (layer0 …, as train.py writes them) those, which
-have seen pure noise alone, are rivals too, and the tables are added to their eval.json, where score.py wrote one, for
-the dashboard's run page.
+have seen pure noise alone, are rivals too.
 
 Over tokens: those of which a solid covers half or more (16x16 pixels), labelled by that solid: shape, colour, size,
 depth (behind or before the middle), where it is to another solid (tokens of scenes with two and more), and the light's
@@ -275,16 +274,6 @@ def over_layers(found):
     return out
 
 
-def add_to(ckpts, found, data):
-    """Put each layer's table, and the plot's numbers, into the eval.json of its checkpoint, for the run page."""
-    layers = over_layers(found)
-    for layer, one in found.items():
-        file = Path(ckpts) / f"layer{layer}" / score.FILE
-        if file.is_file():
-            truth = {"data": data, "tables": {where: each(one, where) for where in layers}, "layers": layers}
-            score.write(file, json.loads(file.read_text(encoding="utf-8")) | {"truth": truth})
-
-
 COLORS = ("#c02942", "#e08a9a", "#2a7ab0", "#3a9a5c", "#999999", "#d99a00", "#222222")
 
 
@@ -328,8 +317,6 @@ def main(results, plot="", layers=range(12), n=600, images=2000, steps=400, leve
     print(table(found[shown], f"layer {shown}, tokens / images"))
     if plot:
         Path(plot).write_text(truth_plot(over_layers(found)) + "\n", encoding="utf-8")
-    if ckpts:
-        add_to(ckpts, found, f"{n} renders of held-out scenes, noised to t = {level}")
 
 
 if __name__ == "__main__":

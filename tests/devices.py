@@ -18,6 +18,7 @@ import numpy as np
 import flux
 import prompts as sources
 import sae
+import score
 import session
 import shard
 import train
@@ -54,6 +55,9 @@ def main(folder, work):
         np.asarray(flux.residuals(m, PROMPTS[:3], layer=5, site="img")) for m in (model, plain)]))
     tell("examples a device", [examples(shard.sliced(shard.mesh()), B) for B in (1, 3, 8, 12)])
     tell("batches", [shard.batch(4), shard.batch(1, 32), shard.batch(1, 33), shard.batch(4, 16)])
+    one, eight = (attributed(m) for m in (plain, model))
+    tell("attribution", [error(a, b) for a, b in zip(eight[0], one[0])])
+    tell("scans of an attribution", [one[1], eight[1]])
     counts = []
     for layer in [*range(model.cfg.layers)] * 2:
         flux.residuals(model, PROMPTS, layer=layer, site="img")
@@ -94,6 +98,27 @@ def edited(model):
              for layer, name in zip((2, 6), names)]
     start = flux.prepare(model, PROMPTS, steps=2, size=128)
     return np.asarray(flux.sample(model, start, edits=lambda i: edits))
+
+
+def attributed(model):
+    """What makes a feature of layer 6 fire, by features of layer 1 and by text tokens; and how many equations JAX sees
+    in it, which must not grow with the blocks."""
+    rng, saes = np.random.default_rng(0), []
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    for layer in (1, 6):
+        cfg = sae.Config(d_in=model.cfg.width, features=64, k=8)
+        params = {"W_enc": draw(cfg.d_in, 64), "b_enc": draw(64), "W_dec": draw(64, cfg.d_in), "b_dec": draw(cfg.d_in)}
+        names = flux.residual_names(model.cfg, layer, "img")
+        saes.append(score.Subject([params], cfg, layer, "img", names, np.ones(1)))
+    grid = flux.token_grid(model, 64)
+    start = score.beginning(model, PROMPTS[:1], [0], np.array([1, 0], np.float32), grid, 0)
+    x = flux.capture(model, start, layer=6, site="img")[0]
+    feature = int(np.bincount(np.ravel(sae.encode(saes[1].params[0], saes[1].cfg, x)[1])).argmax())
+    found = score.attribute(model, saes[1], feature, PROMPTS[0], saes[0], size=64)
+    run = found.run
+    shifts = {name: jnp.zeros(x.shape, jnp.float32) for name, x in run.residual(saes[0]).items()}
+    size = len(str(jax.make_jaxpr(lambda shifts: run.read(shifts, gradient=True))(shifts)))
+    return (found.values, found.tokens), size
 
 
 def train_sae(model, mesh, work):

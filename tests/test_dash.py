@@ -16,6 +16,7 @@ import flux
 import pages
 import prompts
 import sae
+import session
 
 ROOT = Path(dash.__file__).parent
 HOSTILE = [
@@ -359,6 +360,77 @@ def test_a_stopped_run_leaves_the_old_pages_and_goes_on(built, model, nano, tmp_
     assert calls[100:] == list(range(40))
 
 
+def test_other_dashboards_and_foreign_files_stay(built, model, nano, tmp_path, monkeypatch):
+    folder, _ = built
+    out, other = tmp_path / "dash", checkpoint(tmp_path / "other", model, features=80, model_name=nano)
+    shutil.copytree(folder, out)
+    monkeypatch.setattr(flux, "load", lambda *a, **k: model)
+    flags = {"out": str(out), "n": 2, "steps": 1, "batch": 2}
+    with pytest.raises(ValueError, match="dashboard of another checkpoint"):
+        dash.main(str(other), **flags)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"no part of a dashboard: notes\.txt"):
+        dash.main(str(other), **flags, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    with session.claim(out), pytest.raises(ValueError, match="another run is writing"):
+        dash.main(str(other), **flags, overwrite=True)
+    dash.main(str(other), **flags, overwrite=True)
+    assert dash.load(out / "collect").features == 80
+
+
+@pytest.mark.parametrize("where", [".", "mount"])
+def test_a_folder_that_cannot_be_renamed_is_written_in_place(built, tmp_path, monkeypatch, where):
+    folder, ckpt = built
+    out = tmp_path / "dash"
+    shutil.copytree(folder, out)
+    (out / "run.html").write_text("old")
+    inode = out.stat().st_ino
+    monkeypatch.chdir(out if where == "." else tmp_path)
+    if where == "mount":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    dash.main(str(ckpt), out="." if where == "." else str(out), pages_only=True)
+    assert out.stat().st_ino == inode and "What the numbers mean" in (out / "run.html").read_text()
+    assert {p.name for p in out.iterdir()} == {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_saves_what_was_collected(built, model, tmp_path, monkeypatch, name):
+    import signal
+    folder, ckpt = built
+    original, calls, number = dash.Counts.add, [], getattr(signal, name)
+
+    def add(self, image, *args):
+        calls.append(image)
+        if len(calls) == 9:
+            os.kill(os.getpid(), number)
+        return original(self, image, *args)
+
+    monkeypatch.setattr(dash.Counts, "add", add)
+    monkeypatch.setattr(flux, "load", lambda *a, **k: model)
+    flags = {"out": str(tmp_path / "dash"), "n": 40, "steps": 1, "batch": 8}
+    with pytest.raises(SystemExit) as end:
+        dash.main(str(ckpt), **flags)
+    assert end.value.code == 128 + number and len(calls) == 16   # to the end of the batch
+    dash.main(str(ckpt), **flags)
+    assert calls[16:] == list(range(16, 40))
+    for field in ("fired", "top_image", "quantile_image"):
+        np.testing.assert_array_equal(getattr(dash.load(tmp_path / "dash" / "collect"), field),
+                                      getattr(dash.load(folder / "collect"), field))
+
+
+def test_maps_take_the_room_of_what_fires():
+    """Of 3,000 features 4 fire at a position: dense maps would take [3000, 48, 64] floats."""
+    rng, layout = np.random.default_rng(0), dash.Layout(1, 0, (8, 8))
+    counts = dash.Counts(3000, layout)
+    for i in range(200):
+        indices = np.stack([rng.choice(3000, 4, replace=False) for _ in range(64)])
+        counts.add(i, rng.random((64, 4), np.float32) + 0.1, indices, seed=0)
+    state = counts.settled()
+    assert state["value"].nbytes + state["position"].nbytes <= 200 * 64 * 4 * 8 * 2
+    assert sum(a.nbytes for name, a in state.items() if name not in ("pairs", "histogram")) < 3000 * 48 * 64 * 4 / 5
+
+
 @pytest.mark.parametrize("flags, message", [
     (["absent"], "absent/cfg.json is missing"), (["{ckpt}", "--n=0"], "--n 0"),
     (["{ckpt}", "--steps=-1"], "--steps -1"), (["{ckpt}", "--prompts=absent.txt"], "no prompt file"),
@@ -366,7 +438,7 @@ def test_a_stopped_run_leaves_the_old_pages_and_goes_on(built, model, nano, tmp_
     (["{ckpt}", "--out={tmp}"], "exists and is not a dashboard"),
     (["{ckpt}", "--pages_only"], "there is no dashboard"), (["{half}"], "sae_weights.safetensors is"),
     (["{ckpt}", "--model=schnelll"], "unknown model 'schnelll'"), (["{foreign}"], "does not say its model"),
-    (["{ckpt}", "--n=2.5"], "--n 2.5"), (["{gated}"], "architecture is 'gated'"), (["{wide}"], "width")])
+    (["{ckpt}", "--n=2.5"], "--n 2.5"), (["{gated}"], "'temporal'"), (["{wide}"], "width")])
 def test_mistakes_end_in_one_line(built, model, tmp_path, flags, message):
     """As commands; only those that load nothing, so that each takes a second or two."""
     _, ckpt = built
@@ -378,7 +450,7 @@ def test_mistakes_end_in_one_line(built, model, tmp_path, flags, message):
     params, cfg = sae.load(ckpt)
     sae.save(places["foreign"], params, cfg)
     shutil.copytree(ckpt, places["gated"])
-    (places["gated"] / "cfg.json").write_text((ckpt / "cfg.json").read_text().replace('"topk"', '"gated"'))
+    (places["gated"] / "cfg.json").write_text((ckpt / "cfg.json").read_text().replace('"topk"', '"temporal"'))
     wide = sae.Config(d_in=64, features=8, k=2)
     sae.save(places["wide"], {"W_enc": jnp.ones((64, 8)), "b_enc": jnp.ones(8), "W_dec": jnp.ones((8, 64)),
                               "b_dec": jnp.ones(64)}, wide, metadata=sae.load_metadata(ckpt) | {"training": {}})

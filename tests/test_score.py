@@ -2,7 +2,7 @@
 import json
 import os
 from dataclasses import replace
-from xml.etree import ElementTree
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -369,39 +369,46 @@ def test_images_of_a_folder_with_captions(tmp_path):
 
 def test_the_run_page_shows_the_scores_and_survives_what_is_none(scored):
     found = scored[2] | {"data": "<script>alert(1)</script>"}
-    page = pages.scores_section(found)
-    assert "What the SAE leaves out" in page and "<script>" not in page and "&lt;script&gt;" in page
-    assert f"{found['loss']['spliced']:.3g}" in page
-    hostile = {"per_timestep": [found["per_timestep"][0] | {"t": "<b>"}]}
-    assert "<b>" not in pages.scores_section(found | hostile)
+    info = {"layer": 3, "site": "img", "layout": {"grid": [8, 8]}, "size": 128, "steps": 1, "images": 0, "seed": 0,
+            "first_noise": 0, "checkpoint": {"metadata": None}}
+    page = lambda scores: pages.renderer(SimpleNamespace(info=info))("run", **pages.run_page(
+        SimpleNamespace(info=info | {"scores": scores}, features=48)))
+    shown = page(found)
+    assert "What the SAE leaves out" in shown and "<script>alert" not in shown and "&lt;script&gt;alert" in shown
+    assert f"{found['loss']['spliced']:.3g}" in shown
+    hostile = {"per_timestep": [found["per_timestep"][0] | {"t": "<b>x"}]}
+    assert "<b>x" not in page(found | hostile)
     for broken in (None, {}, [], "x", found | {"per_timestep": 3}, found | {"sae": {}}, found | {"loss": None}):
-        assert pages.scores_section(broken) == ""
+        assert "What the SAE leaves out" not in page(broken)
 
 
-def truth(name="neurons"):
-    tables = {where: {name: {"colour": 0.9, "all": 0.75}, "PCA": {"colour": 0.6, "all": 0.5}}
-              for where in ("tokens", "images")}
-    layers = {where: {name: {"0": 0.7, "3": 0.8, "11": 0.75}, "PCA": {"3": 0.5}} for where in tables}
-    return {"data": "600 renders", "tables": tables, "layers": layers}
+def test_statistics_of_a_stream_are_those_of_the_whole(model):
+    """Memory must not grow with the tokens: what was added is sums, whose shapes say nothing of how many."""
+    params, cfg = random_sae()
+    x = np.random.default_rng(3).standard_normal((9000, 128)).astype(np.float32)
+    total = {}
+    for part in np.array_split(x, 7):
+        before = {name: np.shape(value) for name, value in total.items()}
+        total = sae.added(total, params, cfg, part)
+        assert not before or before == {name: np.shape(value) for name, value in total.items()}
+    whole, streamed = sae.evaluate(params, cfg, x), sae.evaluation(total)
+    for name in whole._fields:
+        np.testing.assert_allclose(getattr(streamed, name), getattr(whole, name), rtol=1e-5, err_msg=name)
 
 
-def test_the_run_page_shows_what_is_true_of_the_scenes():
-    page = pages.truth_section(truth())
-    assert page.count("<table") == 2 and "<td>0.900</td>" in page and "600 renders" in page
-    svg = ElementTree.fromstring(page[page.index("<svg"):page.index("</svg>") + 6])
-    lines = [[float(x) for x in line.get("points").replace(",", " ").split()]
-             for line in svg.iter("{http://www.w3.org/2000/svg}polyline")]
-    assert [len(line) for line in lines] == [6, 2, 6, 2]
-    (x0, y0, x3, y3, x11, _), right = lines[0], lines[2]
-    assert (x3 - x0) / (x11 - x0) == pytest.approx(3 / 11, abs=1e-3) and y3 < y0      # higher is better
-    assert right[1::2] == lines[0][1::2]
-    assert "<b>" not in pages.truth_section(truth("<b>hostile</b>"))
-    for broken in (None, {}, truth() | {"tables": {}}, truth() | {"layers": {"tokens": {}, "images": {}}}, "text"):
-        assert pages.truth_section(broken) == ""
+def test_padding_is_left_out_where_training_left_it_out(model):
+    """Of text tokens only the words count: as many as the tokenizer makes of the captions."""
+    counted = {}
+    for padding in (True, False):
+        of = replace(subject(model, 3, "both", groups=2), padding=padding)
+        counted[padding] = score.statistics(model, of, PROMPTS, (8, 8), 1, 0, 3, 32, lambda share: None)["tokens"]
+    words = sum(len(words) for words in model.words(PROMPTS, 32))
+    assert counted == {True: 3 * (64 + 32), False: 3 * 64 + words}
 
 
-def test_scores_once_more_keep_the_truth_of_the_same_sae(tmp_path):
-    file = tmp_path / "eval.json"
-    assert score.kept(file, "a") == {}
-    score.write(file, {"kind": score.KIND, "weights": "a", "truth": truth()})
-    assert score.kept(file, "a") == {"truth": truth()} and score.kept(file, "b") == {}
+@pytest.mark.parametrize("size", [64, [64, 128]])
+def test_sizes_of_runs(model, tmp_path, size):
+    """A list in the file is height and width."""
+    folder = save(tmp_path / "ckpt", run={"prompts": "scenes", "size": size})
+    score.main(folder, n=1, levels=1, steps=1, tokens=64)
+    assert json.loads((folder / "eval.json").read_text())["sae"]["tokens"] == (64 if size == 64 else 2 * 64) // 4 * 4

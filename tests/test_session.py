@@ -3,18 +3,22 @@ import contextlib
 import importlib
 import inspect
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import flux
 import prompts
+import sae
 import session
 import shard
 
@@ -293,3 +297,40 @@ def test_a_log_on_a_full_disk_ends_nothing():
     with open("/dev/full", "w") as full, contextlib.redirect_stdout(session._Lasting(full)):
         for _ in range(1000):
             print("x" * 100)
+
+
+@pytest.mark.parametrize("tool", ["dash", "score", "steer"])
+@pytest.mark.parametrize("run, flags, expected", [
+    (None, {}, ("bfloat16", "nf4", "default")),                  # a foreign SAE
+    ({"dtype": "float16", "quant": "int8"}, {}, ("float16", "int8", "as the run has it")),
+    ({"dtype": "float16", "quant": "int8"}, {"dtype": "float32", "quant": "none"}, ("float32", "none", "as asked"))])
+def test_all_tools_load_the_model_by_one_rule(monkeypatch, capsys, tmp_path, nano, tool, run, flags, expected):
+    """On an accelerator, where float32 without quantization would be 67 GB of FLUX.1."""
+    class Loaded(Exception):
+        pass
+
+    def load(name, *, dtype, put, transformer, **options):
+        raise Loaded(jnp.dtype(dtype).name, put, transformer)
+
+    folder = tmp_path / "model"
+    shutil.copytree(nano, folder, ignore=shutil.ignore_patterns("scenes.py", "*.jpg"))
+    monkeypatch.setattr(session.jax, "devices", lambda *_: [SimpleNamespace(platform="gpu", device_kind="gpu")])
+    monkeypatch.setattr(session.quant, "put", lambda name: name)
+    monkeypatch.setattr(session.shard, "several", lambda: None)
+    monkeypatch.setattr(flux, "load", load)
+    about = {"model": str(folder), "layer": 2, "site": "img"}
+    about |= {"run": about | {"prompts": "scenes", "size": 64} | run} if run else {}
+    cfg = sae.Config(d_in=128, features=16, k=2)
+    draw = lambda *shape: jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    sae.save(tmp_path / "sae", {"W_enc": draw(128, 16), "b_enc": draw(16), "W_dec": draw(16, 128), "b_dec": draw(128)},
+             cfg, metadata=about)
+    monkeypatch.chdir(tmp_path)
+    words = {"dash": (), "score": (), "steer": ("a red cube",)}[tool]
+    more = {"steer": {"set": "1*2", "prompts": "p.txt"}, "dash": {"prompts": "p.txt", "n": 2},
+            "score": {"prompts": "p.txt", "n": 2}}[tool]
+    Path("p.txt").write_text("a red cube\na blue cone\n")
+    with pytest.raises(Loaded) as loaded:
+        importlib.import_module(tool).main(str(tmp_path / "sae"), *words, transformer="t.safetensors", **more, **flags)
+    dtype, quantization, why = expected
+    assert loaded.value.args == (dtype, quantization, "t.safetensors")
+    assert f"precision: {dtype} ({why}), quantization {quantization} ({why})" in capsys.readouterr().out

@@ -40,6 +40,12 @@ def test_same_edits_wherever_they_are_made(answers, mesh):
     assert answers[f"{mesh}: edited"] <= 1e-5
 
 
+def test_attribution_is_the_same_on_eight_devices_and_unrolls_no_blocks(answers):
+    assert max(answers["attribution"]) <= 1e-4
+    one, eight = answers["scans of an attribution"]
+    assert eight < 4 * one                                       # a program for each of 12 blocks would be far larger
+
+
 def test_without_quantization(answers):
     assert max(answers["fsdp 8, not quantized"]) <= 1e-5
 

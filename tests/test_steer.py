@@ -276,4 +276,4 @@ def test_nothing_imports_steer():
     for path in ROOT.glob("*.py"):
         assert path.name == "steer.py" or not re.search(r"^\s*(import|from) steer\b", path.read_text(), re.M), path
     imported = set(re.findall(r"^import (\w+)$", Path(steer.__file__).read_text(), re.M))
-    assert imported & {p.stem for p in ROOT.glob("*.py")} == {"flux", "prompts", "sae", "shard"} - {"prompts"}
+    assert imported & {p.stem for p in ROOT.glob("*.py")} == {"flux", "sae", "session", "shard"}
