@@ -713,8 +713,12 @@ def check_out(out, checkpoint, pages_only, overwrite):
 
 def same_run(info, checkpoint):
     """Whether a dashboard is of a checkpoint's run, at whatever step; of a foreign SAE, of this very cfg.json."""
-    run = lambda cfg: {k: v for k, v in (cfg.get("metadata", {}).get("run") or cfg).items() if k != "steps"}
-    return run(info.get("checkpoint") or {}) == run(read_cfg(checkpoint))
+    def of(cfg):
+        run = (cfg.get("metadata") or {}).get("run")
+        shape = {name: value for name, value in cfg.items() if name != "metadata" or not run}
+        return shape, {name: value for name, value in (run or {}).items() if name != "steps"}
+
+    return of(info.get("checkpoint") or {}) == of(read_cfg(checkpoint))
 
 
 def workplace(out, name):
