@@ -494,6 +494,8 @@ class Partial:
 
     def save(self, state, done):
         new = self.arrays.with_suffix(".new")
+        # safetensors writes an array's memory as it lies there: a view would come back scrambled
+        state = {name: np.ascontiguousarray(array) for name, array in state.items()}
         save_file(state, new, {"done": str(done), "arguments": self.arguments})
         os.replace(new, self.arrays)
         self.saved = time.monotonic()

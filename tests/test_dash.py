@@ -349,6 +349,8 @@ def test_a_stopped_run_leaves_the_old_pages_and_goes_on(built, model, nano, tmp_
     fresh, resumed = dash.load(folder / "collect"), dash.load(out / "collect")
     for name in ("fired", "images", "histogram", "top_image", "quantile_image", "together"):
         np.testing.assert_array_equal(getattr(resumed, name), getattr(fresh, name), name)
+    np.testing.assert_array_equal(resumed.top_map[:], fresh.top_map[:])
+    np.testing.assert_array_equal(resumed.quantile_map[:], fresh.quantile_map[:])
     assert not [p for p in tmp_path.iterdir() if p.name != "dash"]
     assert not list(out.glob("partial*"))
     with pytest.raises(Stop):                                    # other arguments: nothing of the old state is used
