@@ -45,7 +45,7 @@ from session import Mistake
 HELD_OUT = 1_500_000_000                                         # number of the first noise: no training step sees it
 EDGES = np.concatenate([[0], 10 ** np.arange(-4, 4.01, 0.1)]).astype(np.float32)   # of the histogram's bins; last: more
 KEPT, RESERVOIR, QUANTILES, SHOWN = 16, 32, 4, 4                 # top examples, random ones, groups of these, of each
-COFIRE_LIMIT = 16_384                                            # features; the counts of pairs are [F, F]
+BATCHED = 2 ** 22                                                # entries that wait until they join the older ones
 
 
 # ---------------------------------------------------------------- what is collected
@@ -55,7 +55,7 @@ COFIRE_LIMIT = 16_384                                            # features; the
 class Maps:
     """Maps [..., S], of each only what is above zero, so that memory follows what fires. Indexed like an array of maps
     they become dense: `maps[7]`, `maps[7, 0]`, `maps[:, 0]`."""
-    span: np.ndarray                                             # [..., 2]: of each where it begins and ends in the next
+    span: np.ndarray                                             # [..., 2]: where each begins and ends in those below
     position: np.ndarray                                         # [M] uint32
     value: np.ndarray                                            # [M] float32
     length: int                                                  # S
@@ -171,7 +171,8 @@ class Counts:
             "fired": np.zeros(F, np.int64), "images": np.zeros(F, np.int64), "total": np.zeros(F),
             "maximum": np.zeros(F, np.float32), "histogram": np.zeros((F, len(EDGES)), np.int64),
             "map_sum": np.zeros((F, layout.image_tokens)), "shape_sum": np.zeros((F, 4)),
-            "pairs": np.zeros((F, F) if F <= COFIRE_LIMIT else (0, 0), np.int32)}
+            # a F + b of features a < b that fire at one position, rising, and at how many they do
+            "pair": np.zeros(0, np.min_scalar_type(F * F - 1)), "pair_count": np.zeros(0, np.int32)}
         self.a |= {"position": np.zeros(0, np.uint32), "value": np.zeros(0, np.float32),
                    "tokens": np.zeros(1, np.int64)}
         for kind, room in (("top", KEPT), ("some", RESERVOIR)):
@@ -179,6 +180,7 @@ class Counts:
                        f"{kind}_image": np.full((F, room), -1, np.int32),
                        f"{kind}_span": np.zeros((F, room, 2), np.int64)}
         self.new, self.end = [], 0                               # (position, value) not yet in `a`; entries in all
+        self.new_pairs, self.waiting = [], 0                     # likewise; entries that wait
 
     def add(self, number, values, indices, seed, real=None):
         """Count image `number`, values [S, k] and indices [S, k]; real [S] bool: the positions that count, all by
@@ -197,8 +199,7 @@ class Counts:
         a["total"][alive] += np.add.reduceat(value, starts, dtype=np.float64) if len(alive) else 0
         a["maximum"][alive] = np.maximum(a["maximum"][alive], peak)
         np.add.at(a["histogram"], (feature, np.searchsorted(EDGES, value, "right") - 1), 1)
-        if len(a["pairs"]):
-            self._count_pairs(on, indices)
+        self._count_pairs(on, indices)
         if self.layout.image_tokens:
             self._add_shapes(alive, np.repeat(np.arange(len(alive)), count), position, value)
         span = self.end + np.stack([starts, starts + count], 1)
@@ -208,7 +209,7 @@ class Counts:
         if kept:
             self.new.append((position, value))
             self.end += len(value)
-            if self.end > 2 * len(a["value"]) + 2 ** 22:
+            if self.end > 2 * len(a["value"]) + BATCHED:
                 self.settled()
         return alive, peak
 
@@ -222,14 +223,31 @@ class Counts:
         a |= {"position": maps.position, "value": maps.value, "top_span": maps.span[:, :KEPT],
               "some_span": maps.span[:, KEPT:]}
         self.new, self.end = [], len(maps.value)
+        self._merge_pairs()
         return a
 
-    def _count_pairs(self, on, indices, chunk=256):
-        pairs, F = self.a["pairs"].reshape(-1), len(self.a["fired"])
+    def _count_pairs(self, on, indices):
+        """Count the features that fire at the same positions, each pair once."""
+        F, chunk = len(self.a["fired"]), max(1, BATCHED // on.shape[1] ** 2)
         for i in range(0, len(on), chunk):
             active, index = on[i:i + chunk], indices[i:i + chunk].astype(np.int64)
-            both = active[:, :, None] & active[:, None, :]
-            np.add.at(pairs, (index[:, :, None] * F + index[:, None, :])[both], 1)
+            both = active[:, :, None] & active[:, None, :] & (index[:, :, None] < index[:, None, :])
+            pairs = (index[:, :, None] * F + index[:, None, :])[both]
+            self.new_pairs.append(pairs.astype(self.a["pair"].dtype))
+            self.waiting += len(pairs)
+            if self.waiting > max(BATCHED, len(self.a["pair"]) // 2):
+                self._merge_pairs()
+
+    def _merge_pairs(self):
+        pair, count = self.a["pair"], self.a["pair_count"]
+        new, times = np.unique(np.concatenate([pair[:0], *self.new_pairs]), return_counts=True)
+        self.new_pairs, self.waiting = [], 0
+        at = np.searchsorted(pair, new)
+        known = at < len(pair)
+        known[known] = pair[at[known]] == new[known]
+        count[at[known]] += times[known].astype(np.int32)
+        self.a["pair"] = np.insert(pair, at[~known], new[~known])
+        self.a["pair_count"] = np.insert(count, at[~known], times[~known])
 
     def _add_shapes(self, alive, row, position, value):
         """Sums of area, concentration and spread over the images on whose image tokens the feature fires. row: which of
@@ -268,7 +286,7 @@ class Counts:
         order = np.argsort(-a["top_key"], 1, kind="stable")
         top = {name: _take(a[f"top_{name}"], order) for name in ("value", "image", "span")}
         area, concentration, spread = (a["shape_sum"][:, :3] / np.maximum(a["shape_sum"][:, 3:], 1)).T
-        together, jaccard = _together(a["pairs"], a["fired"])
+        together, jaccard = _together(a["pair"], a["pair_count"], a["fired"])
         nearest, cosine = _nearest(W_dec)
         value, image, span = self._quantiles(top["image"])
         maps = lambda span: Maps(span, a["position"], a["value"], self.layout.positions).kept()
@@ -329,36 +347,43 @@ def _take(array, order):
 
 def _best(score, n=10):
     """Indices and values of the n largest in each row, falling; -1 where the value is not above zero."""
-    F = len(score)
-    n = min(n, F)
-    part = np.argpartition(-score, n - 1, 1)[:, :n] if n < F else np.tile(np.arange(F), (F, 1))
+    n = min(n, score.shape[1])
+    part = np.argpartition(-score, n - 1, 1)[:, :n]
     value = np.take_along_axis(score, part, 1)
     order = np.argsort(-value, 1, kind="stable")
     part, value = np.take_along_axis(part, order, 1), np.take_along_axis(value, order, 1)
     return np.where(value > 0, part, -1).astype(np.int32), value.astype(np.float32)
 
 
-def _by_rows(score, F, rows=512, n=10):
-    """`_best` of score(rows) [rows, F], without a feature itself, block by block: no [F, F] of floats is built."""
-    blocks = []
-    for i in range(0, F, rows):
-        block = score(slice(i, i + rows))
-        block[np.arange(len(block)), np.arange(i, i + len(block))] = -np.inf
-        blocks.append(_best(block, n))
-    index, value = (np.concatenate(part) for part in zip(*blocks))
+def _together(pair, count, fired, n=10):
+    """The n features that fire most together with each, by Jaccard index, and this: positions of both over those of
+    either. pair, count: as in `Counts`."""
+    F = len(fired)
+    index, value = np.full((F, min(n, F)), -1, np.int32), np.zeros((F, min(n, F)), np.float32)
+    second = (pair % F).astype(np.uint32)
+    order, ends = np.argsort(second, kind="stable"), np.cumsum(np.bincount(second, minlength=F))
+    starts = [*np.searchsorted(pair, (np.arange(F) * F).astype(pair.dtype)), len(pair)]
+    for f in np.flatnonzero(fired):
+        first, own = order[ends[f - 1] if f else 0:ends[f]], slice(starts[f], starts[f + 1])
+        others = np.concatenate([pair[first] // F, second[own]]).astype(np.int64)
+        both = np.concatenate([count[first], count[own]])
+        jaccard = both / (fired[f] + fired[others] - both)
+        best = np.argsort(-jaccard, kind="stable")[:n]
+        index[f, :len(best)], value[f, :len(best)] = others[best], jaccard[best]
     return index, value
 
 
-def _together(pairs, fired):
-    if not len(pairs):
-        return np.full((len(fired), 0), -1, np.int32), np.zeros((len(fired), 0), np.float32)
-    return _by_rows(lambda r: pairs[r] / np.maximum(fired[r, None] + fired - pairs[r], 1), len(fired))
-
-
-def _nearest(W_dec):
+def _nearest(W_dec, n=10):
+    """The n features whose decoder rows are most like each feature's, and the cosines; no [F, F] is built."""
     unit = np.asarray(W_dec, np.float32)
     unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-30)
-    return _by_rows(lambda r: unit[r] @ unit.T, len(unit))
+    blocks, rows = [], max(1, 2 ** 23 // len(unit))
+    for i in range(0, len(unit), rows):
+        block = unit[i:i + rows] @ unit.T
+        block[np.arange(len(block)), np.arange(i, i + len(block))] = -np.inf        # not a feature itself
+        blocks.append(_best(block, n))
+    index, value = (np.concatenate(part) for part in zip(*blocks))
+    return index, value
 
 
 def auroc(scores, labels):

@@ -45,9 +45,11 @@ def dense_of(values, indices, F):
 LAYOUTS = [dash.Layout(1, 0, (3, 4)), dash.Layout(2, 5, (2, 3)), dash.Layout(3, 7, (0, 0)), dash.Layout(1, 0, (1, 1))]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_statistics_are_those_of_the_raw_activations(layout):
-    rng, n, F, k = np.random.default_rng(0), 60, 40, 4
+@pytest.mark.parametrize("layout, F, batched", [*((layout, 40, 2 ** 22) for layout in LAYOUTS), (LAYOUTS[1], 41, 50),
+                                                (LAYOUTS[0], 307, 999)], ids=str)
+def test_statistics_are_those_of_the_raw_activations(layout, F, batched, monkeypatch):
+    monkeypatch.setattr(dash, "BATCHED", batched)                # small: what waits joins the rest many times
+    rng, n, k = np.random.default_rng(0), 60, 4
     values, indices = random_codes(rng, n, layout.positions, F, k)
     labels = rng.random((n, 3)) < 0.4
     W_dec = rng.standard_normal((F, 9))
@@ -129,15 +131,26 @@ def check_shapes(found, layout, dense):
             np.testing.assert_allclose(got[f], np.mean(expected) if expected else 0, rtol=1e-5, atol=1e-6)
 
 
-def check_neighbours(index, value, score):
+def check_neighbours(index, value, score, first=0):
+    """index, value: of the features from `first` on; score: of these with all."""
     score = score.copy()
-    np.fill_diagonal(score, -np.inf)
+    score[np.arange(len(score)), np.arange(first, first + len(score))] = -np.inf
     for f in range(len(score)):
         expected = np.sort(score[f])[::-1][:10]
         np.testing.assert_allclose(value[f][index[f] >= 0], expected[expected > 0], rtol=1e-5)
         others = index[f][index[f] >= 0]
-        assert f not in others and len(set(others)) == len(others)
+        assert first + f not in others and len(set(others)) == len(others)
         np.testing.assert_allclose(score[f, others], value[f][: len(others)], rtol=1e-5)
+
+
+def test_nearest_features_of_blocks_that_do_not_divide():
+    """The last block of rows may be one row."""
+    rng = np.random.default_rng(0)
+    for F in (3, 2897):                                          # 2 ** 23 // 2897 = 2895 rows, then 2
+        unit = rng.standard_normal((F, 5))
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        index, value = dash._nearest(unit)
+        check_neighbours(index[-4:], value[-4:], (unit @ unit.T)[-4:], first=F - 4 if F > 4 else 0)
 
 
 def test_the_random_examples_are_a_uniform_sample():
