@@ -21,6 +21,7 @@ text before image), K top examples, Q examples of a quantile, B bins of the hist
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
@@ -30,7 +31,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -145,8 +146,8 @@ def load(folder):
         maps = {name: Maps(*(arrays.pop(f"{name}.{part}") for part in PARTS), Layout(**info["layout"]).positions)
                 for name in MAPS}
         return Collected(**arrays, **maps, info=info)
-    except Exception as error:
-        raise Mistake(f"{folder} holds no collected statistics: {error}") from None
+    except (*DAMAGED, AttributeError) as error:
+        raise Mistake(f"{folder} holds no collected statistics that this version reads: {error}") from None
 
 
 def save(folder, found):
@@ -157,6 +158,7 @@ def save(folder, found):
     (folder / "collect.json").write_text(json.dumps(found.info))
 
 
+DAMAGED = (OSError, SafetensorError, ValueError, KeyError, TypeError)        # what reading a file may raise
 MAPS, PARTS = ("top_map", "quantile_map"), ("span", "position", "value")
 
 
@@ -375,11 +377,10 @@ def _together(pair, count, fired, n=10):
 
 def _nearest(W_dec, n=10):
     """The n features whose decoder rows are most like each feature's, and the cosines; no [F, F] is built."""
-    unit = np.asarray(W_dec, np.float32)
-    unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-30)
-    blocks, rows = [], max(1, 2 ** 23 // len(unit))
-    for i in range(0, len(unit), rows):
-        block = unit[i:i + rows] @ unit.T
+    W = np.asarray(W_dec, np.float32)
+    norm, blocks, rows = np.maximum(np.linalg.norm(W, axis=1), 1e-30), [], max(1, 2 ** 23 // len(W))
+    for i in range(0, len(W), rows):
+        block = W[i:i + rows] @ W.T / norm / norm[i:i + rows, None]
         block[np.arange(len(block)), np.arange(i, i + len(block))] = -np.inf        # not a feature itself
         blocks.append(_best(block, n))
     index, value = (np.concatenate(part) for part in zip(*blocks))
@@ -436,8 +437,8 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
         return ended
     done = partial.restore(counts.a)
     counts.end = len(counts.a["value"])
-    if not done:
-        shutil.rmtree(folder / "steer", ignore_errors=True)      # strips of other images
+    for part in () if done else ("images", "steer"):             # of other prompts
+        shutil.rmtree(folder / part, ignore_errors=True)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     shape = (grid[0] * grid[1], model.cfg.in_channels)
     while done < len(prompts):
@@ -509,9 +510,10 @@ class Partial:
             with safe_open(self.arrays, "np") as file:
                 if file.metadata()["arguments"] != self.arguments:
                     return 0
+                done = int(file.metadata()["done"])
                 state.update({name: file.get_tensor(name) for name in state})
-                return int(file.metadata()["done"])
-        except Exception:                                        # none yet, or torn: begin anew
+                return done
+        except DAMAGED:                                          # none yet, or torn: begin anew
             return 0
 
     def due(self):
@@ -627,7 +629,7 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
         raise Mistake(f"--steer: {checkpoint} is a transcoder, which writes what belongs to another layer")
     loader = lru_cache(lambda: session.load_model(model_name(checkpoint, cfg, model), run_of(checkpoint), dtype=dtype,
                                                   quant=quant, transformer=transformer))
-    with session.claim(out), session.stopping() as stop:
+    with session.claim(out):
         check_out(out, checkpoint, pages_only, overwrite)
         building = workplace(out, "pages" if pages_only else "building")
         if pages_only:
@@ -638,11 +640,12 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
                 if (out / part).exists() or part != "steer":
                     shutil.copytree(out / part, building / part)
         else:
-            found = collect_from(checkpoint, loader, params, cfg, building, prompts, prompt_field, n, steps, model,
-                                 seed, batch, stop)
-            if found is None:
-                print("stopped; the same command goes on")
-                raise SystemExit(128 + stop())
+            with session.stopping() as stop:                     # elsewhere a signal ends at once: all is saved
+                found = collect_from(checkpoint, loader, params, cfg, building, prompts, prompt_field, n, steps, model,
+                                     seed, batch, stop)
+                if found is None:
+                    print("stopped; the same command goes on")
+                    raise SystemExit(128 + stop())
             strips_for(checkpoint, loader, params, cfg, found, building, steer)
         if is_of(found, checkpoint):                             # scores may be newer than what was collected
             found.info["scores"] = read_scores(Path(checkpoint) / "eval.json", sae.fingerprint(params))
@@ -718,30 +721,46 @@ def captions(run, source, field, n):
     return [scenes.caption(scene) for scene in drawn], labels
 
 
-OURS = {"index.html", "run.html", "data.js", "dash.css", "dash.js", "feature", "maps", "images", "steer", "collect"}
+OURS = re.compile(r"index\.html|run\.html|data\.js|dash\.(css|js)|feature(/\d+\.html)?|maps(/\d+\.js)?"
+                  r"|images(/\d+\.webp)?|steer(/\d+-[\d.]+\.webp)?|collect(/(collect\.json|stats\.safetensors))?")
 
 
 def check_out(out, checkpoint, pages_only, overwrite):
-    """Refuse, before any work, a folder that is no dashboard, or another checkpoint's."""
-    ours = (out / "collect" / "collect.json").is_file()
-    if pages_only and not ours:
+    """Refuse, before any work, a folder that is no dashboard, or another checkpoint's. All of it will be replaced, so
+    nothing else may lie in it, hidden or deep."""
+    about = out / "collect" / "collect.json"
+    if pages_only and not about.is_file():
         raise Mistake(f"--pages_only: there is no dashboard in {out} yet")
     if not out.exists():
         return
-    names = [path.name for path in out.iterdir() if not path.name.startswith(".")] if out.is_dir() else [out.name]
-    if names and not ours:
+    if out.is_dir() and not os.access(out, os.W_OK):
+        raise Mistake(f"--out {out}: it cannot be written")
+    foreign = sorted(foreign_in(out)) if out.is_dir() else [out.name]
+    if foreign and not about.is_file():
         raise Mistake(f"{out} exists and is not a dashboard; choose another --out")
-    if foreign := sorted(set(names) - OURS):
+    if foreign:
         raise Mistake(f"{out} holds something that is no part of a dashboard: {', '.join(foreign[:5])}")
-    if ours and not overwrite and not pages_only and not same_run(load(out / "collect").info, checkpoint):
+    if about.is_file() and not overwrite and not pages_only and not same_run(about, checkpoint):
         raise Mistake(f"{out} holds the dashboard of another checkpoint than {checkpoint}: choose another --out, or "
                       "--overwrite it")
 
 
-def same_run(info, checkpoint):
-    """Whether a dashboard is of a checkpoint's run, at whatever step; of a foreign SAE, of this very cfg.json."""
-    run = lambda cfg: {k: v for k, v in (cfg.get("metadata", {}).get("run") or cfg).items() if k != "steps"}
-    return run(info.get("checkpoint") or {}) == run(read_cfg(checkpoint))
+def foreign_in(out):
+    """Paths in the folder that dash.py did not make. The lock and the workplace may be inside, and what Macs leave."""
+    for path in out.rglob("*"):
+        name = path.relative_to(out).as_posix()
+        own = OURS.fullmatch(name) and not path.is_symlink()
+        if not own and not re.fullmatch(r"\.lock|\.(building|pages)(/.*)?|(.*/)?\.DS_Store", name):
+            yield name
+
+
+def same_run(file, checkpoint):
+    """Whether a collect.json is of a checkpoint's run, at whatever step; of a foreign SAE, of this very cfg.json."""
+    run = lambda cfg: {k: v for k, v in ((cfg.get("metadata") or {}).get("run") or cfg).items() if k != "steps"}
+    try:
+        return run(json.loads(file.read_text(encoding="utf-8"))["checkpoint"]) == run(read_cfg(checkpoint))
+    except (ValueError, KeyError, TypeError, AttributeError):    # damaged, or nobody knows of which
+        return False
 
 
 def workplace(out, name):
@@ -754,7 +773,7 @@ def renamable(out):
     """Whether the folder can be renamed: no mount, not where the user stands, its parent writable."""
     whole = out.resolve()
     parent = next(path for path in whole.parents if path.is_dir())
-    return not os.path.ismount(whole) and whole != Path.cwd() and os.access(parent, os.W_OK)
+    return not os.path.ismount(whole) and not Path.cwd().is_relative_to(whole) and os.access(parent, os.W_OK)
 
 
 def feature_range(text, F):
@@ -784,14 +803,10 @@ def replace(new, out):
         new.rename(out)
         shutil.rmtree(old, ignore_errors=True)
         return
-    for name in sorted(OURS):
-        path = out / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        if (new / name).exists():
-            os.replace(new / name, path)
+    for path in [path for path in out.iterdir() if OURS.fullmatch(path.name)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in list(new.iterdir()):
+        os.replace(path, out / path.name)
     shutil.rmtree(new)
 
 
