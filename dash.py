@@ -237,7 +237,7 @@ class Counts:
             pairs = (index[:, :, None] * F + index[:, None, :])[both]
             self.new_pairs.append(pairs.astype(self.a["pair"].dtype))
             self.waiting += len(pairs)
-            if self.waiting > max(BATCHED, len(self.a["pair"]) // 2):
+            if self.waiting > max(BATCHED, len(self.a["pair"]) // 4):
                 self._merge_pairs()
 
     def _merge_pairs(self):
@@ -248,8 +248,9 @@ class Counts:
         known = at < len(pair)
         known[known] = pair[at[known]] == new[known]
         count[at[known]] += times[known].astype(np.int32)
-        self.a["pair"] = np.insert(pair, at[~known], new[~known])
-        self.a["pair_count"] = np.insert(count, at[~known], times[~known])
+        at, new, times = at[~known], new[~known], times[~known]
+        self.a["pair"] = np.insert(pair, at, new)
+        self.a["pair_count"] = np.insert(count, at, times)
 
     def _add_shapes(self, alive, row, position, value):
         """Sums of area, concentration and spread over the images on whose image tokens the feature fires. row: which of
@@ -363,10 +364,14 @@ def _together(pair, count, fired, n=10):
     F = len(fired)
     index, value = np.full((F, min(n, F)), -1, np.int32), np.zeros((F, min(n, F)), np.float32)
     second = (pair % F).astype(np.uint32)
-    order, ends = np.argsort(second, kind="stable"), np.cumsum(np.bincount(second, minlength=F))
     starts = [*np.searchsorted(pair, (np.arange(F) * F).astype(pair.dtype)), len(pair)]
-    for f in np.flatnonzero(fired):
-        first, own = order[ends[f - 1] if f else 0:ends[f]], slice(starts[f], starts[f + 1])
+    rows = max(1, F * BATCHED // (len(pair) + 1))                # features at a time, so that few entries are sorted
+    for f in range(F):
+        if f % rows == 0:
+            some = np.flatnonzero((second >= f) & (second < f + rows))
+            some = some[np.argsort(second[some], kind="stable")]
+            ends = np.searchsorted(second[some], np.arange(f, f + rows + 1))
+        first, own = some[ends[f % rows]:ends[f % rows + 1]], slice(starts[f], starts[f + 1])
         others = np.concatenate([pair[first] // F, second[own]]).astype(np.int64)
         both = np.concatenate([count[first], count[own]])
         jaccard = both / (fired[f] + fired[others] - both)
@@ -740,9 +745,18 @@ def check_out(out, checkpoint, pages_only, overwrite):
         raise Mistake(f"{out} exists and is not a dashboard; choose another --out")
     if foreign:
         raise Mistake(f"{out} holds something that is no part of a dashboard: {', '.join(foreign[:5])}")
-    if about.is_file() and not overwrite and not pages_only and not same_run(about, checkpoint):
+    if about.is_file() and not overwrite and not pages_only and not same_run(read_info(about), checkpoint):
         raise Mistake(f"{out} holds the dashboard of another checkpoint than {checkpoint}: choose another --out, or "
                       "--overwrite it")
+
+
+def read_info(file):
+    """A collect.json, whatever version wrote the statistics beside it; {} of a damaged one."""
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+        return info if isinstance(info, dict) else {}
+    except ValueError:
+        return {}
 
 
 def foreign_in(out):
@@ -754,13 +768,10 @@ def foreign_in(out):
             yield name
 
 
-def same_run(file, checkpoint):
-    """Whether a collect.json is of a checkpoint's run, at whatever step; of a foreign SAE, of this very cfg.json."""
-    run = lambda cfg: {k: v for k, v in ((cfg.get("metadata") or {}).get("run") or cfg).items() if k != "steps"}
-    try:
-        return run(json.loads(file.read_text(encoding="utf-8"))["checkpoint"]) == run(read_cfg(checkpoint))
-    except (ValueError, KeyError, TypeError, AttributeError):    # damaged, or nobody knows of which
-        return False
+def same_run(info, checkpoint):
+    """Whether a dashboard is of a checkpoint's run, at whatever step; of a foreign SAE, of this very cfg.json."""
+    run = lambda cfg: {k: v for k, v in (cfg.get("metadata", {}).get("run") or cfg).items() if k != "steps"}
+    return run(info.get("checkpoint") or {}) == run(read_cfg(checkpoint))
 
 
 def workplace(out, name):

@@ -2,7 +2,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -375,74 +374,6 @@ def test_a_stopped_run_leaves_the_old_pages_and_goes_on(built, model, nano, tmp_
     assert calls[100:] == list(range(40))
 
 
-@pytest.mark.parametrize("name", [".git/config", "notes.txt", "images/mine.png", "feature/deep/er.html", "steer"])
-def test_files_of_others_are_named_and_stay(built, tmp_path, monkeypatch, name):
-    """Also hidden ones, deep ones and links: the whole folder would be replaced."""
-    folder, ckpt = built
-    out = tmp_path / "dash"
-    shutil.copytree(folder, out)
-    (tmp_path / "elsewhere").mkdir()
-    if name == "steer":
-        (out / name).symlink_to(tmp_path / "elsewhere")
-    else:
-        (out / name).parent.mkdir(exist_ok=True)
-        (out / name).write_text("mine")
-    monkeypatch.setattr(flux, "load", lambda *a, **k: pytest.fail("the model was loaded"))
-    for flags in ({}, {"pages_only": True}, {"overwrite": True}):
-        with pytest.raises(ValueError, match=rf"no part of a dashboard: .*{name.split('/')[0]}"):
-            dash.main(str(ckpt), out=str(out), **flags)
-    assert (out / name).exists() and {p.name for p in tmp_path.iterdir()} == {"dash", "elsewhere"}
-
-
-def test_another_checkpoints_dashboard_is_not_replaced(built, model, tmp_path, monkeypatch):
-    folder, ckpt = built
-    out, other = tmp_path / "dash", tmp_path / "ckpt"
-    shutil.copytree(folder, out)
-    shutil.copytree(ckpt, other)
-    said = json.loads((ckpt / "cfg.json").read_text())
-    monkeypatch.setattr(flux, "load", lambda *a, **k: model)
-    for changed, same in (({"steps": 9}, True), ({"size": 128}, False)):
-        about = said["metadata"] | {"run": said["metadata"]["run"] | changed}
-        about.pop("digest")
-        (other / "cfg.json").write_text(json.dumps(said | {"metadata": about}))
-        assert dash.same_run(out / "collect" / "collect.json", other) == same
-    (out / "index.html").write_text("old")
-    with pytest.raises(ValueError, match="of another checkpoint than"):
-        dash.main(str(other), out=str(out), n=8, steps=1)
-    assert (out / "index.html").read_text() == "old"
-    dash.main(str(other), out=str(out), n=8, steps=1, overwrite=True)
-    assert (out / "index.html").read_text() != "old" and len(list((out / "images").iterdir())) == 8
-
-
-def test_a_folder_that_cannot_be_renamed_is_filled_where_it_is(built, model, tmp_path, monkeypatch):
-    """Where the user stands, which a mount or a read-only parent is like."""
-    _, ckpt = built
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(flux, "load", lambda *a, **k: model)
-    before = (tmp_path / "here").stat().st_ino
-    for n in (9, 8):                                             # the second replaces the first
-        dash.main(str(ckpt), out=".", n=n, steps=1)
-        assert len(list(Path("images").iterdir())) == n and Path("index.html").is_file()
-    dash.main(str(ckpt), out=".", pages_only=True)
-    assert (tmp_path / "here").stat().st_ino == before and [p.name for p in tmp_path.iterdir()] == ["here"]
-    assert not [p for p in Path.cwd().iterdir() if p.name.startswith(".")]
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGTERM, 143)])
-def test_a_signal_saves_the_state(built, model, tmp_path, monkeypatch, number, code):
-    _, ckpt = built
-    original = dash.Counts.add
-    monkeypatch.setattr(flux, "load", lambda *a, **k: model)
-    monkeypatch.setattr(dash.Counts, "add", lambda self, i, *args: (
-        os.kill(os.getpid(), number) if i == 2 else None, original(self, i, *args))[1])
-    with pytest.raises(SystemExit) as end:
-        dash.main(str(ckpt), out=str(tmp_path / "dash"), n=12, steps=1, batch=4)
-    assert end.value.code == code and not (tmp_path / "dash").exists()
-    with safe_open(tmp_path / ".dash.building" / "partial.safetensors", "np") as file:
-        assert file.metadata()["done"] == "4"
-
-
 @pytest.mark.parametrize("flags, message", [
     (["absent"], "absent/cfg.json is missing"), (["{ckpt}", "--n=0"], "--n 0"),
     (["{ckpt}", "--steps=-1"], "--steps -1"), (["{ckpt}", "--prompts=absent.txt"], "no prompt file"),
@@ -520,6 +451,25 @@ def test_strips_are_drawn_once_and_stay(built, model, visit, tmp_path, monkeypat
     (tmp_path / "other" / "cfg.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="is of another checkpoint"):
         dash.main(str(tmp_path / "other"), out=str(out), pages_only=True, steer=1)
+
+
+@pytest.mark.parametrize("name", [".git/config", "notes.txt", "images/mine.png", "feature/deep/er.html", "steer"])
+def test_files_of_others_are_named_and_stay(built, tmp_path, monkeypatch, name):
+    """Also hidden ones, deep ones and links: the whole folder would be replaced."""
+    folder, ckpt = built
+    out = tmp_path / "dash"
+    shutil.copytree(folder, out)
+    (tmp_path / "elsewhere").mkdir()
+    if name == "steer":
+        (out / name).symlink_to(tmp_path / "elsewhere")
+    else:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    monkeypatch.setattr(flux, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    for flags in ({}, {"pages_only": True}, {"overwrite": True}):
+        with pytest.raises(ValueError, match=rf"no part of a dashboard: .*{name.split('/')[0]}"):
+            dash.main(str(ckpt), out=str(out), **flags)
+    assert (out / name).exists() and {p.name for p in tmp_path.iterdir()} == {"dash", "elsewhere"}
 
 
 # ---------------------------------------------------------------- in Chromium
