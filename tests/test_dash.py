@@ -164,6 +164,18 @@ def test_the_random_examples_are_a_uniform_sample():
     assert drawn.sum() == 400 * dash.RESERVOIR and abs(drawn - expected).max() < 5 * np.sqrt(expected)
 
 
+def test_noise_of_tools_is_none_of_trainings():
+    """Numbers are int32: 250 million for each tool, behind those of training and its closing table."""
+    import score
+    import steer
+    import train
+    starts = [train.HELD_OUT, train.OTHERS, score.HELD_OUT, 2 ** 31]
+    assert dash.HELD_OUT == steer.HELD_OUT == train.OTHERS       # of the same prompts the same noise
+    assert np.diff(starts).min() >= 250_000_000
+    numbers = np.array([starts[0], *(n - 1 for n in starts[1:])])
+    assert len(np.unique(flux.draw_noise(0, numbers, (1,)))) == len(numbers)
+
+
 def test_auroc_without_both_sides_is_nan():
     scores = np.array([[0.0], [1.0], [2.0]])
     labels = np.array([[True, False, False], [True, False, True], [True, False, True]])
