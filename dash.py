@@ -21,6 +21,7 @@ text before image), K top examples, Q examples of a quantile, B bins of the hist
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
@@ -30,7 +31,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -45,7 +46,7 @@ from session import Mistake
 HELD_OUT = 1_500_000_000                                         # number of the first noise: no training step sees it
 EDGES = np.concatenate([[0], 10 ** np.arange(-4, 4.01, 0.1)]).astype(np.float32)   # of the histogram's bins; last: more
 KEPT, RESERVOIR, QUANTILES, SHOWN = 16, 32, 4, 4                 # top examples, random ones, groups of these, of each
-COFIRE_LIMIT = 16_384                                            # features; the counts of pairs are [F, F]
+BATCHED = 2 ** 22                                                # entries that wait until they join the older ones
 
 
 # ---------------------------------------------------------------- what is collected
@@ -145,8 +146,8 @@ def load(folder):
         maps = {name: Maps(*(arrays.pop(f"{name}.{part}") for part in PARTS), Layout(**info["layout"]).positions)
                 for name in MAPS}
         return Collected(**arrays, **maps, info=info)
-    except Exception as error:
-        raise Mistake(f"{folder} holds no collected statistics: {error}") from None
+    except (*DAMAGED, AttributeError) as error:
+        raise Mistake(f"{folder} holds no collected statistics that this version reads: {error}") from None
 
 
 def save(folder, found):
@@ -157,6 +158,7 @@ def save(folder, found):
     (folder / "collect.json").write_text(json.dumps(found.info))
 
 
+DAMAGED = (OSError, SafetensorError, ValueError, KeyError, TypeError)        # what reading a file may raise
 MAPS, PARTS = ("top_map", "quantile_map"), ("span", "position", "value")
 
 
@@ -171,7 +173,8 @@ class Counts:
             "fired": np.zeros(F, np.int64), "images": np.zeros(F, np.int64), "total": np.zeros(F),
             "maximum": np.zeros(F, np.float32), "histogram": np.zeros((F, len(EDGES)), np.int64),
             "map_sum": np.zeros((F, layout.image_tokens)), "shape_sum": np.zeros((F, 4)),
-            "pairs": np.zeros((F, F) if F <= COFIRE_LIMIT else (0, 0), np.int32)}
+            # a F + b of features a < b that fire at one position, rising, and at how many they do
+            "pair": np.zeros(0, np.min_scalar_type(F * F - 1)), "pair_count": np.zeros(0, np.int32)}
         self.a |= {"position": np.zeros(0, np.uint32), "value": np.zeros(0, np.float32),
                    "tokens": np.zeros(1, np.int64)}
         for kind, room in (("top", KEPT), ("some", RESERVOIR)):
@@ -179,6 +182,7 @@ class Counts:
                        f"{kind}_image": np.full((F, room), -1, np.int32),
                        f"{kind}_span": np.zeros((F, room, 2), np.int64)}
         self.new, self.end = [], 0                               # (position, value) not yet in `a`; entries in all
+        self.new_pairs, self.waiting = [], 0                     # likewise; entries that wait
 
     def add(self, number, values, indices, seed, real=None):
         """Count image `number`, values [S, k] and indices [S, k]; real [S] bool: the positions that count, all by
@@ -197,8 +201,7 @@ class Counts:
         a["total"][alive] += np.add.reduceat(value, starts, dtype=np.float64) if len(alive) else 0
         a["maximum"][alive] = np.maximum(a["maximum"][alive], peak)
         np.add.at(a["histogram"], (feature, np.searchsorted(EDGES, value, "right") - 1), 1)
-        if len(a["pairs"]):
-            self._count_pairs(on, indices)
+        self._count_pairs(on, indices)
         if self.layout.image_tokens:
             self._add_shapes(alive, np.repeat(np.arange(len(alive)), count), position, value)
         span = self.end + np.stack([starts, starts + count], 1)
@@ -208,7 +211,7 @@ class Counts:
         if kept:
             self.new.append((position, value))
             self.end += len(value)
-            if self.end > 2 * len(a["value"]) + 2 ** 22:
+            if self.end > 2 * len(a["value"]) + BATCHED:
                 self.settled()
         return alive, peak
 
@@ -222,14 +225,32 @@ class Counts:
         a |= {"position": maps.position, "value": maps.value, "top_span": maps.span[:, :KEPT],
               "some_span": maps.span[:, KEPT:]}
         self.new, self.end = [], len(maps.value)
+        self._merge_pairs()
         return a
 
-    def _count_pairs(self, on, indices, chunk=256):
-        pairs, F = self.a["pairs"].reshape(-1), len(self.a["fired"])
+    def _count_pairs(self, on, indices):
+        """Count the features that fire at the same positions, each pair once."""
+        F, chunk = len(self.a["fired"]), max(1, BATCHED // on.shape[1] ** 2)
         for i in range(0, len(on), chunk):
             active, index = on[i:i + chunk], indices[i:i + chunk].astype(np.int64)
-            both = active[:, :, None] & active[:, None, :]
-            np.add.at(pairs, (index[:, :, None] * F + index[:, None, :])[both], 1)
+            both = active[:, :, None] & active[:, None, :] & (index[:, :, None] < index[:, None, :])
+            pairs = (index[:, :, None] * F + index[:, None, :])[both]
+            self.new_pairs.append(pairs.astype(self.a["pair"].dtype))
+            self.waiting += len(pairs)
+            if self.waiting > max(BATCHED, len(self.a["pair"]) // 4):
+                self._merge_pairs()
+
+    def _merge_pairs(self):
+        pair, count = self.a["pair"], self.a["pair_count"]
+        new, times = np.unique(np.concatenate([pair[:0], *self.new_pairs]), return_counts=True)
+        self.new_pairs, self.waiting = [], 0
+        at = np.searchsorted(pair, new)
+        known = at < len(pair)
+        known[known] = pair[at[known]] == new[known]
+        count[at[known]] += times[known].astype(np.int32)
+        at, new, times = at[~known], new[~known], times[~known]
+        self.a["pair"] = np.insert(pair, at, new)
+        self.a["pair_count"] = np.insert(count, at, times)
 
     def _add_shapes(self, alive, row, position, value):
         """Sums of area, concentration and spread over the images on whose image tokens the feature fires. row: which of
@@ -268,7 +289,7 @@ class Counts:
         order = np.argsort(-a["top_key"], 1, kind="stable")
         top = {name: _take(a[f"top_{name}"], order) for name in ("value", "image", "span")}
         area, concentration, spread = (a["shape_sum"][:, :3] / np.maximum(a["shape_sum"][:, 3:], 1)).T
-        together, jaccard = _together(a["pairs"], a["fired"])
+        together, jaccard = _together(a["pair"], a["pair_count"], a["fired"])
         nearest, cosine = _nearest(W_dec)
         value, image, span = self._quantiles(top["image"])
         maps = lambda span: Maps(span, a["position"], a["value"], self.layout.positions).kept()
@@ -329,36 +350,46 @@ def _take(array, order):
 
 def _best(score, n=10):
     """Indices and values of the n largest in each row, falling; -1 where the value is not above zero."""
-    F = len(score)
-    n = min(n, F)
-    part = np.argpartition(-score, n - 1, 1)[:, :n] if n < F else np.tile(np.arange(F), (F, 1))
+    n = min(n, score.shape[1])
+    part = np.argpartition(-score, n - 1, 1)[:, :n]
     value = np.take_along_axis(score, part, 1)
     order = np.argsort(-value, 1, kind="stable")
     part, value = np.take_along_axis(part, order, 1), np.take_along_axis(value, order, 1)
     return np.where(value > 0, part, -1).astype(np.int32), value.astype(np.float32)
 
 
-def _by_rows(score, F, rows=512, n=10):
-    """`_best` of score(rows) [rows, F], without a feature itself, block by block: no [F, F] of floats is built."""
-    blocks = []
-    for i in range(0, F, rows):
-        block = score(slice(i, i + rows))
-        block[np.arange(len(block)), np.arange(i, i + len(block))] = -np.inf
-        blocks.append(_best(block, n))
-    index, value = (np.concatenate(part) for part in zip(*blocks))
+def _together(pair, count, fired, n=10):
+    """The n features that fire most together with each, by Jaccard index, and this: positions of both over those of
+    either. pair, count: as in `Counts`."""
+    F = len(fired)
+    index, value = np.full((F, min(n, F)), -1, np.int32), np.zeros((F, min(n, F)), np.float32)
+    second = (pair % F).astype(np.uint32)
+    starts = [*np.searchsorted(pair, (np.arange(F) * F).astype(pair.dtype)), len(pair)]
+    rows = max(1, F * BATCHED // (len(pair) + 1))                # features at a time, so that few entries are sorted
+    for f in range(F):
+        if f % rows == 0:
+            some = np.flatnonzero((second >= f) & (second < f + rows))
+            some = some[np.argsort(second[some], kind="stable")]
+            ends = np.searchsorted(second[some], np.arange(f, f + rows + 1))
+        first, own = some[ends[f % rows]:ends[f % rows + 1]], slice(starts[f], starts[f + 1])
+        others = np.concatenate([pair[first] // F, second[own]]).astype(np.int64)
+        both = np.concatenate([count[first], count[own]])
+        jaccard = both / (fired[f] + fired[others] - both)
+        best = np.argsort(-jaccard, kind="stable")[:n]
+        index[f, :len(best)], value[f, :len(best)] = others[best], jaccard[best]
     return index, value
 
 
-def _together(pairs, fired):
-    if not len(pairs):
-        return np.full((len(fired), 0), -1, np.int32), np.zeros((len(fired), 0), np.float32)
-    return _by_rows(lambda r: pairs[r] / np.maximum(fired[r, None] + fired - pairs[r], 1), len(fired))
-
-
-def _nearest(W_dec):
-    unit = np.asarray(W_dec, np.float32)
-    unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-30)
-    return _by_rows(lambda r: unit[r] @ unit.T, len(unit))
+def _nearest(W_dec, n=10):
+    """The n features whose decoder rows are most like each feature's, and the cosines; no [F, F] is built."""
+    W = np.asarray(W_dec, np.float32)
+    norm, blocks, rows = np.maximum(np.linalg.norm(W, axis=1), 1e-30), [], max(1, 2 ** 23 // len(W))
+    for i in range(0, len(W), rows):
+        block = W[i:i + rows] @ W.T / norm / norm[i:i + rows, None]
+        block[np.arange(len(block)), np.arange(i, i + len(block))] = -np.inf        # not a feature itself
+        blocks.append(_best(block, n))
+    index, value = (np.concatenate(part) for part in zip(*blocks))
+    return index, value
 
 
 def auroc(scores, labels):
@@ -411,8 +442,8 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
         return ended
     done = partial.restore(counts.a)
     counts.end = len(counts.a["value"])
-    if not done:
-        shutil.rmtree(folder / "steer", ignore_errors=True)      # strips of other images
+    for part in () if done else ("images", "steer"):             # of other prompts
+        shutil.rmtree(folder / part, ignore_errors=True)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     shape = (grid[0] * grid[1], model.cfg.in_channels)
     while done < len(prompts):
@@ -484,9 +515,10 @@ class Partial:
             with safe_open(self.arrays, "np") as file:
                 if file.metadata()["arguments"] != self.arguments:
                     return 0
+                done = int(file.metadata()["done"])
                 state.update({name: file.get_tensor(name) for name in state})
-                return int(file.metadata()["done"])
-        except Exception:                                        # none yet, or torn: begin anew
+                return done
+        except DAMAGED:                                          # none yet, or torn: begin anew
             return 0
 
     def due(self):
@@ -494,6 +526,8 @@ class Partial:
 
     def save(self, state, done):
         new = self.arrays.with_suffix(".new")
+        # safetensors writes an array's memory as it lies there: a view would come back scrambled
+        state = {name: np.ascontiguousarray(array) for name, array in state.items()}
         save_file(state, new, {"done": str(done), "arguments": self.arguments})
         os.replace(new, self.arrays)
         self.saved = time.monotonic()
@@ -600,7 +634,7 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
         raise Mistake(f"--steer: {checkpoint} is a transcoder, which writes what belongs to another layer")
     loader = lru_cache(lambda: session.load_model(model_name(checkpoint, cfg, model), run_of(checkpoint), dtype=dtype,
                                                   quant=quant, transformer=transformer))
-    with session.claim(out), session.stopping() as stop:
+    with session.claim(out):
         check_out(out, checkpoint, pages_only, overwrite)
         building = workplace(out, "pages" if pages_only else "building")
         if pages_only:
@@ -611,11 +645,12 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
                 if (out / part).exists() or part != "steer":
                     shutil.copytree(out / part, building / part)
         else:
-            found = collect_from(checkpoint, loader, params, cfg, building, prompts, prompt_field, n, steps, model,
-                                 seed, batch, stop)
-            if found is None:
-                print("stopped; the same command goes on")
-                raise SystemExit(128 + stop())
+            with session.stopping() as stop:                     # elsewhere a signal ends at once: all is saved
+                found = collect_from(checkpoint, loader, params, cfg, building, prompts, prompt_field, n, steps, model,
+                                     seed, batch, stop)
+                if found is None:
+                    print("stopped; the same command goes on")
+                    raise SystemExit(128 + stop())
             strips_for(checkpoint, loader, params, cfg, found, building, steer)
         if is_of(found, checkpoint):                             # scores may be newer than what was collected
             found.info["scores"] = read_scores(Path(checkpoint) / "eval.json", sae.fingerprint(params))
@@ -691,24 +726,46 @@ def captions(run, source, field, n):
     return [scenes.caption(scene) for scene in drawn], labels
 
 
-OURS = {"index.html", "run.html", "data.js", "dash.css", "dash.js", "feature", "maps", "images", "steer", "collect"}
+OURS = re.compile(r"index\.html|run\.html|data\.js|dash\.(css|js)|feature(/\d+\.html)?|maps(/\d+\.js)?"
+                  r"|images(/\d+\.webp)?|steer(/\d+-[\d.]+\.webp)?|collect(/(collect\.json|stats\.safetensors))?")
 
 
 def check_out(out, checkpoint, pages_only, overwrite):
-    """Refuse, before any work, a folder that is no dashboard, or another checkpoint's."""
-    ours = (out / "collect" / "collect.json").is_file()
-    if pages_only and not ours:
+    """Refuse, before any work, a folder that is no dashboard, or another checkpoint's. All of it will be replaced, so
+    nothing else may lie in it, hidden or deep."""
+    about = out / "collect" / "collect.json"
+    if pages_only and not about.is_file():
         raise Mistake(f"--pages_only: there is no dashboard in {out} yet")
     if not out.exists():
         return
-    names = [path.name for path in out.iterdir() if not path.name.startswith(".")] if out.is_dir() else [out.name]
-    if names and not ours:
+    if out.is_dir() and not os.access(out, os.W_OK):
+        raise Mistake(f"--out {out}: it cannot be written")
+    foreign = sorted(foreign_in(out)) if out.is_dir() else [out.name]
+    if foreign and not about.is_file():
         raise Mistake(f"{out} exists and is not a dashboard; choose another --out")
-    if foreign := sorted(set(names) - OURS):
+    if foreign:
         raise Mistake(f"{out} holds something that is no part of a dashboard: {', '.join(foreign[:5])}")
-    if ours and not overwrite and not pages_only and not same_run(load(out / "collect").info, checkpoint):
+    if about.is_file() and not overwrite and not pages_only and not same_run(read_info(about), checkpoint):
         raise Mistake(f"{out} holds the dashboard of another checkpoint than {checkpoint}: choose another --out, or "
                       "--overwrite it")
+
+
+def read_info(file):
+    """A collect.json, whatever version wrote the statistics beside it; {} of a damaged one."""
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+        return info if isinstance(info, dict) else {}
+    except ValueError:
+        return {}
+
+
+def foreign_in(out):
+    """Paths in the folder that dash.py did not make. The lock and the workplace may be inside, and what Macs leave."""
+    for path in out.rglob("*"):
+        name = path.relative_to(out).as_posix()
+        own = OURS.fullmatch(name) and not path.is_symlink()
+        if not own and not re.fullmatch(r"\.lock|\.(building|pages)(/.*)?|(.*/)?\.DS_Store", name):
+            yield name
 
 
 def same_run(info, checkpoint):
@@ -731,7 +788,7 @@ def renamable(out):
     """Whether the folder can be renamed: no mount, not where the user stands, its parent writable."""
     whole = out.resolve()
     parent = next(path for path in whole.parents if path.is_dir())
-    return not os.path.ismount(whole) and whole != Path.cwd() and os.access(parent, os.W_OK)
+    return not os.path.ismount(whole) and not Path.cwd().is_relative_to(whole) and os.access(parent, os.W_OK)
 
 
 def feature_range(text, F):
@@ -761,14 +818,10 @@ def replace(new, out):
         new.rename(out)
         shutil.rmtree(old, ignore_errors=True)
         return
-    for name in sorted(OURS):
-        path = out / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        if (new / name).exists():
-            os.replace(new / name, path)
+    for path in [path for path in out.iterdir() if OURS.fullmatch(path.name)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in list(new.iterdir()):
+        os.replace(path, out / path.name)
     shutil.rmtree(new)
 
 

@@ -19,7 +19,9 @@ Letters: B images, I image tokens, T text tokens, N tokens of a stream, D width,
 """
 import json
 import math
+import os
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -430,12 +432,13 @@ def measured(model, changes, known):
         texts = known[id(dictionary)]
         with tqdm(total=len(texts), unit="prompt", desc=f"calibrating {dictionary.name}", leave=False) as bar:
             done[id(dictionary)] = calibrated(model, dictionary, texts, progress=bar.update)
+    counts = [len(known[id(c.of)]) for c in changes]
     changes = [Change(done[id(c.of)], c.feature, c.scale, c.add) for c in changes]
-    for c in changes:
+    for c, count in zip(changes, counts):
         typical = f"{c.of.typical[c.feature]:.4g}"
         print(f"{c.of.name}, feature {c.feature}: {c.scale:g} times its value, plus {c.add:g} × {typical}"
-              + ("" if c.of.fired[c.feature] else f" (it never fired on {len(next(iter(known.values())))} prompts: "
-                                                  f"{typical} is the median of the features that did)"))
+              + ("" if c.of.fired[c.feature] else f" (it never fired on {count} prompts: {typical} is the "
+                                                  "median of the features that did)"))
     return changes
 
 
@@ -478,36 +481,46 @@ def read_grid(text):
     return list(dict.fromkeys(strengths if 0 in strengths else [0.0, *strengths]))
 
 
+OURS = re.compile(r"\d+-x[-+.\de]+\.png|steer\.(png|json)")       # names of what `write` writes
+
+
 def check_out(out, files):
-    """Refuse, before any work, to replace what steer.py did not write; returns the names of what it did."""
+    """Refuse, before any work, to replace what steer.py did not write; returns the names of what it did. Names in
+    steer.json count only where steer.py would give them: the file may come from anywhere."""
     if out.exists() and not out.is_dir():
         raise Mistake(f"{out} is not a folder; choose another --out")
+    if out.is_dir() and not os.access(out, os.W_OK):
+        raise Mistake(f"--out {out}: it cannot be written")
     ours = []
     if (out / "steer.json").is_file():
         try:
             about = json.loads((out / "steer.json").read_text(encoding="utf-8"))
-            ours = [str(name) for name in about["files"] if about["kind"] == "fae steering"]
+            ours = [name for name in about["files"] if about["kind"] == "fae steering" and OURS.fullmatch(name)]
         except (ValueError, KeyError, TypeError):
             pass
     for name in ("steer.json", "steer.png", *files):
-        if (out / name).exists() and name not in ours:
+        if os.path.lexists(out / name) and name not in ours:     # also a link to nothing: it would be followed
             raise Mistake(f"{out / name} is there and not of steer.py; choose another --out")
-    return [name for name in ours if name == Path(name).name]
+    return ours
 
 
 def write(out, images, files, about):
-    """The images [strengths, B, ...], each by itself and all as steer.png, and steer.json; an older run's are gone."""
+    """The images [strengths, B, ...], each by itself and all as steer.png, and steer.json; an older run's are gone. All
+    is made in a folder of its own first, so that nothing half-written is left where writing is stopped."""
     from PIL import Image
     out.mkdir(parents=True, exist_ok=True)
-    for old in check_out(out, files):
-        (out / old).unlink(missing_ok=True)
-    flat = images.swapaxes(0, 1).reshape(-1, *images.shape[2:])
-    names = [*files, "steer.png", "steer.json"]
-    (out / "steer.json").write_text(json.dumps(about | {"files": names}, indent=1), encoding="utf-8")
-    for name, image in zip(files, flat):
-        Image.fromarray(image).save(out / name)
+    old, names = check_out(out, files), ["steer.json", *files, "steer.png"]
     titles = ["unsteered" if strength == 0 else f"x {strength:g}" for strength in about["strengths"]]
-    sheet(images, titles, about["prompts"], about["set"]).save(out / "steer.png")
+    with tempfile.TemporaryDirectory(prefix=".steer-", dir=out) as new:
+        new = Path(new)
+        (new / "steer.json").write_text(json.dumps(about | {"files": names}, indent=1), encoding="utf-8")
+        for name, image in zip(files, images.swapaxes(0, 1).reshape(-1, *images.shape[2:])):
+            Image.fromarray(image).save(new / name)
+        sheet(images, titles, about["prompts"], about["set"]).save(new / "steer.png")
+        for name in {*old} - {*names}:
+            (out / name).unlink(missing_ok=True)
+        for name in names:                                       # steer.json first: it claims the others
+            os.replace(new / name, out / name)
 
 
 def sheet(images: np.ndarray, titles: Sequence[str], prompts: Sequence[str], title: str):

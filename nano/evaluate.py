@@ -118,7 +118,7 @@ def _patches(x, stride):
 def _halve(images):
     """uint8 [B, 128, 128, 3] → float32 [B, 64, 64, 3] in -1…1."""
     if images.shape[1:] != (SIZE, SIZE, 3) or images.dtype != np.uint8:
-        raise ValueError(f"images are {images.dtype} {list(images.shape)}, should be uint8 [B, {SIZE}, {SIZE}, 3]")
+        raise session.Mistake(f"images are {images.dtype} {list(images.shape)}, should be uint8 [B, {SIZE}, {SIZE}, 3]")
     return images.reshape(-1, SIZE // 2, 2, SIZE // 2, 2, 3).mean((2, 4), jnp.float32) / 127.5 - 1
 
 
@@ -192,7 +192,8 @@ def check_judge(params, model):
     print(f"judge: shape {right[0]:.1%}, colour {right[1]:.1%} right on {CHECKS} true renders; "
           f"{passed[0]:.1%}, {passed[1]:.1%} on {few} through the autoencoder", flush=True)
     if right.min() < TRUSTED:
-        raise ValueError(f"the judge is right on {right.min():.1%} of true renders, not {TRUSTED:.0%}: try --retrain")
+        raise session.Mistake(f"the judge is right on {right.min():.1%} of true renders, not {TRUSTED:.0%}: try "
+                              "--retrain")
     return right, passed
 
 
@@ -338,7 +339,7 @@ def main(model="nano", n=300, steps=8, out=None, retrain=False, **unknown):
     """Judge --n captions in 4, --steps and 20 steps; write README.md and sheet.jpg to --out (the model's folder)."""
     session.no_unknown_flags(unknown)
     if min(n, steps) < 1:
-        raise ValueError(f"--n {n} --steps {steps}: both are at least 1")
+        raise session.Mistake(f"--n {n} --steps {steps}: both are at least 1")
     folder = flux.resolve(model)
     out, model = Path(out or folder), flux.load(folder, dtype=jnp.float32)      # on a CPU faster than bfloat16
     out.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,23 @@
-"""How large and how quick dashboards are, as a Markdown table: python tests/bench_dash.py [--features 2048,16384]
+"""How large and how quick dashboards are, as Markdown tables: python tests/bench_dash.py [pages|memory] [FEATURES ...]
 
-Random statistics of 1,000 images: 64 image tokens a picture, every feature with all of its examples, and maps in which
-a fifth of the tokens fire; real features fire at fewer. First paint and sorting are medians of nine in Chromium, from
-disk, with a cold cache.
+memory: what the statistics of 1,000 images of 256 x 256 pixels need besides the model and the SAE: of image tokens in
+one step, and of both streams (256 text tokens) in four. Codes are random: 32 features a token, of 1,024 that an image
+has, which are drawn by a popularity of heavy tail. Each row is a process of its own.
+
+pages: random statistics of 1,000 images: 64 image tokens a picture, every feature with all of its examples, and maps in
+which a fifth of the tokens fire; real features fire at fewer. First paint and sorting are medians of nine in Chromium,
+from disk, with a cold cache.
 """
+import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -43,6 +48,7 @@ def build(features, folder, images=1000):
 
 def browse(folder, runs=9):
     """Milliseconds to the index's first paint, to the filled table, and to sort it."""
+    from playwright.sync_api import sync_playwright
     paints, fills, sorts = [], [], []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"),
@@ -61,7 +67,7 @@ def browse(folder, runs=9):
     return [statistics.median(values) for values in (paints, fills, sorts)]
 
 
-def main(features=(2048, 16384)):
+def pages_table(features):
     print("| features | seconds to write | MB | files | first paint, ms | filled, ms | sort, ms |\n|" + "---:|" * 7)
     for count in features:
         with tempfile.TemporaryDirectory() as folder:
@@ -71,5 +77,53 @@ def main(features=(2048, 16384)):
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def memory_table(features):
+    print("| features | activations of | most memory, GB | saved state, MB | statistics, MB | pairs that fire "
+          "together, millions | ms an image | s to finish |\n|---:|---|" + "---:|" * 6, flush=True)
+    for count in features:
+        for timesteps, text in ((1, 0), (4, 256)):
+            subprocess.run([sys.executable, __file__, "row", str(count), str(timesteps), str(text)], check=True)
+
+
+def memory_row(features, timesteps, text, images=1000, k=32, width=1024):
+    layout, rng = dash.Layout(timesteps, text, (16, 16)), np.random.default_rng(0)
+    counts, popularity = dash.Counts(features, layout), 2 * np.log(rng.exponential(size=features))
+    before, took, state = peak(), 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(images):
+            here = np.argpartition(-(popularity + rng.gumbel(size=features)), width)[:width]
+            at = np.argpartition(rng.random((layout.positions, width), np.float32), k, 1)[:, :k]
+            start = time.perf_counter()
+            counts.add(i, rng.lognormal(size=at.shape).astype(np.float32), here[at], 0)
+            took += time.perf_counter() - start
+            if i % (images // 4) == images // 4 - 1:             # as every minute
+                dash.Partial(Path(folder), {}).save(counts.settled(), i)
+                state = (Path(folder) / "partial.safetensors").stat().st_size
+        pairs, start = len(counts.a["pair"]), time.perf_counter()
+        found = counts.finish(rng.standard_normal((features, 64), np.float32), np.zeros((images, 0), bool),
+                              np.zeros((0, features), np.float32), {"images": images, "layout": dash.asdict(layout)})
+        dash.save(Path(folder) / "collect", found)
+        seconds = time.perf_counter() - start
+        size = (Path(folder) / "collect" / "stats.safetensors").stat().st_size
+    what = f"both streams, {timesteps} steps" if text else "image tokens, one step"
+    print(f"| {features:,} | {what} | {peak() - before:.2f} | {state / 1e6:,.0f} | {size / 1e6:,.0f} | "
+          f"{pairs / 1e6:.1f} | {1e3 * took / images:.0f} | {seconds:.0f} |", flush=True)
+
+
+def peak():
+    """Of this process, GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9         # Linux counts KiB
+
+
+def main(what="pages", *features):
+    features = [int(n) for n in features]
+    if what == "row":
+        memory_row(*features)
+    elif what == "memory":
+        memory_table(features or (16384, 65536))
+    else:
+        pages_table(features or (2048, 16384))
+
+
 if __name__ == "__main__":
-    main([int(n) for n in sys.argv[2].split(",")] if sys.argv[1:2] == ["--features"] else (2048, 16384))
+    main(*sys.argv[1:])

@@ -46,9 +46,11 @@ def dense_of(values, indices, F):
 LAYOUTS = [dash.Layout(1, 0, (3, 4)), dash.Layout(2, 5, (2, 3)), dash.Layout(3, 7, (0, 0)), dash.Layout(1, 0, (1, 1))]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_statistics_are_those_of_the_raw_activations(layout):
-    rng, n, F, k = np.random.default_rng(0), 60, 40, 4
+@pytest.mark.parametrize("layout, F, batched", [*((layout, 40, 2 ** 22) for layout in LAYOUTS), (LAYOUTS[1], 41, 50),
+                                                (LAYOUTS[0], 307, 999)], ids=str)
+def test_statistics_are_those_of_the_raw_activations(layout, F, batched, monkeypatch):
+    monkeypatch.setattr(dash, "BATCHED", batched)                # small: what waits joins the rest many times
+    rng, n, k = np.random.default_rng(0), 60, 4
     values, indices = random_codes(rng, n, layout.positions, F, k)
     labels = rng.random((n, 3)) < 0.4
     W_dec = rng.standard_normal((F, 9))
@@ -130,15 +132,26 @@ def check_shapes(found, layout, dense):
             np.testing.assert_allclose(got[f], np.mean(expected) if expected else 0, rtol=1e-5, atol=1e-6)
 
 
-def check_neighbours(index, value, score):
+def check_neighbours(index, value, score, first=0):
+    """index, value: of the features from `first` on; score: of these with all."""
     score = score.copy()
-    np.fill_diagonal(score, -np.inf)
+    score[np.arange(len(score)), np.arange(first, first + len(score))] = -np.inf
     for f in range(len(score)):
         expected = np.sort(score[f])[::-1][:10]
         np.testing.assert_allclose(value[f][index[f] >= 0], expected[expected > 0], rtol=1e-5)
         others = index[f][index[f] >= 0]
-        assert f not in others and len(set(others)) == len(others)
+        assert first + f not in others and len(set(others)) == len(others)
         np.testing.assert_allclose(score[f, others], value[f][: len(others)], rtol=1e-5)
+
+
+def test_nearest_features_of_blocks_that_do_not_divide():
+    """The last block of rows may be one row."""
+    rng = np.random.default_rng(0)
+    for F in (3, 2897):                                          # 2 ** 23 // 2897 = 2895 rows, then 2
+        unit = rng.standard_normal((F, 5))
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        index, value = dash._nearest(unit)
+        check_neighbours(index[-4:], value[-4:], (unit @ unit.T)[-4:], first=F - 4 if F > 4 else 0)
 
 
 def test_the_random_examples_are_a_uniform_sample():
@@ -150,6 +163,18 @@ def test_the_random_examples_are_a_uniform_sample():
     np.add.at(drawn, counts.a["some_image"].ravel(), 1)
     expected = 400 * dash.RESERVOIR / 200
     assert drawn.sum() == 400 * dash.RESERVOIR and abs(drawn - expected).max() < 5 * np.sqrt(expected)
+
+
+def test_noise_of_tools_is_none_of_trainings():
+    """Numbers are int32: 250 million for each tool, behind those of training and its closing table."""
+    import score
+    import steer
+    import train
+    starts = [train.HELD_OUT, train.OTHERS, score.HELD_OUT, 2 ** 31]
+    assert dash.HELD_OUT == steer.HELD_OUT == train.OTHERS       # of the same prompts the same noise
+    assert np.diff(starts).min() >= 250_000_000
+    numbers = np.array([starts[0], *(n - 1 for n in starts[1:])])
+    assert len(np.unique(flux.draw_noise(0, numbers, (1,)))) == len(numbers)
 
 
 def test_auroc_without_both_sides_is_nan():
@@ -350,6 +375,8 @@ def test_a_stopped_run_leaves_the_old_pages_and_goes_on(built, model, nano, tmp_
     fresh, resumed = dash.load(folder / "collect"), dash.load(out / "collect")
     for name in ("fired", "images", "histogram", "top_image", "quantile_image", "together"):
         np.testing.assert_array_equal(getattr(resumed, name), getattr(fresh, name), name)
+    np.testing.assert_array_equal(resumed.top_map[:], fresh.top_map[:])
+    np.testing.assert_array_equal(resumed.quantile_map[:], fresh.quantile_map[:])
     assert not [p for p in tmp_path.iterdir() if p.name != "dash"]
     assert not list(out.glob("partial*"))
     with pytest.raises(Stop):                                    # other arguments: nothing of the old state is used
@@ -508,6 +535,25 @@ def test_strips_are_drawn_once_and_stay(built, model, visit, tmp_path, monkeypat
     (tmp_path / "other" / "cfg.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="is of another checkpoint"):
         dash.main(str(tmp_path / "other"), out=str(out), pages_only=True, steer=1)
+
+
+@pytest.mark.parametrize("name", [".git/config", "notes.txt", "images/mine.png", "feature/deep/er.html", "steer"])
+def test_files_of_others_are_named_and_stay(built, tmp_path, monkeypatch, name):
+    """Also hidden ones, deep ones and links: the whole folder would be replaced."""
+    folder, ckpt = built
+    out = tmp_path / "dash"
+    shutil.copytree(folder, out)
+    (tmp_path / "elsewhere").mkdir()
+    if name == "steer":
+        (out / name).symlink_to(tmp_path / "elsewhere")
+    else:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    monkeypatch.setattr(flux, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    for flags in ({}, {"pages_only": True}, {"overwrite": True}):
+        with pytest.raises(ValueError, match=rf"no part of a dashboard: .*{name.split('/')[0]}"):
+            dash.main(str(ckpt), out=str(out), **flags)
+    assert (out / name).exists() and {p.name for p in tmp_path.iterdir()} == {"dash", "elsewhere"}
 
 
 # ---------------------------------------------------------------- in Chromium

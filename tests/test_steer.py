@@ -204,6 +204,38 @@ def test_command_writes_a_grid_and_replaces_only_its_own(model, built, tmp_path,
     assert (out / "0-x5.png").read_text() == (out / "mine.txt").read_text() == "mine"
 
 
+def test_names_in_steer_json_are_checked(tmp_path):
+    """Only what steer.py may have written is deleted or replaced, and no link is followed."""
+    out, images = tmp_path / "out", np.zeros((1, 1, 32, 32, 3), np.uint8)
+    about = {"kind": "fae steering", "strengths": [0], "prompts": ["a"], "set": "1+1"}
+    out.mkdir()
+    (tmp_path / "above.png").write_text("mine")
+    (out / "mine.txt").write_text("mine")
+    names = ["mine.txt", "../above.png", "..", ".", "", 3, None, str(tmp_path / "above.png"), "7-x1.png", "0-x0.png"]
+    names += ["steer.json", "steer.png"]
+    (out / "steer.json").write_text(json.dumps(about | {"files": list(map(str, names))}))
+    (out / "7-x1.png").write_text("old")
+    (out / "0-x0.png").symlink_to(tmp_path / "above.png")
+    steer.write(out, images, ["0-x0.png"], about)
+    assert (tmp_path / "above.png").read_text() == (out / "mine.txt").read_text() == "mine"
+    assert {p.name for p in out.iterdir()} == {"mine.txt", "0-x0.png", "steer.json", "steer.png"}
+    assert not (out / "0-x0.png").is_symlink()
+    (out / "0-x1.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match=r"0-x1\.png is there and not of steer\.py"):
+        steer.write(out, images, ["0-x1.png"], about)
+    assert not (tmp_path / "nowhere.png").exists()
+
+
+def test_writing_that_fails_leaves_the_old_images(tmp_path, monkeypatch):
+    about = {"kind": "fae steering", "strengths": [0], "prompts": ["a"], "set": "1+1"}
+    steer.write(tmp_path, np.zeros((1, 1, 32, 32, 3), np.uint8), ["0-x0.png"], about)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr(steer, "sheet", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        steer.write(tmp_path, np.ones((1, 1, 32, 32, 3), np.uint8), ["0-x0.png"], about)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 def test_a_foreign_sae_needs_to_be_told_where_it_belongs(model, built, tmp_path):
     params, cfg = sae.load(built["img"])
     sae.save(tmp_path / "foreign", params, cfg)
