@@ -179,7 +179,7 @@ def _weight_file(folder, variant):
                 found.setdefault(".".join(kind), file)
     wanted = variant or ("" if "" in found or len(found) != 1 else next(iter(found)))
     if wanted not in found:
-        variants = ", ".join(filter(None, found))
+        variants = ", ".join(filter(None, sorted(found)))
         if not variants:
             raise FileNotFoundError(f"{folder} holds neither model.safetensors nor diffusion_pytorch_model.safetensors "
                                     "nor a *.safetensors.index.json")

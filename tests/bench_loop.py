@@ -8,13 +8,15 @@ or bytes at its bandwidth where these take longer; so they are floors. Assumptio
 text tokens, 4 prompts a pass, each encoded anew; NF4 weights read once a pass. An SAE step has 2,048 tokens and k = 32;
 its encoder's product takes three bfloat16 passes on a TPU; parameters and moments are read and written once, gradients
 written and read once, a decoder row gathered or added to four times for each token and active feature. On this CPU: the
-same operations at the rate of one large float32 product. "host" is measured here: what the overlap hides on a TPU, that
-is tokenizing and moving rows to their places and out of them; the link to the chip is taken as 10 GB/s each way.
+same operations at the rate of one large float32 product. "host" is measured here, and given line by line: what the
+overlap hides on a TPU. Its model has FLUX.1's layers and vocabularies (nano's, filled up with random pieces), but tiny
+widths, so that sending its programs is all that they take. The link to the chip is taken as 10 GB/s each way.
 """
 import itertools
 import os
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -25,12 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+import synthetic
 
 import flux
 import prompts
 import sae
 import text
 import train
+import vae
+import weights
 
 #        bfloat16 FLOP/s, bytes/s of HBM: https://cloud.google.com/tpu/docs/v5e, v6e, v4 and v5p
 CHIPS = {"v5e": (197e12, 819e9), "v6e": (918e12, 1640e9), "v4": (275e12, 1228e9), "v5p": (459e12, 2765e9)}
@@ -106,7 +111,9 @@ class Loop:
 
 def full_size():
     passes, sizes = harvest_floor()
-    here, rate, host = f"{os.cpu_count()} CPUs here", product_rate(), host_work()
+    with tempfile.TemporaryDirectory() as folder:
+        opening, lines = host_work(Path(folder))
+    here, rate, host = f"{os.cpu_count()} CPUs here", product_rate(), sum(lines.values())
     print(f"FLUX.1: {TOKENS:,} tokens are {PASSES} passes of {B} prompts, each {passes[0] / 1e12:.1f} TFLOP of T5-XXL "
           f"and {passes[1] / 1e12:.1f} of blocks\n\n"
           "| on | harvest | of it T5-XXL | step, 16,384 | 65,536 | link | host |\n|---|--:|--:|--:|--:|--:|--:|")
@@ -117,26 +124,51 @@ def full_size():
         beside = ["", ""] if name == here else [seconds(2 * TOKENS * D / LINK), seconds(host)]
         print(f"| {name} | {seconds(t5 + blocks)} | {t5 / (t5 + blocks):.0%} | {' | '.join(map(seconds, steps))} | "
               f"{' | '.join(beside)} |")
+    print("\nhost, for a step: " + ", ".join(f"{what} {seconds(t)}" for what, t in lines.items()) +
+          f"; once: opening the tokenizers {seconds(opening)}")
 
 
 def seconds(t):
     return f"{t:.1f} s" if t >= 1 else f"{1e3 * t:.1f} ms"
 
 
-def host_work(rounds=5):
-    """Seconds in which this host prepares the passes of one step, and moves their rows into a chunk and out of it."""
-    model = flux.load("nano", last=0)
-    captions = list(itertools.islice(prompts.stream("scenes"), PASSES * B))
-    rows, places = np.zeros((2 ** 16, D), jnp.bfloat16), np.random.default_rng(0).permutation(2 ** 16)
-    new, times = np.zeros((TOKENS, D), jnp.bfloat16), []
-    for i in range(rounds + 1):
-        start = time.perf_counter()
-        for j in range(PASSES):
-            model.tokenize(captions[j * B:(j + 1) * B], T)
-        rows[places[i * TOKENS:(i + 1) * TOKENS]] = new
-        rows[places[-(i + 1) * TOKENS:][:TOKENS]]
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+def host_work(folder, rounds=20):
+    """(seconds to open the tokenizers, {what: seconds} in which this host prepares and sends the passes of one step,
+    and moves their rows into a chunk and out of it)."""
+    synthetic.tokenizers(folder)
+    model, begun = skeleton(folder), time.perf_counter()
+    captions = list(itertools.islice(prompts.stream("scenes"), B))
+    model.tokenize(captions, T)
+    opening = time.perf_counter() - begun
+    rows, places = np.zeros((2 ** 16, D), jnp.bfloat16), np.random.default_rng(0).permutation(2 ** 16)[:TOKENS]
+    new, ids = np.zeros((TOKENS, D), jnp.bfloat16), model.tokenize(captions, 4)
+    encode = lambda: (text.t5(model.t5[1], model.t5[0], ids[0], walk=flux.scan_blocks),
+                      flux._clip(model.clip[1], model.clip[0], ids[1]))
+    noise = lambda: flux.draw_noise(0, np.arange(B), (4, 64))
+    start = flux.Start(noise(), (*encode(), None), flux.sigmas(model.scheduler, 1, 4), (2, 2))
+    work = {"tokenizing": (PASSES, lambda: model.tokenize(captions, T)), "text encoders": (PASSES, encode),
+            "noise": (PASSES, noise),
+            "blocks": (PASSES, lambda: flux.capture(model, start, layer=LAYER, site="img")),
+            "rows into a chunk": (1, lambda: rows.__setitem__(places, new)), "and out": (1, lambda: rows[places])}
+    times = {what: [] for what in work}
+    for what, (n, function) in [*work.items()] * (rounds + 1):
+        begun = time.perf_counter()
+        sent = [function() for _ in range(n)]
+        times[what].append(time.perf_counter() - begun)
+        jax.block_until_ready(sent)
+    return opening, {what: statistics.median(t[1:]) for what, t in times.items()}
+
+
+def skeleton(folder):
+    """FLUX.1's layers and vocabularies, with tiny widths; tokenizers from that folder."""
+    cfg = flux.Config(attention_head_dim=16, num_attention_heads=1, axes_dims_rope=(4, 6, 6), joint_attention_dim=16,
+                      pooled_projection_dim=16)
+    t5 = text.T5Config(d_model=16, d_kv=8, d_ff=16, num_heads=2)
+    clip = text.CLIPConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    tables = flux.table(cfg), text.t5_table(t5), text.clip_table(clip)
+    params = [weights.init_tensors(table, jax.random.key(0), jnp.bfloat16) for table in tables]
+    return flux.Model(cfg, params[0], (t5, params[1]), (clip, params[2]), (vae.Config(latent_channels=16), None), {},
+                      folder, T, 256)
 
 
 def harvest_floor():

@@ -1,4 +1,5 @@
 """The transformer against diffusers' FluxTransformer2DModel, in float32, on random models of awkward shapes."""
+import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import optional
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 import flux
 import shard
@@ -251,6 +253,117 @@ def test_files_that_are_no_transformer(tmp_path):
     save_file(weights, tmp_path / "flux1.safetensors")
     with pytest.raises(ValueError, match=r"missing tensor .*: single_blocks\.1\.linear1\.weight"):
         flux.load_transformer(tmp_path / "flux1.safetensors")
+
+
+def float8(state, dtype, scale=None):
+    """What a float8 file holds of a state dict of arrays, and the float32 values that PyTorch makes of it. scale: the
+    name of the scale tensors of matrices (None: no scales), of odd layers one for each output."""
+    file, values = {}, {}
+    for i, (name, w) in enumerate(state.items()):
+        w = torch.tensor(w)
+        by = torch.tensor(1.0)
+        if scale and w.ndim == 2:
+            by = (w.abs().amax(1) if i % 2 else w.abs().max()) / 200
+            module = name.removesuffix(".weight")
+            file |= {f"{module}.{scale}": by, f"{module}.{scale.replace('weight', 'input')}": torch.tensor(0.5)}
+        file[name] = (w / by.reshape(-1, *[1] * (w.ndim - 1))).to(dtype) if w.ndim == 2 else w
+        values[name] = file[name].float() * by.reshape(-1, *[1] * (w.ndim - 1))
+    return file | ({"scaled_fp8": torch.zeros(2, dtype=dtype)} if scale else {}), values
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("layout, scale", [("diffusers", None), ("diffusers", "weight_scale"), ("bfl", None),
+                                           ("bfl", "scale_weight")])
+def test_float8_files_have_the_values_of_pytorch(layout, scale, dtype, tmp_path):
+    model = random_transformer(GUIDED)
+    model.save_pretrained(tmp_path)
+    tensors = to_bfl(state_of(model), GUIDED) if layout == "bfl" else state_of(model)
+    file, values = float8(tensors, dtype, scale)
+    whole = tmp_path if layout == "diffusers" else tmp_path / "flux1.safetensors"
+    save_torch({name: w.contiguous() for name, w in file.items()}, whole / WEIGHTS if layout == "diffusers" else whole)
+    cfg, ours = flux.load_transformer(whole, dtype=jnp.float32)
+    save_torch({name: w.contiguous() for name, w in values.items()}, tmp_path / "values.safetensors")
+    same, expected = flux.load_transformer(tmp_path / "values.safetensors", dtype=jnp.float32)
+    assert (cfg.layers, cfg.width, cfg.guidance_embeds) == (same.layers, same.width, same.guidance_embeds)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+    half = flux.load_transformer(whole, last=0)[1]
+    np.testing.assert_array_equal(half["txt_in"]["w"], expected["txt_in"]["w"].astype(jnp.bfloat16))
+    assert jax.tree.leaves(half["single"])[0].shape[0] == 0
+
+
+def test_every_float8_value(tmp_path):
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+        save_torch({"a": codes}, tmp_path / "a.safetensors")
+        for ours in ("float32", "bfloat16", "float16"):
+            values = weights.open_weights(tmp_path / "a.safetensors")["a"][:].astype(ours).astype(np.float32)
+            np.testing.assert_array_equal(values, codes.to(getattr(torch, ours)).float().numpy())
+
+
+@pytest.mark.parametrize("kind, quantized", [("SCB", "int8 weights of bitsandbytes"), ("I8", "whole numbers"),
+                                             ("blocks", "only one scale, or one for each output")])
+def test_quantizations_that_cannot_be_read(kind, quantized, tmp_path):
+    tensors = {name: torch.tensor(w) for name, w in to_bfl(state_of(random_transformer(GUIDED)), GUIDED).items()}
+    tensors["img_in.weight"] = tensors["img_in.weight"].to(torch.int8)
+    tensors |= {"SCB": {"img_in.SCB": torch.ones(48)},
+                "blocks": {"img_in.weight_scale": torch.ones(48, 2)}}.get(kind, {})
+    save_torch(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(weights.Mistake, match=quantized) as caught:
+        flux.load_transformer(tmp_path / "a.safetensors", put=lambda *_: pytest.fail("read"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "bfl"])
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
+def test_one_file_with_everything(layout, prefix, tmp_path):
+    model = random_transformer(GUIDED)
+    model.save_pretrained(tmp_path / "a")
+    state = to_bfl(state_of(model), GUIDED) if layout == "bfl" else state_of(model)
+    other = {"vae.decoder.conv_in.weight": np.ones((2, 2, 3, 3), np.float32), "vae.scaled_fp8": np.ones(1, np.float32),
+             "text_encoders.clip_l.transformer.text_model.final_layer_norm.weight": np.ones(3, np.float32),
+             "text_encoders.t5xxl.transformer.shared.SCB": np.ones((2, 2), np.float32)}
+    save_file({prefix + name: w for name, w in state.items()} | other, tmp_path / "everything.safetensors")
+    cfg, ours = flux.load_transformer(tmp_path / "everything.safetensors", dtype=jnp.float32)
+    theirs = flux.load_transformer(tmp_path / "a", dtype=jnp.float32)
+    assert replace(cfg, out_channels=None) == theirs[0]
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs[1])
+
+
+def test_variants(tmp_path):
+    """As diffusers writes them: one file or several, beside the plain one or alone."""
+    folder, numbers = tmp_path / "a", {"fp16": 1, "bf16": 2, "": 0}
+    loaded = lambda path=folder, **options: flux.load_transformer(path, dtype=jnp.float32, **options)[1]["txt_in"]["b"]
+    models = {variant: random_transformer(GUIDED, seed) for variant, seed in numbers.items()}
+    bias = {variant: state_of(model)["context_embedder.bias"] for variant, model in models.items()}
+    models["fp16"].save_pretrained(folder, variant="fp16", max_shard_size="60KB")
+    index = folder / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    assert index.exists()
+    for options in ({}, {"variant": "fp16"}, {"path": index}):
+        np.testing.assert_array_equal(loaded(**options), bias["fp16"])
+    models["bf16"].save_pretrained(folder, variant="bf16")
+    assert (folder / "diffusion_pytorch_model.bf16.safetensors").exists() and index.exists()
+    with pytest.raises(weights.Mistake, match="variants bf16, fp16 and no plain weights") as caught:
+        loaded()
+    assert "\n" not in str(caught.value)
+    models[""].save_pretrained(folder)
+    for variant in ("bf16", None):
+        np.testing.assert_array_equal(loaded(variant=variant), bias[variant or ""])
+    with pytest.raises(weights.Mistake, match="not fp8"):
+        loaded(variant="fp8")
+
+
+def test_of_two_index_files_the_one_that_was_asked_for(tmp_path):
+    for i, variant in enumerate(("", ".fp16")):
+        save_file({"a": np.full(2, i, np.float32)}, tmp_path / f"model{variant}-00001-of-00001.safetensors")
+        (tmp_path / f"model.safetensors.index{variant}.json").write_text(
+            json.dumps({"weight_map": {"a": f"model{variant}-00001-of-00001.safetensors"}}))
+    read = lambda **options: float(weights.open_weights(tmp_path, **options)["a"][0])
+    assert (read(), read(variant="fp16")) == (0, 1)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert read() == 1
+    (tmp_path / "model.safetensors.index.fp16.json").write_text("[]")
+    with pytest.raises(weights.Mistake, match="is not an index"):
+        read()
 
 
 # ---------------------------------------------------------------- the residual stream

@@ -18,12 +18,15 @@ from conftest import optional
 from huggingface_hub import errors
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from test_flux import error, poisoned, quick, random_transformer, to_bfl
+from test_flux import error, float8, poisoned, quick, random_transformer, to_bfl
 
 import flux
 import session
+import text
+import weights
 
 torch = optional("torch")
+save_torch, = optional("safetensors.torch", "save_file")
 AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline = optional(
     "diffusers", "AutoencoderKL", "FlowMatchEulerDiscreteScheduler", "FluxPipeline")
 calculate_shift, = optional("diffusers.pipelines.flux.pipeline_flux", "calculate_shift")
@@ -283,6 +286,96 @@ def test_load_takes_the_transformer_from_bfl_file(dev, tmp_path):
     other = flux.load(folder, transformer=tmp_path / "flux1-dev.safetensors", dtype=jnp.float32)
     assert replace(other.cfg, out_channels=None) == model.cfg
     jax.tree.map(np.testing.assert_array_equal, other.params, model.params)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "bfl"])
+@pytest.mark.parametrize("last", [None, 1])
+def test_load_takes_the_transformer_from_float8_files(dev, tmp_path, layout, last):
+    """In one file with everything, or in a folder; also quantized, and up to a layer."""
+    folder, model, _ = dev
+    tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    path, prefix = tmp_path / "pipeline", ""
+    if layout == "bfl":
+        tensors, path, prefix = to_bfl(tensors, DEV), tmp_path / "everything.safetensors", "model.diffusion_model."
+    file, values = float8(tensors, torch.float8_e4m3fn, "scale_weight")
+    files = {path: {prefix + name: w for name, w in file.items()} | {"vae.x": torch.ones(2)},
+             tmp_path / "values.safetensors": values}
+    if layout == "diffusers":
+        (path / "transformer").mkdir(parents=True)
+        shutil.copy(folder / "transformer" / "config.json", path / "transformer")
+        files = {path / "transformer" / "diffusion_pytorch_model.safetensors": file,
+                 tmp_path / "values.safetensors": values}
+    for name, content in files.items():
+        save_torch({key: w.contiguous() for key, w in content.items()}, name)
+    for options in ({}, session.quantized("int8"), session.quantized("nf4")):
+        ours, expected = (flux.load(folder, transformer=place, dtype=jnp.float32, last=last, **options).params
+                          for place in (path, tmp_path / "values.safetensors"))
+        jax.tree.map(np.testing.assert_array_equal, ours, expected)
+        assert ("out" in ours) == (last is None)
+    assert flux.read_config(folder, path)[1].layers == model.cfg.layers
+
+
+def test_float8_of_all_parts(schnell, tmp_path):
+    """With T5 as ComfyUI's files scale it, CLIP and VAE as torch casts them."""
+    folder, _, _ = schnell
+    shutil.copytree(folder, tmp_path / "a")
+    expected = {}
+    for part, scale in (("text_encoder", None), ("text_encoder_2", "scale_weight"), ("vae", None)):
+        place, = (tmp_path / "a" / part).glob("*.safetensors")
+        file, values = float8(load_file(place), torch.float8_e5m2, scale)
+        save_torch({name: w.contiguous() for name, w in file.items()}, place)
+        expected |= {f"{part}.{name}": w.numpy() for name, w in values.items()}
+    model = flux.load(tmp_path / "a", dtype=jnp.float32)
+    block = "text_encoder_2.encoder.block.1.layer.0.SelfAttention"
+    np.testing.assert_array_equal(model.t5[1]["embed"], expected["text_encoder_2.shared.weight"])
+    np.testing.assert_array_equal(model.t5[1]["block"]["q"][1], expected[f"{block}.q.weight"].T)
+    clip = [name for name in expected if name.endswith("encoder.layers.1.mlp.fc1.weight")]
+    np.testing.assert_array_equal(model.clip[1]["block"]["fc1"]["w"][1], expected[clip[0]].T)
+    np.testing.assert_array_equal(model.vae[1]["decoder"]["mid"]["attention"]["q"]["w"],
+                                  expected["vae.decoder.mid_block.attentions.0.to_q.weight"].T)
+
+
+@pytest.mark.parametrize("file, change, message", [
+    ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "holds a StableDiffusion3Pipeline"),
+    ("model_index.json", {"_class_name": "FluxKontextPipeline"}, "holds a FluxKontextPipeline"),
+    ("model_index.json", {"_class_name": "Flux2Pipeline"}, "holds a Flux2Pipeline"),
+    ("transformer/config.json", {"_class_name": "SD3Transformer2DModel"}, "describes a SD3Transformer2DModel"),
+    ("transformer/config.json", {"num_single_layers": None}, "does not say num_single_layers"),
+    ("transformer/config.json", {"num_layers": None}, "does not say num_layers"),
+    ("transformer/config.json", {"in_channels": 384, "out_channels": 64}, "in_channels is 384, and .* is 64"),   # Fill
+    ("transformer/config.json", {"in_channels": 64, "out_channels": 32}, "out_channels is 32, and .* is 64"),
+    ("transformer/config.json", {"patch_size": 2}, "patch_size is 2"),
+    ("transformer/config.json", {"joint_attention_dim": 40}, "joint_attention_dim is 40, and the T5's d_model is 24"),
+    ("transformer/config.json", {"pooled_projection_dim": 8}, "pooled_projection_dim is 8, and .* hidden_size is 20"),
+    ("text_encoder_2/config.json", {"model_type": "qwen3"}, "says model_type 'qwen3'"),
+    ("text_encoder/config.json", {"model_type": "t5"}, "says model_type 't5'"),
+    ("vae/config.json", {"_class_name": "AutoencoderKLFlux2"}, "AutoencoderKLFlux2"),
+    ("vae/config.json", {"latent_channels": 4}, "in_channels is 64, and .* is 16"),
+    ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas"),
+])
+def test_models_of_another_kind_end_before_loading(schnell, tmp_path, monkeypatch, file, change, message):
+    for part in ("transformer", "text_encoder", "text_encoder_2", "vae", "scheduler", "tokenizer", "tokenizer_2"):
+        (tmp_path / part).mkdir()
+        for name in schnell[0].glob(f"{part}/*"):
+            (tmp_path / part / name.name).symlink_to(name)
+    given = json.loads((schnell[0] / file).read_text()) | change
+    (tmp_path / file).unlink(missing_ok=True)
+    (tmp_path / file).write_text(json.dumps({key: value for key, value in given.items() if value is not None}))
+    monkeypatch.setattr(weights, "load_tensors", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(text, "load_tensors", lambda *_, **__: pytest.fail("weights were read"))
+    for function in (flux.load, flux.read_config):
+        with pytest.raises(weights.Mistake, match=message) as caught:
+            function(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_does_not_fit_ends_before_loading(schnell, tmp_path, monkeypatch):
+    shutil.copytree(schnell[0], tmp_path / "a")
+    file = tmp_path / "a" / "text_encoder_2" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 100}))
+    monkeypatch.setattr(weights, "load_tensors", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(weights.Mistake, match=r"knows \d+ tokens, but its model only 100"):
+        flux.load(tmp_path / "a")
 
 
 def failing_hub(monkeypatch, error):
