@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from conftest import optional
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import save_file as save_torch
 
 import flux
 import shard
@@ -19,6 +18,7 @@ import weights
 from harvest import reap
 
 torch = optional("torch")
+save_torch, = optional("safetensors.torch", "save_file")
 FluxTransformer2DModel, = optional("diffusers", "FluxTransformer2DModel")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
