@@ -443,7 +443,7 @@ def cycles(chip: Chip, B: int, F: int, D: int, k: float, how: Kernels | None) ->
     """About how long the decoder takes forward and backward, in cycles of a chip.
 
     Dense, it is three products of three passes each (`Precision.HIGH`). The kernels' counts are those that
-    tests/bench_tpu.py finds on v5e: for every entry and slice 2 x 3.5 bundles and 1.2 for each register of 8 x 128
+    bench/bundles.py finds on v5e: for every entry and slice 2 x 3.5 bundles and 1.2 for each register of 8 x 128
     that its row fills, for every row 5 a register, and for every entry 2 to sort it twice; or the time in which HBM
     reads the rows twice and writes their gradient, if that is longer."""
     if how is None:

@@ -319,7 +319,7 @@ class Chip:
     axis: int
 
 
-# Bundles of one step with 3,072 rows, ours / plain bfloat16's with the same tile (tests/bench_tpu.py, libtpu 0.0.42):
+# Bundles of one step with 3,072 rows, ours / plain bfloat16's with the same tile (bench/bundles.py, libtpu 0.0.42):
 # NF4 v4 9,814 / 8,815, v5e 23,345 / 23,166, v5p 11,975 / 11,796 (1,536 rows), v6e 12,023 / 11,568; with 256 rows v4
 # 4,794 / 2,458, v5e 2,991 / 2,192, v6e 2,582 / 1,310. Transposed v4 10,859 / 9,345, v5e 45,228 / 44,292, v5p 23,257 /
 # 22,369 (1,536 rows), v6e 12,623 / 12,217; with 256 rows v4 5,118 / 2,652, v5e 5,015 / 4,144, v6e 2,591 / 1,339. Int8

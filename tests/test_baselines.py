@@ -1,4 +1,4 @@
-"""The baselines of tests/bench_sweep.py against their definitions, and the activations of tests/bench_dead.py."""
+"""The baselines of bench/sweep.py against their definitions, and the activations of bench/dead.py."""
 import baselines
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def test_the_largest_neurons_read_linearly():
 
 
 def test_pathological_activations_are_what_they_say():
-    from bench_dead import SHARE, Pathological
+    from dead import SHARE, Pathological
     world = Pathological(width=170, sources=900, active=9)
     x = np.asarray(world.batch(3, 30000), np.float64)
     variances = np.linalg.eigvalsh(np.cov(x, rowvar=False))

@@ -36,8 +36,8 @@ def sparse(chip):
 
 
 def fit(program):
-    """The line of bench_fit.py's table, as cells."""
-    script = Path(__file__).with_name("bench_fit.py")
+    """The line of bench/fit.py's table, as cells."""
+    script = Path(__file__).parents[1] / "bench" / "fit.py"
     result = subprocess.run([sys.executable, script, program], capture_output=True, text=True, check=True)
     return [cell.strip() for cell in result.stdout.splitlines()[-1].split("|")[1:-1]]
 

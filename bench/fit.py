@@ -1,6 +1,6 @@
 """Does it fit? FLUX.1's real programs at their real sizes, compiled for TPUs that are not there, as Markdown:
 
-    python tests/bench_fit.py [v5e-1 v5e-4 v4-8 v6e-4 v5p-8 v4-32:nf4 "v4-8:nf4:capture at 18"]
+    python bench/fit.py [v5e-1 v5e-4 v4-8 v6e-4 v5p-8 v4-32:nf4 "v4-8:nf4:capture at 18"]
 
 No weights are made: shapes suffice. GiB are those of one chip, as the compiler reports them: arguments that the program
 uses (weights), temporaries and outputs. "resident in all" is with everything that a run of train.py keeps beside them:
@@ -13,10 +13,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
 import tpu
 
 os.environ |= tpu.ENVIRONMENT
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp

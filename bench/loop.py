@@ -1,6 +1,6 @@
-"""What a run waits for: harvesting and SAE steps, apart and overlapped, as Markdown tables: python tests/bench_loop.py
+"""What a run waits for: harvesting and SAE steps, apart and overlapped, as Markdown tables: python bench/loop.py
 
-    python tests/bench_loop.py [nano] [flux]                     # what is measured here, what is counted for TPUs
+    python bench/loop.py [nano] [flux]                     # what is measured here, what is counted for TPUs
 
 nano is measured, chunks in turns: the loop as train.py runs it, and with every pass and step waited for, whose times
 are given apart. FLUX.1 is counted: operations of the products (from the jaxprs of its real shapes) at the chip's peak,

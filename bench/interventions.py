@@ -1,4 +1,4 @@
-"""What interventions cost a denoising step of nano, as a Markdown table: python tests/bench_steer.py ckpt
+"""What interventions cost a denoising step of nano, as a Markdown table: python bench/interventions.py ckpt
 
 One step (`flux.velocity`) of a batch of 8 at 128 x 128 pixels, as it is; with the residual at the SAE's layer captured;
 with an addition there, for which nothing is encoded; with a feature scaled, for which the SAE encodes; with the SAE's

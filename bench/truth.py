@@ -1,6 +1,6 @@
 """Do the features find what is there? On nano, against the truth of the scenes, as Markdown and a plot over layers.
 
-    python tests/bench_truth.py results.json --plot docs/truth.svg --ckpts DIR       # only the tables if it is there
+    python bench/truth.py results.json --plot docs/truth.svg --ckpts DIR       # only the tables if it is there
 
 What is known is the rendered scene, so the model is shown renders: a scene's render is encoded by the VAE, noised to
 --level 0.5, and run with the scene's caption. (train.py's recipe, one step from pure noise, knows no true image.) The
@@ -29,11 +29,11 @@ os.environ |= {"TQDM_DISABLE": "1", "JAX_PLATFORMS": "cpu"}
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "nano")]
 
-import bench_sweep
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scenes
+import sweep
 
 import dash
 import flux
@@ -126,7 +126,7 @@ def untrained(model, seed=0):
 
 def trained_sae(tokens, steps, features=2048, k=16, seed=0):
     """An SAE on raw tokens [N, D] by train.py's recipe."""
-    cfg = bench_sweep.config(tokens.shape[1], steps, features, k)
+    cfg = sweep.config(tokens.shape[1], steps, features, k)
     order = np.random.default_rng(seed).permutation(len(tokens))
     state = sae.init(jax.random.key(seed), cfg, np.asarray(tokens[order[:32768]], np.float32))
     for i in range(steps):

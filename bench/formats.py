@@ -1,4 +1,4 @@
-"""What quantization costs and saves, as Markdown, and a picture of it: python tests/bench_quant.py [picture.webp]
+"""What quantization costs and saves, as Markdown, and a picture of it: python bench/formats.py [picture.webp]
 
 Sizes are counted from the shapes of FLUX.1-schnell and T5-XXL; errors are of nano's velocity against its own without
 quantization, in float32. Rates are medians over decoding a [12288, 3072] weight to bfloat16 on this machine, into new

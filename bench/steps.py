@@ -1,4 +1,4 @@
-"""One training step of a TopK SAE, ours beside other trainers on the same data, as Markdown: python tests/bench_sae.py
+"""One training step of a TopK SAE, ours beside other trainers on the same data, as Markdown: python bench/steps.py
 
     pip install eai-sparsify                                     # optional; SAELens is a test requirement
 

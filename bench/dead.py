@@ -1,6 +1,6 @@
 """Dead features on activations with FLUX's pathologies, standardized and raw, as a Markdown table.
 
-    python tests/bench_dead.py [--features 16384] [--steps 600] [--kinds "pca,std,scale,plain std,plain scale"]
+    python bench/dead.py [--features 16384] [--steps 600] [--kinds "pca,std,scale,plain std,plain scale"]
 
 The activations are sparse sums of a known dictionary, so that there is something to find, made as hard as FLUX.1's:
 scales of the dimensions over four orders of magnitude, one direction with 58 % of the raw variance, means far from

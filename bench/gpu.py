@@ -1,4 +1,4 @@
-"""Check and time what only a GPU shows of the SAE: python tests/bench_gpu.py [--small]
+"""Check and time what only a GPU shows of the SAE: python bench/gpu.py [--small]
 
 Prints, with the card and the versions: how often `sae.encode` of raw residuals chooses the same features as float64 on
 the host; whether training steps give the same bits twice, in one process and in another; medians of a step's time.
@@ -40,7 +40,7 @@ def main():
     products()
     steps()
     if "OUT" in os.environ:
-        Path(os.environ["OUT"], "bench_gpu.json").write_text(json.dumps(FOUND, indent=1))
+        Path(os.environ["OUT"], "gpu.json").write_text(json.dumps(FOUND, indent=1))
 
 
 def tell(name, value):

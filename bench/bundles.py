@@ -1,4 +1,4 @@
-"""The kernels on TPUs, counted by the real compiler, as Markdown: python tests/bench_tpu.py [v5e v6e]
+"""The kernels on TPUs, counted by the real compiler, as Markdown: python bench/bundles.py [v5e v6e]
 
 Quantized products: scheduled bundles of one grid step, ours against a plain bfloat16 Pallas product with the same
 tiles. The tiles divide all of FLUX.1's shapes: only the number of steps is another, and a ratio holds for all of them.
@@ -19,9 +19,10 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-import tpu
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import tpu
 
 import kernels
 

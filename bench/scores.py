@@ -1,7 +1,7 @@
 """What the SAEs of nano's layers leave out, and how true attributions are, as Markdown tables.
 
-    python tests/bench_score.py --ckpts DIR                          # DIR/layer0 … layer11, as train.py writes them
-    python tests/bench_score.py --ckpts DIR --what attribution
+    python bench/scores.py --ckpts DIR                          # DIR/layer0 … layer11, as train.py writes them
+    python bench/scores.py --ckpts DIR --what attribution
 
 Without --ckpts, SAEs of --steps steps are trained in a temporary folder. "loss" is `score.score` on renders of held-out
 scenes (--n), at 8 noise levels; images are drawn in --drawn steps; the checkpoints get an eval.json. "attribution": for

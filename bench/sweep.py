@@ -1,13 +1,13 @@
 """SAEs over layers, k and features on nano, beside other trainers and baselines on the same saved tokens, as Markdown.
 
-    python tests/bench_sweep.py results.jsonl --what sites           # texts, images, both (--steps 1000: train.py's;
+    python bench/sweep.py results.jsonl --what sites           # texts, images, both (--steps 1000: train.py's;
                                                                      # --ckpts DIR keeps the images' SAEs: layer0, …)
-    python tests/bench_sweep.py results.jsonl --what sweep           # k = 8 … 64; F = 1,024 … 16,384 at k = 8, 16
-    python tests/bench_sweep.py results.jsonl --what beside          # SAELens and sparsify (pip install eai-sparsify)
-    python tests/bench_sweep.py results.jsonl --what baselines       # PCA, MLP neurons, dictionaries by pursuit
-    python tests/bench_sweep.py results.jsonl --what kinds           # BatchTopK, JumpReLU, nested prefixes
-    python tests/bench_sweep.py results.jsonl --what dense           # F = 1,024 … 4,096 at k = 32 = D / 4
-    python tests/bench_sweep.py results.jsonl --what tables          # only print what is there
+    python bench/sweep.py results.jsonl --what sweep           # k = 8 … 64; F = 1,024 … 16,384 at k = 8, 16
+    python bench/sweep.py results.jsonl --what beside          # SAELens and sparsify (pip install eai-sparsify)
+    python bench/sweep.py results.jsonl --what baselines       # PCA, MLP neurons, dictionaries by pursuit
+    python bench/sweep.py results.jsonl --what kinds           # BatchTopK, JumpReLU, nested prefixes
+    python bench/sweep.py results.jsonl --what dense           # F = 1,024 … 4,096 at k = 32 = D / 4
+    python bench/sweep.py results.jsonl --what tables          # only print what is there
 
 200 passes of the model give the tokens of every layer (--passes; 1.6 million of images, 0.8 million of texts), which
 are kept in --acts (default: a temporary folder that is removed) and read by all runs; a run of more steps than there

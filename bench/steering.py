@@ -1,6 +1,6 @@
 """Is steering true? Images of nano steered toward a colour or a shape, judged, as Markdown tables and a picture.
 
-    python tests/bench_steering.py ckpt3 ckpt5 ckpt8 --out docs/steering.webp     # SAEs of image tokens
+    python bench/steering.py ckpt3 ckpt5 ckpt8 --out docs/steering.webp     # SAEs of image tokens
 
 For each colour and shape, the feature whose maximum in an image tells it best (AUROC on held-out scenes of one to three
 objects, activations of a single step) is added in every step, at every image token or at those alone that show the

@@ -1,4 +1,4 @@
-"""Write a FLUX.1-schnell of random weights: python tests/synthetic.py FOLDER
+"""Write a FLUX.1-schnell of random weights: python bench/synthetic.py FOLDER
 
 The official shapes, names and files (34 GB, bfloat16), with nano's tokenizers filled up to the official sizes: for
 timing and memory at full size where the real weights are not. Remove the folder when done.

@@ -1,4 +1,4 @@
-"""How large and how quick dashboards are, as Markdown tables: python tests/bench_dash.py [pages|memory] [FEATURES ...]
+"""How large and how quick dashboards are, as Markdown tables: python bench/dashboards.py [pages|memory] [FEATURES ...]
 
 memory: what the statistics of 1,000 images of 256 x 256 pixels need besides the model and the SAE: of image tokens in
 one step, and of both streams (256 text tokens) in four. Codes are random: 32 features a token, of 1,024 that an image
