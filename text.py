@@ -81,7 +81,7 @@ def load_t5(folder, *, put=None, dtype=jnp.bfloat16, unpack=None, variant=None):
 
 def t5_config(folder):
     """`T5Config` of a folder. Raises ValueError where it holds another kind of model."""
-    return _config(folder, T5Config, "a T5 encoder", ("t5",))
+    return _config(folder, T5Config, "t5")
 
 
 def t5(params, cfg, ids, *, walk=None):
@@ -191,14 +191,14 @@ def load_clip(folder, *, put=None, dtype=jnp.bfloat16, unpack=None, variant=None
 
 def clip_config(folder):
     """`CLIPConfig` of a folder. Raises ValueError where it holds another kind of model."""
-    return _config(folder, CLIPConfig, "a CLIP text encoder", ("clip_text_model",))
+    return _config(folder, CLIPConfig, "clip_text_model")
 
 
-def _config(folder, cls, what, kinds):
+def _config(folder, cls, kind):
     file = Path(folder) / "config.json"
     given = read_json(file)
-    if given.get("model_type", kinds[0]) not in kinds:
-        raise Mistake(f"{file} says model_type {given['model_type']!r}; FLUX.1 has {what} there, {' or '.join(kinds)}")
+    if given.get("model_type", kind) != kind:
+        raise Mistake(f"{file} says model_type {given['model_type']!r}; FLUX.1 has {kind!r} there")
     return read_config(cls, given)
 
 
