@@ -176,13 +176,14 @@ def check_dtype(dtype):
 def load_model(name, run=None, *, dtype="", quant="", transformer="", **options):
     """`flux.load` as `precision` says, over all devices. transformer: a file or folder to take the transformer from;
     default: the one of the checkpoint's `run`, or the model's own. A model on the hub has the run's revision."""
-    run = run or {}
+    run, unpack = run or {}, quantized("none")["unpack"]
     if run.get("revision") and name == run["model"]:
         name = f"{name}@{run['revision']}"
-    dtype, quant = precision(flux.resolve(name), run, dtype, quant)
+    transformer = transformer or run.get("transformer") or None
+    folder, _ = flux.read_config(name, transformer, unpack)          # not yet its weights
+    dtype, quant = precision(folder, run, dtype, quant)
     placed = shard.arguments(shard.several(), quantized(quant))
-    return flux.load(name, dtype=jnp.dtype(dtype), transformer=transformer or run.get("transformer") or None,
-                     **placed, **options)
+    return flux.load(name, dtype=jnp.dtype(dtype), transformer=transformer, **placed, **options)
 
 
 def real_tokens(model, prompts, site, text_tokens, image_tokens):

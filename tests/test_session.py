@@ -330,7 +330,8 @@ def test_all_tools_load_the_model_by_one_rule(monkeypatch, capsys, tmp_path, nan
             "score": {"prompts": "p.txt", "n": 2}}[tool]
     Path("p.txt").write_text("a red cube\na blue cone\n")
     with pytest.raises(Loaded) as loaded:
-        importlib.import_module(tool).main(str(tmp_path / "sae"), *words, transformer="t.safetensors", **more, **flags)
+        importlib.import_module(tool).main(str(tmp_path / "sae"), *words, transformer=str(nano / "transformer"), **more,
+                                              **flags)
     dtype, quantization, why = expected
-    assert loaded.value.args == (dtype, quantization, "t.safetensors")
+    assert loaded.value.args == (dtype, quantization, str(nano / "transformer"))
     assert f"precision: {dtype} ({why}), quantization {quantization} ({why})" in capsys.readouterr().out
