@@ -797,6 +797,7 @@ def _sums(params: Params, cfg: Config, x: Array, values: Array, indices: Array, 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"  # SAELens' beside a checkpoint
+READ = (CONFIG, WEIGHTS, "sae.safetensors", SCALER, WHITENING)  # all that `load` may read of a folder
 CONSTANT = ("expected_average_only_in", "covariance_whitening")  # normalize_activations by what these two hold
 # What SAELens told of the model beside the shape, before version 6
 MODEL_KEYS = ("model_name", "hook_name", "hook_layer", "prepend_bos", "dataset_path", "context_size")

@@ -674,7 +674,7 @@ def begun_from(init):
     name, _, folder = rest.partition("/")
     if not owner or not name or owner[0] in ".~":
         raise Mistake(f"--init {init}: there is no such folder, and no repo: give owner/repo or owner/repo/folder")
-    files = [f"{folder}/{file}".lstrip("/") for file in (sae.CONFIG, sae.WEIGHTS)]
+    files = [f"{folder}/{file}".lstrip("/") for file in sae.READ]
     return flux.download(f"{owner}/{name}", files) / folder
 
 

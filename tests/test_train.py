@@ -644,7 +644,7 @@ def test_init_starts_from_an_sae(start, trained, tmp_path, monkeypatch):
         start(**flags, out=out, init=init)
         assert sae.load(out)[1].features == 256 and sae.load(out)[1].k == 8
         assert metrics(Path(out))[0]["fvu"] < 0.9 * metrics(Path("anew"))[0]["fvu"]
-    assert asked[0] == ("someone/saes", ["sub/cfg.json", "sub/sae_weights.safetensors"])
+    assert asked[0] == ("someone/saes", [f"sub/{name}" for name in sae.READ])
 
 
 @pytest.mark.parametrize("flags, message", [
