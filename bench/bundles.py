@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tpu
 
-import kernels
+import kernels_tpu
 
 SHAPES = [(3072, 9216), (3072, 12288), (12288, 3072), (3072, 18432)]
 ROWS = (256, 1024, 3072, 12288)
@@ -75,7 +75,7 @@ def sparse(chip, B, F, D, k):
     if errors := [answer["error"] for answer in answers if "error" in answer]:
         print(f"| {chip} | {errors[0]} |")
         return
-    peak = kernels.CHIPS[chip]
+    peak = kernels_tpu.CHIPS[chip]
     dense, counts, sort = 3 * B * F * D / peak.macs, [cycles(chip, answer) for answer in answers], 2 * SORT * B * k
     memory = [4 * (n * F * D + B * D + 4 * B * k) / peak.bandwidth for n in (1, 2)]
     total = sort + sum(map(max, counts, memory))
@@ -88,15 +88,15 @@ def cycles(chip, answer):
     """Bundles x trips of a sparse kernel on the busiest core."""
     (F, _), entries, tiles = answer["size"], answer["rows"] * answer["k"], answer["tiles"]
     chunks, blocks, tokens = (-(-n // size) for n, size in (
-        (entries, kernels.ENTRIES), (F, kernels.ROWS), (answer["rows"], kernels.ROWS)))
-    visits, tile = chunks + blocks - 1, kernels.ROWS // 8
-    zeros = kernels.ROWS * tiles["pitch"] / 128                  # for one block of rows
-    apart = (kernels.GROUP - 1) / 2 * visits                     # before whole groups, and after
-    walk = [apart, (entries - 2 * apart) / kernels.GROUP, apart]
+        (entries, kernels_tpu.ENTRIES), (F, kernels_tpu.ROWS), (answer["rows"], kernels_tpu.ROWS)))
+    visits, tile = chunks + blocks - 1, kernels_tpu.ROWS // 8
+    zeros = kernels_tpu.ROWS * tiles["pitch"] / 128              # for one block of rows
+    apart = (kernels_tpu.GROUP - 1) / 2 * visits                 # before whole groups, and after
+    walk = [apart, (entries - 2 * apart) / kernels_tpu.GROUP, apart]
     if answer["kernel"] == tpu.SPARSE[0]:
         trips = [tokens * zeros, blocks * tile, *walk, tokens * tile]
     else:
-        trips = [tokens * tile, blocks * zeros, blocks * tile, *walk, blocks * tile, chunks * kernels.ENTRIES / 128]
+        trips = [tokens * tile, blocks * zeros, blocks * tile, *walk, blocks * tile, chunks * kernels_tpu.ENTRIES / 128]
     one = sum(n * body for n, body in zip(trips, answer["loops"], strict=True)) + (visits + tokens) * answer["step"]
     return one * -(-tiles["slices"] // CORES.get(chip, 1))
 

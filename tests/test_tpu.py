@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tpu
 
-import kernels
+import kernels_tpu
 
 SIZE, CHIPS = (3072, 1024), ("v4", "v5e", "v6e")
 PROGRAMS = {"v4-8:nf4:step at 256": 1.7, "v5e-1:nf4:capture at 18": 6}           # GiB a chip that weights may take
@@ -57,7 +57,7 @@ def test_sparse_kernels_compile_and_fit(compiled, chip):
     assert not [answer for answer in answers if "error" in answer]
     assert all(answer["tiles"]["slices"] == (8 if chip == "v4" else 1) for answer in answers)
     assert [len(answer["loops"]) for answer in answers] == [6, 8][-len(answers):]
-    assert all(max(answer["loops"][3:6]) < 8 * kernels.GROUP for answer in answers)     # bundles for as many entries
+    assert all(max(answer["loops"][3:6]) < 8 * kernels_tpu.GROUP for answer in answers)     # bundles for as many entries
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -89,15 +89,16 @@ def sparse_program(chip, kernel, B, size, k):
     import jax
     import jax.numpy as jnp
 
-    import kernels
-    (F, D), how, n = size, kernels.cut(kernels.CHIPS[chip], B, size[1]), -(-B * k // kernels.ENTRIES) * kernels.ENTRIES
+    import kernels_tpu
+    (F, D), how = size, kernels_tpu.cut(kernels_tpu.CHIPS[chip], B, size[1])
+    n = -(-B * k // kernels_tpu.ENTRIES) * kernels_tpu.ENTRIES
     make = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
-    entries = kernels.Entries(make(n, dtype=jnp.int32), make(n, dtype=jnp.int32), make(n))
+    entries = kernels_tpu.Entries(make(n, dtype=jnp.int32), make(n, dtype=jnp.int32), make(n))
     if kernel == SPARSE[0]:
-        return lambda e, rows: kernels.spmm_kernel(e, rows, (B, k), how), (entries, make(F, D)), how._asdict()
+        return lambda e, rows: kernels_tpu.spmm(e, rows, (B, k), how), (entries, make(F, D)), how._asdict()
 
     def gradients(e, x, rows):
-        return kernels.outer_kernel(e, x, rows, F, k, how)
+        return kernels_tpu.outer(e, x, rows, F, k, how)
 
     return gradients, (entries, make(B, D), make(F, D)), how._asdict()
 
