@@ -57,7 +57,8 @@ def test_sparse_kernels_compile_and_fit(compiled, chip):
     assert not [answer for answer in answers if "error" in answer]
     assert all(answer["tiles"]["slices"] == (8 if chip == "v4" else 1) for answer in answers)
     assert [len(answer["loops"]) for answer in answers] == [6, 8][-len(answers):]
-    assert all(max(answer["loops"][3:6]) < 8 * kernels_tpu.GROUP for answer in answers)     # bundles for as many entries
+    # Bundles for as many entries
+    assert all(max(answer["loops"][3:6]) < 8 * kernels_tpu.GROUP for answer in answers)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
