@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+import checkpoint as saved
 import flux
 import pages
 import prompts as prompt_sources
@@ -416,10 +417,9 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     """Draw `prompts`, encode the activations of one layer, and keep statistics: a `Collected`, also saved in
     `folder`/collect, with the images in `folder`/images.
 
-    model: of `flux.load`. params, cfg: of `sae.load` or `sae.load_groups`. timesteps: at which activations are taken,
-    as `train.py` does. padding: whether T5's padding counts as tokens. stop(): whether to save the state and end, with
-    None.
-    steps: in which the images are drawn. labels [N, A] bool: what is true of each prompt's scene, named by
+    model: of `flux.load`. params, cfg: of `checkpoint.load`, or `load_groups`. timesteps: at which activations are
+    taken, as `train.py` does. padding: whether T5's padding counts as tokens. stop(): whether to save the state and
+    end, with None. steps: in which the images are drawn. labels [N, A] bool: what is true of each prompt's scene, named by
     `attributes`. info: more for the JSON. progress: called with the number of prompts done. A stopped run goes on where
     its last state was saved, if all arguments are the same. Raises ValueError where activations are not finite.
     """
@@ -437,7 +437,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
             "words": model.words(prompts, text_tokens) if layout.text_tokens else []}
     counts = Counts(cfg.features, layout)
     counts.a["maxima"] = np.zeros((len(prompts) if labels.shape[1] else 0, cfg.features), np.float32)
-    partial = Partial(folder, {**info, "weights": sae.fingerprint(params), "batch": batch})
+    partial = Partial(folder, {**info, "weights": saved.fingerprint(params), "batch": batch})
     if (ended := partial.ended()) is not None:
         return ended
     done = partial.restore(counts.a)
@@ -628,7 +628,7 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
     out = Path(out)
     given = {"n": n, "seed": seed, "steps": steps, "batch": batch, "steer": steer}
     session.check_whole({name: value for name, value in given.items() if value is not None})
-    params, cfg = sae.load_groups(checkpoint)
+    params, cfg = saved.load_groups(checkpoint)
     wanted = feature_range(features, cfg.features)
     if steer and cfg.d_out is not None:
         raise Mistake(f"--steer: {checkpoint} is a transcoder, which writes what belongs to another layer")
@@ -653,7 +653,7 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
                     raise SystemExit(128 + stop())
             strips_for(checkpoint, loader, params, cfg, found, building, steer)
         if is_of(found, checkpoint):                             # scores may be newer than what was collected
-            found.info["scores"] = read_scores(Path(checkpoint) / "eval.json", sae.fingerprint(params))
+            found.info["scores"] = read_scores(Path(checkpoint) / "eval.json", saved.fingerprint(params))
         pages.write(found, building, wanted)
         replace(building, out)
         print(f"dashboard: {out / 'index.html'}")
@@ -677,30 +677,30 @@ def is_of(found, checkpoint):
 
 def read_cfg(checkpoint):
     """cfg.json as it stands."""
-    return json.loads((Path(checkpoint) / sae.CONFIG).read_text(encoding="utf-8"))
+    return json.loads((Path(checkpoint) / saved.CONFIG).read_text(encoding="utf-8"))
 
 
 def model_name(checkpoint, cfg, model):
     """The model that the checkpoint, or the flag, names. Raises ValueError where that is unknown or does not fit."""
-    about = sae.load_metadata(checkpoint)
+    about = saved.load_metadata(checkpoint)
     missing = [name for name in ("model", "layer", "site") if name not in about]
     if missing:
         raise Mistake(f"{checkpoint} does not say its {' or '.join(missing)} (it was not written by train.py)")
     name = model or about["model"]
     described = flux.read_config(name)[1]
     flux.residual_names(described, about["layer"], about["site"])
-    sae.check_width(cfg, described.width, checkpoint, name)
+    session.check_width(cfg, described.width, checkpoint, name)
     return name
 
 
 def run_of(checkpoint):
     """The flags of train.py that the checkpoint was trained with; {} of a foreign SAE."""
-    return sae.load_metadata(checkpoint).get("run") or {}
+    return saved.load_metadata(checkpoint).get("run") or {}
 
 
 def collect_from(checkpoint, loader, params, cfg, folder, source, field, n, steps, model, seed, batch, stop):
     """What the checkpoint says of itself, and the flags → `collect`. loader() → the model."""
-    about, name, run = sae.load_metadata(checkpoint), model_name(checkpoint, cfg, model), run_of(checkpoint)
+    about, name, run = saved.load_metadata(checkpoint), model_name(checkpoint, cfg, model), run_of(checkpoint)
     texts, labels = captions(run, source, field, n)
     loaded = loader()
     steps = steps or (28 if loaded.cfg.guidance_embeds else 4)
@@ -827,12 +827,12 @@ def replace(new, out):
 
 def read_metrics(path):
     """The lines of metrics.jsonl; [] without the file, and without what is torn or damaged."""
-    lines = map(sae.logged, path.read_bytes().splitlines() if path.is_file() else ())
+    lines = map(saved.logged, path.read_bytes().splitlines() if path.is_file() else ())
     return [line for line in lines if line and all(isinstance(value, (int, float)) for value in line.values())]
 
 
 def read_scores(path, weights):
-    """What score.py wrote of the SAE with these weights (their `sae.fingerprint`), or None."""
+    """What score.py wrote of the SAE with these weights (their `saved.fingerprint`), or None."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return found if found["kind"] == "fae score" and found["weights"] == weights else None

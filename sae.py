@@ -1,14 +1,13 @@
-"""Sparse autoencoders: parameters, training step, statistics, files. TopK after Gao et al. 2024 (arXiv 2406.04093),
+"""Sparse autoencoders: parameters, training step, statistics. TopK after Gao et al. 2024 (arXiv 2406.04093),
 BatchTopK (2412.06410), JumpReLU (2407.14435), nested "Matryoshka" dictionaries (2503.17547), transcoders (2406.11944).
 
-Copy `kernels.py` with this file; it needs jax, numpy, optax and safetensors.
+Copy `kernels.py` with this file, and `checkpoint.py` for files; it needs jax, numpy and optax.
 
     cfg = sae.Config(d_in=3072, features=16384, k=32)
     state = sae.init(jax.random.key(0), cfg, sample)                  # sample [N, D]: raw residuals of many prompts
     step = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
     state, metrics = step(state, cfg, x)                              # x [B, D]: raw residuals
-    sae.checkpoint(folder, state, cfg, metadata={"layer": 18})        # weights and everything a resumed run needs
-    params, cfg = sae.load(folder)                                    # acts on raw residuals, as SAELens does
+    params = sae.fold(state, cfg)                                     # acts on raw residuals, as SAELens' do
     values, indices = sae.encode(params, cfg, x)
     x_hat = sae.decode(params, cfg, values, indices)
 
@@ -24,39 +23,23 @@ B batch, D model width, F features, k active features, G groups of tokens with a
 """
 
 import dataclasses
-import hashlib
-import inspect
-import json
-import os
 import re
-import shutil
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors
 from jax import Array, lax
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 import kernels
 
 Params = dict[str, Array]
-CONFIG, WEIGHTS, STATE = "cfg.json", "sae_weights.safetensors", "state.safetensors"
-FORMAT = 2  # of state.safetensors, and of what its numbers mean; in 1 "pca" whitened
 NEVER = 2**30  # tokens since it last fired, of a feature that never did
-TMP = ".fae-tmp"                                                 # how names of unfinished saves end
 ACTIVATIONS, NORMALIZATIONS = ("topk", "batchtopk", "jumprelu"), ("std", "pca", "scale")
-RELU = ("standard", "transcoder")  # architectures of files that hold no thresholds, which are 0
-ARCHITECTURES = ("topk", "jumprelu", "jumprelu_transcoder", "gated", *RELU)
-SAE_LENS_VERSION = "6.54.12"  # the format written; SAELens takes a file that names no version >= 6 for an old one
 
 
 class Mistake(ValueError):
@@ -192,10 +175,10 @@ def init(
     params, threshold = _tied(key, cfg, u[:1024], _geometric_median(u))
     idle, count = jnp.full(cfg.features, NEVER, jnp.int32), jnp.zeros((), jnp.int32)
     return State(params, *(None if a is None else jnp.asarray(a) for a in (mean, std, basis)),
-                 _optimizer(cfg).init(params), idle, threshold, count, _spare(params))
+                 _optimizer(cfg).init(params), idle, threshold, count, spare(params))
 
 
-def _spare(params: Params) -> Params | None:
+def spare(params: Params) -> Params | None:
     """Memory for gradients that lasts from step to step, see `kernels.sparse_decode`."""
     return {name: jnp.zeros_like(params[name]) for name in ("enc", "dec")} if jax.default_backend() == "cpu" else None
 
@@ -579,8 +562,8 @@ def _turns(state: State) -> tuple[Any, Any]:
 def unfold(params: Params, cfg: Config, state: State) -> State:
     """The state with the parameters of an SAE on raw residuals (of the first group), to train it on: `fold` makes of it
     `params` again, but for decoder rows of unit length in this state's space. Raises ValueError where shapes differ."""
-    shapes = {name: shape for name, shape in _shapes(cfg).items() if name != "threshold"}
-    _check_arrays("the SAE to begin from", {name: np.asarray(params[name]) for name in shapes}, shapes)
+    needed = {name: shape for name, shape in shapes(cfg).items() if name != "threshold"}
+    check_arrays("the SAE to begin from", {name: np.asarray(params[name]) for name in needed}, needed)
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     mean, std = (np.asarray(a, np.float64) for a in _of_group(state, cfg, 0))
     along, _ = _turns(state)
@@ -794,437 +777,21 @@ def _sums(params: Params, cfg: Config, x: Array, values: Array, indices: Array, 
     return sums | {"tokens": jnp.asarray(len(x)), "fired": fired, "cosine": jnp.sum(_cosine(x, x_hat))}
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"  # SAELens' beside a checkpoint
-READ = (CONFIG, WEIGHTS, "sae.safetensors", SCALER, WHITENING)  # all that `load` may read of a folder
-CONSTANT = ("expected_average_only_in", "covariance_whitening")  # normalize_activations by what these two hold
-# What SAELens told of the model beside the shape, before version 6
-MODEL_KEYS = ("model_name", "hook_name", "hook_layer", "prepend_bos", "dataset_path", "context_size")
-NOUNS = {dict: "an object", int: "an integer", str: "a string"}
-UNREADABLE = {
-    "abstopk": "its features are of either sign",
-    "matching_pursuit": "it finds one feature after another",
-    "temporal": "its features depend on the tokens before",
-    **dict.fromkeys(("skip_transcoder", "jumprelu_skip_transcoder"), "it adds a linear map beside the features"),
-    **dict.fromkeys(("batchtopk", "matryoshka_batchtopk"),
-                    "its threshold is not fixed yet; SAELens' save_inference_model writes it as jumprelu"),
-}
-SPARSIFY = {  # what cfg.json has to say
-    "activation": ("topk", "groupmax takes the largest of each group of features, not the k largest"),
-    "transcode": (False, "a TopK transcoder is none of ours"),
-    "skip_connection": (False, "it adds a linear map beside the features"),
-    "signed": (False, "its features are of either sign"),
-}
-
-
-def save(folder: str | Path, params: Params, cfg: Config, *, metadata: Mapping[str, Any] | None = None) -> None:
-    """Writes an SAE on raw residuals as SAELens reads it: cfg.json and sae_weights.safetensors."""
-    _write(Path(folder), _sae_files(params, cfg, metadata), cfg)
-
-
-def checkpoint(
-    folder: str | Path,
-    state: State,
-    cfg: Config,
-    *,
-    metadata: Mapping[str, Any] | None = None,
-    extra: Mapping[str, np.ndarray] | None = None,
-) -> None:
-    """Writes the folded SAE (see `save`) and state.safetensors, from which a run goes on bit for bit.
-
-    `metadata` says what the SAE belongs to (model, revision, layer, site, seed, ...; JSON). `extra` holds what else the
-    run needs to resume: a flat dict of arrays (PRNG keys as `jax.random.key_data`). A folder that is not there yet
-    appears whole or not at all; in one that is, each file is replaced whole. `state.safetensors` alone decides where a
-    resumed run goes on. Where cfg has groups, the folder is the SAE on raw residuals of the first one, and a subfolder
-    for each of the others, named like it, the same SAE on theirs.
-    """
-    arrays = _flatten(state._replace(spare=None))
-    arrays |= {f"extra/{name}": np.asarray(value) for name, value in (extra or {}).items()}
-    header = {"format": FORMAT, "config": dataclasses.asdict(cfg)}
-    files = {STATE: lambda path: _save_arrays(path, arrays, header)}
-    for g, name in reversed(list(enumerate(cfg.groups or ("",)))):
-        told = {**(metadata or {}), **({"group": name} if name else {})}
-        for file, write in _sae_files(fold(state, cfg, g), cfg, told).items():
-            files[f"{name}/{file}" if g else file] = write
-    _write(Path(folder), files, cfg)
-
-
-def _sae_files(params: Params, cfg: Config, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Name -> a function that writes that file. cfg.json last: without it a folder is not taken for an SAE."""
-    arrays = {name: np.asarray(params[name], np.float32) for name in _shapes(cfg)}
-    _check_arrays("params", arrays, _shapes(cfg))
-    described = _sealed(_description(cfg, metadata or {}))
-    text = json.dumps(described, indent=2) + "\n"
-    return {
-        WEIGHTS: lambda path: _save_arrays(path, arrays, {"origin": _origin(described)}),
-        CONFIG: lambda path: path.write_text(text),
-    }
-
-
-def _description(cfg: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """cfg.json. Every default is stated, because SAELens' classes disagree on them. Once trained, BatchTopK SAEs are
-    JumpReLU SAEs, there as here."""
-    topk = {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
-    return {
-        "architecture": ("topk" if cfg.activation == "topk" else "jumprelu") + ("_transcoder" if cfg.d_out else ""),
-        "d_in": cfg.d_in,
-        "d_sae": cfg.features,
-        **(topk if cfg.activation == "topk" else {}),
-        **({"d_out": cfg.d_out} if cfg.d_out else {}),
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": False,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {"sae_lens_version": SAE_LENS_VERSION, "training": dataclasses.asdict(cfg), **metadata},
-    }
-
-
-def _sealed(described: dict[str, Any]) -> dict[str, Any]:
-    """With a digest of what decides how the weights are used and where they come from. Other tools may add to it."""
-    described = json.loads(json.dumps(described))
-    described["metadata"].pop("digest", None)  # of another SAE, whose metadata this one continues
-    shape = [name for name in described if name not in ("metadata", "dtype", "device")]
-    origin = [name for name in described["metadata"] if name != "sae_lens_version"]
-    described["metadata"]["digest"] = {"of": shape, "of_metadata": origin, "sha256": _digest(described, shape, origin)}
-    return described
-
-
-def _digest(described: dict[str, Any], shape: list[str], origin: list[str]) -> str:
-    said = [[part.get(name) for name in names] for part, names in ((described, shape), (described["metadata"], origin))]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _origin(described: Mapping[str, Any]) -> list[Any]:
-    """What weights belong to, in their own file too: the same in every checkpoint of a run, so that a kill between the
-    replacing of one file and of the other leaves a pair that fits."""
-    return [described["metadata"].get(name) for name in ("model", "layer", "site", "seed", "group")]
-
-
-def _shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    d, f, out = cfg.d_in, cfg.features, cfg.d_out or cfg.d_in
-    return {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, out), "b_dec": (out,)} | (
-        {} if cfg.activation == "topk" else {"threshold": (f,)})
-
-
-def load(folder: str | Path) -> tuple[Params, Config]:
-    """A folder written by us, by SAELens of any version or by sparsify -> params on raw residuals and their config.
-
-    Of SAELens: topk, jumprelu, gated (which is a JumpReLU), standard (its ReLU is a threshold of 0), and transcoders of
-    jumprelu and standard. Of sparsify: TopK SAEs. What these put around the weights is folded into them: b_dec
-    subtracted first, decoder norms, scales from finetuning, and of `normalize_activations` those whose constants
-    SAELens left in the folder. cfg.k of a foreign SAE with thresholds, which files do not say, is 32. Raises Mistake,
-    in one line that says why, for what is missing, damaged or cannot be represented.
-    """
-    folder = Path(folder)
-    described, cfg = _read_config(folder / CONFIG)
-    path = folder / described["weights"]
-    arrays, header = _load_arrays(path)
-    if header.get("origin", origin := _origin(described)) != origin:
-        raise Mistake(f"{path} is of another run than {folder / CONFIG}: its model, layer, site, seed, group are "
-                      f"{header['origin']}, not {origin}")
-    p = _unwrapped(_named(path, described, cfg, arrays), described, cfg)
-    if described["normalize_activations"] != "none":
-        p |= _unnormalized(folder, described["normalize_activations"], p)
-    return {name: jnp.asarray(p[name], jnp.float32) for name in _shapes(cfg)}, cfg
-
-
-def _named(path: Path, described: Mapping[str, Any], cfg: Config, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The tensors of a file in float64, checked, under SAELens' names of today."""
-    new = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "finetuning_scaling_factor": "scaling_factor"}
-    arrays = {new.get(name, name): value.T if name == "encoder.weight" else value for name, value in arrays.items()}
-    shapes, architecture = _shapes(cfg), described["architecture"]
-    if "log_threshold" in arrays and architecture == "jumprelu":
-        arrays["threshold"] = np.exp(arrays.pop("log_threshold").astype(np.float64))
-    if architecture in (*RELU, "gated"):
-        del shapes["threshold"]
-    if architecture == "gated":
-        del shapes["b_enc"]
-        shapes |= dict.fromkeys(("b_gate", "b_mag", "r_mag"), (cfg.features,))
-    if "scaling_factor" in arrays:
-        shapes["scaling_factor"] = (cfg.features,)
-    _check_arrays(path, arrays, shapes)
-    if not described["finetuning_scaling_factor"] and not np.allclose(arrays.get("scaling_factor", 1), 1):
-        raise Mistake(f"{path} holds a scaling_factor that {CONFIG} does not speak of (finetuning_scaling_factor)")
-    return {name: value.astype(np.float64) for name, value in arrays.items()}
-
-
-def _unwrapped(p: dict[str, Any], described: Mapping[str, Any], cfg: Config) -> dict[str, Any]:
-    """The same SAE as one matrix, bias and threshold, then another matrix and bias."""
-    if described["architecture"] in RELU:
-        p["threshold"] = np.zeros(cfg.features)
-    if described["architecture"] == "gated":  # both paths share a matrix: open is where the magnitude is above a value
-        size = np.exp(p["r_mag"])
-        p |= {"W_enc": p["W_enc"] * size, "b_enc": p["b_mag"], "threshold": p["b_mag"] - p["b_gate"] * size}
-    if described["apply_b_dec_to_input"] and cfg.d_out is None:
-        p["b_enc"] = p["b_enc"] - p["b_dec"] @ p["W_enc"]
-    if described["rescale_acts_by_decoder_norm"] and cfg.activation == "topk":
-        norm = np.maximum(np.linalg.norm(p["W_dec"], axis=1), 1e-30)
-        p |= {"W_enc": p["W_enc"] * norm, "b_enc": p["b_enc"] * norm, "W_dec": p["W_dec"] / norm[:, None]}
-    return p | {"W_dec": p["W_dec"] * p["scaling_factor"][:, None]} if "scaling_factor" in p else p
-
-
-def _unnormalized(folder: Path, kind: str, p: Mapping[str, Any]) -> dict[str, Any]:
-    """What changes so that it acts on raw residuals, where training normalized them by constants: SAELens keeps these
-    beside a checkpoint of a run, and folds them in at its end."""
-    if kind == "covariance_whitening":
-        path, d = folder / WHITENING, len(p["b_dec"])
-        arrays, _ = _load_arrays(path)
-        _check_arrays(path, arrays, {"mean": (d,), "matrix": (d, d), "inverse_matrix": (d, d)})
-        mean, turn, back = (arrays[name].astype(np.float64) for name in ("mean", "matrix", "inverse_matrix"))
-        enc = turn @ p["W_enc"]
-        return {"W_enc": enc, "b_enc": p["b_enc"] - mean @ enc, "W_dec": p["W_dec"] @ back,
-                "b_dec": p["b_dec"] @ back + mean}
-    said = _read_json(folder / SCALER) if (folder / SCALER).is_file() else {}
-    scale = said.get("scaling_factor")
-    if type(scale) not in (int, float) or not 0 < scale < np.inf:
-        raise Mistake(f"{folder / CONFIG}: normalize_activations is {kind!r}, but no {SCALER} beside it says the "
-                      'factor, as {"scaling_factor": 0.5}; without it the SAE would read residuals of another size')
-    return {"W_enc": p["W_enc"] * scale, "W_dec": p["W_dec"] / scale, "b_dec": p["b_dec"] / scale}
-
-
-def _config(path: Path, described: Mapping[str, Any]) -> Config:
-    """What cfg.json says of the shape, and of training as far as it says so."""
-    topk = described["architecture"] == "topk"
-    training = described["metadata"].get("training") or {}
-    shape = {"d_in": described["d_in"], "features": described["d_sae"]}
-    shape["d_out"] = described["d_out"] if described["architecture"].endswith("transcoder") else None
-    k = {"k": described["k"] if topk else training.get("k", min(32, described["d_sae"]))}
-    said = training.get("activation", "topk")
-    activation = "topk" if topk else "jumprelu" if said == "topk" else said
-    return _made(path, training | shape | k | {"activation": activation})
-
-
-def _made(source: Path, said: Mapping[str, Any]) -> Config:
-    """The Config of which a file says this. Raises Mistake for other types and values; other names are left out."""
-    known = {f.name: f.type for f in dataclasses.fields(Config)}
-    said = {name: value for name, value in said.items() if name in known}
-    for name, value in said.items():
-        if not _is_a(value, known[name]):
-            raise Mistake(f"{source}: {name} is {value!r}; need {inspect.formatannotation(known[name])}")
-    try:
-        return Config(**said)
-    except (TypeError, ValueError, ArithmeticError) as error:  # of numbers that no SAE has: 10**400
-        raise Mistake(f"{source}: {error}") from None
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    """Whether JSON's value is of the type; lists stand for tuples, whole numbers for floats too."""
-    if isinstance(kind, types.UnionType):
-        return any(_is_a(value, one) for one in kind.__args__)
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        parts = kind.__args__[:1] * len(value) if kind.__args__[-1] is ... else kind.__args__
-        return len(value) == len(parts) and all(map(_is_a, value, parts))
-    return type(value) in ((int, float) if kind is float else (kind,))  # a bool is no int
-
-
-def load_groups(folder: str | Path) -> tuple[list[Params], Config]:
-    """As `load`, the SAE of each group of tokens, in the order of cfg.groups; one where there are none."""
-    params, cfg = load(folder)
-    return [params, *(load(Path(folder) / name)[0] for name in cfg.groups[1:])], cfg
-
-
-def fingerprint(params: Iterable[Params]) -> str:
-    """One hash of all weights of `load_groups`' SAEs, by which what was found out about them knows them again."""
-    total = hashlib.sha256()
-    for p in params:
-        for name in sorted(p):
-            total.update(np.ascontiguousarray(p[name]).data)
-    return total.hexdigest()
-
-
 def at_timestep(params: list[Params], t: int, streams: int) -> list[Params]:
     """Of `load_groups`' SAEs those of each of the site's streams at the trained timestep number t; one SAE is for all.
     """
     return params * streams if len(params) == 1 else params[t * streams : (t + 1) * streams]
 
 
-def check_width(cfg: Config, width: int, folder: str | Path, model: str | Path) -> None:
-    """Raises ValueError unless the SAE in `folder` reads residuals of `model`, which has this width."""
-    if cfg.d_in != width:
-        raise Mistake(f"the SAE in {folder} is for width {cfg.d_in}, but {model} has width {width}")
+def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """The arrays of an SAE on raw residuals and their shapes."""
+    d, f, out = cfg.d_in, cfg.features, cfg.d_out or cfg.d_in
+    return {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, out), "b_dec": (out,)} | (
+        {} if cfg.activation == "topk" else {"threshold": (f,)})
 
 
-def load_metadata(folder: str | Path) -> dict[str, Any]:
-    """What the SAE in this folder belongs to: the `metadata` it was saved with, and `training`, its Config."""
-    return _read_config(Path(folder) / CONFIG)[0]["metadata"]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise Mistake(f"{path} is not JSON: {error}") from None
-    if not isinstance(read, dict):
-        raise Mistake(f"{path} holds no JSON object")
-    return read
-
-
-def _read_config(path: Path) -> tuple[dict[str, Any], Config]:
-    """cfg.json in SAELens' form of today, checked. Defaults where a file is silent are those of SAELens' classes."""
-    if not path.is_file():
-        raise Mistake(f"{path} is missing: {path.parent} is not an SAE folder")
-    read = _read_json(path)
-    about = {} if read.get("metadata") is None else read["metadata"]
-    _check_metadata(path, about)
-    defaults = {"apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": False, "reshape_activations": "none",
-                "finetuning_scaling_factor": False}
-    described = defaults | read | {"weights": WEIGHTS, "metadata": about} | _modern(path, read, about)
-    _check_described(path, described)
-    seal = about.get("digest")
-    try:
-        whole = seal is None or seal["sha256"] == _digest(read, seal["of"], seal["of_metadata"])
-    except (KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise Mistake(f"{path} is damaged: its digest is another (if it was edited on purpose, remove the digest)")
-    return described, _config(path, described)
-
-
-def _check_metadata(path: Path, about: Any) -> None:
-    kinds = {"training": dict, "run": dict, "evaluation": dict, "layer": int, "site": str, "model": str, "group": str}
-    if type(about) is not dict:
-        raise Mistake(f"{path}: metadata is {about!r}; need an object")
-    for name, kind in kinds.items():
-        if about.get(name) is not None and type(about[name]) is not kind:
-            raise Mistake(f"{path}: metadata.{name} is {about[name]!r}; need {NOUNS[kind]}")
-
-
-def _check_described(path: Path, described: Mapping[str, Any]) -> None:
-    architecture, normalized = described.get("architecture"), described["normalize_activations"]
-    if architecture not in ARCHITECTURES:
-        why = UNREADABLE.get(architecture) if isinstance(architecture, str) else None
-        raise Mistake(f"{path}: architecture is {architecture!r}; need one of {', '.join(ARCHITECTURES)}"
-                      + (f": {why}" if why else ""))
-    counts = {"k": architecture == "topk", "d_out": architecture.endswith("transcoder")}
-    for name in ("d_in", "d_sae", *(name for name, needed in counts.items() if needed)):
-        if type(described.get(name)) is not int or described[name] < 1:
-            raise Mistake(f"{path}: {name} is {described.get(name)!r}; need a positive integer")
-    for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "finetuning_scaling_factor"):
-        if type(described[name]) is not bool:
-            raise Mistake(f"{path}: {name} is {described[name]!r}; need true or false")
-    if described["reshape_activations"] != "none":
-        raise Mistake(f"{path}: reshape_activations is {described['reshape_activations']!r}; only 'none' can be loaded")
-    if normalized not in ("none", *CONSTANT):
-        raise Mistake(f"{path}: normalize_activations is {normalized!r}; only {', '.join(('none', *CONSTANT))} can be "
-                      "loaded: what depends on each input cannot be folded into weights")
-    if normalized != "none" and architecture.endswith("transcoder"):
-        raise Mistake(f"{path}: normalize_activations is {normalized!r}; of a transcoder only 'none' can be loaded")
-
-
-def _modern(path: Path, read: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """What cfg.json would say besides if SAELens 6 had written it, where an older version or sparsify did."""
-    if "expansion_factor" in read and "d_sae" not in read:
-        return _from_sparsify(path, read)
-    normalized = read.get("normalize_activations") or "none"
-    new = {"normalize_activations": "expected_average_only_in" if normalized is True else normalized}
-    if re.match(r"[6-9]|\d\d", str(read.get("sae_lens_version") or about.get("sae_lens_version"))):
-        return new
-    new["metadata"] = {name: read[name] for name in MODEL_KEYS if name in read} | about
-    if "hook_z" in str(read.get("hook_name", read.get("hook_point"))) and "reshape_activations" not in read:
-        new["reshape_activations"] = "hook_z"
-    activation = read.get("activation_fn_str", read.get("activation_fn", "relu"))
-    options = read.get("activation_fn_kwargs") or {}
-    if activation not in ("relu", "topk") or not isinstance(options, dict):
-        raise Mistake(f"{path}: activation_fn is {activation!r}, with {options!r}; need 'relu', or 'topk' with its k")
-    topk = activation == "topk" or read.get("architecture") == "topk"
-    return new | ({"architecture": "topk", "k": options.get("k", read.get("k"))} if topk else
-                  {"architecture": read.get("architecture", "standard")})
-
-
-def _from_sparsify(path: Path, read: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for sparsify's. normalize_decoder concerns its training alone; multi_topk its loss and its `forward`,
-    which then returns 4 k features a token, but not its `encode`."""
-    for name, (needed, why) in SPARSIFY.items():
-        if read.get(name, needed) != needed:
-            raise Mistake(f"{path}: {name} is {read[name]!r}; of sparsify's SAEs only those with {needed!r} can be "
-                          f"loaded: {why}")
-    shape = [read.get(name) for name in ("d_in", "expansion_factor")]
-    product = shape[0] * shape[1] if all(type(n) is int for n in shape) else None
-    return {"architecture": "topk", "d_sae": read.get("num_latents") or product, "weights": "sae.safetensors",
-            "normalize_activations": "none"}
-
-
-def logged(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl: a dict with an int as `step`. None where it is torn or damaged."""
-    try:
-        read = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return read if isinstance(read, dict) and type(read.get("step")) is int else None
-
-
-def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]]:
-    """What `checkpoint` wrote: state, config and `extra`, bit for bit."""
-    path = Path(folder) / STATE
-    arrays, header = _load_arrays(path)
-    if not isinstance(header.get("config"), dict):
-        raise Mistake(f"{path}: no usable config in its header")
-    cfg = _made(path, header["config"])
-    if (written := header.get("format", 1)) != FORMAT:
-        raise Mistake(f"{path} is of format {written}, of another version of sae.py; this one goes on from format "
-                         f"{FORMAT} only (the SAE beside it can be loaded all the same)")
-    template = jax.eval_shape(lambda: init(jax.random.key(0), cfg, *_blank_sample(cfg)))._replace(spare=None)
-    extra = {name[6:]: arrays.pop(name) for name in list(arrays) if name.startswith("extra/")}
-    paths, structure = jax.tree_util.tree_flatten_with_path(template)
-    expected = {_name(keys): leaf for keys, leaf in paths}
-    _check_arrays(path, arrays, {name: leaf.shape for name, leaf in expected.items()})
-    for name, leaf in expected.items():
-        if arrays[name].dtype != leaf.dtype:
-            raise Mistake(f"{path}: {name} is {arrays[name].dtype}; need {leaf.dtype}")
-    state = jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in expected])
-    return state._replace(spare=_spare(state.params)), cfg, extra
-
-
-def _blank_sample(cfg: Config) -> tuple[np.ndarray, np.ndarray | None]:
-    groups = np.repeat(np.arange(max(len(cfg.groups), 1)), 2)
-    return np.zeros((len(groups), cfg.columns), np.float32), groups if cfg.groups else None
-
-
-def _name(keys: tuple) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-
-def _flatten(state: State) -> dict[str, np.ndarray]:
-    return {_name(keys): np.asarray(leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
-
-
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: dict[str, Any]) -> None:
-    # safetensors writes an array's memory as it lies there: a transposed view would come back scrambled
-    arrays = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in arrays.items()}
-    # One entry of metadata: safetensors writes several in any order, and a resumed run is to end in the same bytes
-    save_file(arrays, path, {"fae": json.dumps(header | {"sha256": _checksum(arrays, header)}, sort_keys=True)})
-
-
-def _checksum(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> str:
-    """Of names, types, shapes and every bit: safetensors itself would not notice a flipped one."""
-    checksum = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(arrays):
-        checksum.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        checksum.update(arrays[name].reshape(-1).view(np.uint8))
-    return checksum.hexdigest()
-
-
-def _load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    if not path.is_file():
-        raise Mistake(f"{path} is missing")
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            names, header = file.keys(), json.loads((file.metadata() or {}).get("fae", "{}"))
-            arrays = {name: file.get_tensor(name) for name in names}
-            saved = header.pop("sha256", None)
-    except Exception as error:  # safetensors' own, and what numpy says to types that it does not know
-        raise Mistake(f"{path} is damaged: {error} ({path.stat().st_size} bytes)") from None
-    if saved is not None and saved != _checksum(arrays, header):
-        raise Mistake(f"{path} is damaged: its contents are not those that were saved")
-    return arrays, header
-
-
-def _check_arrays(source: Any, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Exactly these names and shapes, and every number finite; else a ValueError that names the first offender."""
+def check_arrays(source: Any, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises Mistake, naming the first offender, unless arrays have exactly these names and shapes, all finite."""
     if arrays.keys() != shapes.keys():
         missing, unknown = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
         raise Mistake(f"{source}: missing tensors {missing}, unknown tensors {unknown}")
@@ -1233,70 +800,3 @@ def _check_arrays(source: Any, arrays: Mapping[str, np.ndarray], shapes: Mapping
             raise Mistake(f"{source}: {name} has shape {list(array.shape)}; its config says {list(shapes[name])}")
         if not np.isfinite(array).all():
             raise Mistake(f"{source}: {name} holds {int((~np.isfinite(array)).sum())} values that are not finite")
-
-
-def _write(folder: Path, files: Mapping[str, Any], cfg: Config) -> None:
-    """Writes each file so that a kill at any moment leaves only whole ones; a new folder appears with all of them."""
-    folder = folder.resolve()
-    if (folder / CONFIG).exists():
-        _check_replaceable(folder / CONFIG, cfg)
-    _remove_leftovers(folder)
-    # Files are made in a folder of ours, for safetensors leaves temporaries of its own beside what it was writing.
-    new = not folder.exists()
-    mine = f"{os.getpid()}{TMP}"
-    building = folder.parent / f".{folder.name}.{mine}" if new else folder / f".{mine}"
-    building.mkdir(parents=True)
-    try:
-        for name, write in files.items():
-            (building / name).parent.mkdir(exist_ok=True)
-            write(building / name)
-            _sync(building / name)
-    except (OSError, safetensors.SafetensorError) as error:  # a full disk
-        shutil.rmtree(building)
-        raise OSError(f"cannot save {folder}: {error}; what was there before is as it was") from None
-    if new:
-        for parent in {(building / name).parent for name in files}:
-            _sync(parent)
-        os.rename(building, folder)
-        _sync(folder.parent)
-    else:
-        for name in files:
-            (folder / name).parent.mkdir(exist_ok=True)
-            os.replace(building / name, folder / name)
-            _sync((folder / name).parent)
-        shutil.rmtree(building)
-
-
-def _check_replaceable(path: Path, cfg: Config) -> None:
-    """Weights and cfg.json are replaced one after the other, so both must fit whichever of the other is there."""
-    new, (old, _) = _description(cfg, {}), _read_config(path)
-    for name in new.keys() - {"dtype", "device", "metadata"}:
-        if old.get(name) != new[name]:
-            raise Mistake(f"{path}: {name} is {old.get(name)!r}, not {new[name]!r}; save another SAE to another folder")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Deletes folders of saves that were killed: ours by their name, and their process no longer there."""
-    for parent, prefix in ((folder, "."), (folder.parent, f".{folder.name}.")):
-        for path in parent.glob(f".*{TMP}") if parent.is_dir() else ():
-            match = re.fullmatch(rf"{re.escape(prefix)}(\d+){re.escape(TMP)}", path.name)
-            if path.is_dir() and match and not _running(int(match[1])):
-                shutil.rmtree(path)
-
-
-def _running(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()  # our own name on a temporary means that an earlier save of ours failed

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+import checkpoint as saved
 import flux
 import prompts as prompt_sources
 import sae
@@ -45,7 +46,7 @@ EVALUATED = 65536                                                # tokens for FV
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """An SAE, and where it belongs: `params` of each group of tokens (see `sae.load_groups`)."""
+    """An SAE, and where it belongs: `params` of each group of tokens (see `saved.load_groups`)."""
     params: list
     cfg: sae.Config
     layer: int
@@ -121,7 +122,7 @@ def score(model, subject, data, *, captions=None, levels=8, steps=4, tokens=EVAL
     starts = [(rows, replace(start, sigmas=drawn)) for rows, start in starts]
     return {
         "kind": KIND, "layer": subject.layer, "site": subject.site, "images": len(data.prompts), "data": data.origin,
-        "seed": seed, "first_noise": HELD_OUT, "weights": sae.fingerprint(subject.params),
+        "seed": seed, "first_noise": HELD_OUT, "weights": saved.fingerprint(subject.params),
         "versions": {"jax": jax.__version__},
         "loss": summary(loss, change), "loss_where_trained": summary(loss[:, trained], change[:, trained]),
         "per_timestep": rows, "image": {"steps": steps} | distances(model, subject, starts, partial(tell, "images")),
@@ -513,8 +514,8 @@ def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, tokens=EVALUATED
 def described(checkpoint, model="", layer=None, site=""):
     """What the checkpoint says of itself, with the flags where it is silent: a dict with model, layer, site, run, and
     `folder` and `cfg` of the model. Raises ValueError where the two do not fit each other."""
-    _, cfg = sae.load(checkpoint)
-    about = dict(sae.load_metadata(checkpoint))
+    _, cfg = saved.load(checkpoint)
+    about = dict(saved.load_metadata(checkpoint))
     for name, value in (("layer", layer), ("site", site or None)):
         if value is not None and about.get(name, value) != value:
             raise Mistake(f"--{name} {value}: the SAE in {checkpoint} is of {name} {about[name]}")
@@ -528,7 +529,7 @@ def described(checkpoint, model="", layer=None, site=""):
                          "spliced in")
     about["folder"], about["cfg"] = flux.read_config(about["model"])
     flux.residual_names(about["cfg"], about["layer"], about["site"])
-    sae.check_width(cfg, about["cfg"].width, checkpoint, about["model"])
+    session.check_width(cfg, about["cfg"].width, checkpoint, about["model"])
     about["run"], about["features"] = about.get("run") or {}, cfg.features
     size = about["run"].get("size") or None
     about["size"] = tuple(size) if isinstance(size, list) else size
@@ -537,7 +538,7 @@ def described(checkpoint, model="", layer=None, site=""):
 
 def subject(model, checkpoint, layer=None, site=None):
     """The `Subject` in a folder; layer and site where it does not say. Raises ValueError for one of another model."""
-    params, cfg = sae.load_groups(checkpoint)
+    params, cfg = saved.load_groups(checkpoint)
     about = described(checkpoint, str(model.source), layer, site or "")
     run = about["run"]
     grid = flux.token_grid(model, about["size"] or min(256, model.size))
@@ -617,7 +618,7 @@ def check_out(file):
 
 def write(file, found):
     """JSON that appears whole or not at all."""
-    new = file.with_name(f".{file.name}.{os.getpid()}{sae.TMP}")
+    new = file.with_name(f".{file.name}.{os.getpid()}{saved.TMP}")
     try:
         with open(new, "w", encoding="utf-8") as stream:
             stream.write(json.dumps(found, indent=1, allow_nan=False) + "\n")

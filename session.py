@@ -186,6 +186,12 @@ def load_model(name, run=None, *, dtype="", quant="", transformer="", **options)
     return flux.load(name, dtype=jnp.dtype(dtype), transformer=transformer, **placed, **options)
 
 
+def check_width(cfg, width, folder, model):
+    """Raise Mistake unless the SAE in `folder` reads residuals of `model`, which has this width."""
+    if cfg.d_in != width:
+        raise Mistake(f"the SAE in {folder} is for width {cfg.d_in}, but {model} has width {width}")
+
+
 def real_tokens(model, prompts, site, text_tokens, image_tokens):
     """Which tokens of a site are no padding of T5's: [B, N] bool, in the order of `flux.residual`."""
     lengths = [len(words) for words in model.words(prompts, text_tokens)]

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+import checkpoint
 import flux
 import prompts as prompt_sources
 import sae
@@ -65,7 +66,7 @@ class Place:
 class Dictionary:
     """An SAE at its place in a model."""
     name: str
-    params: list                                                 # of each group of tokens (see `sae.load_groups`)
+    params: list                                                 # of each group of tokens, of `checkpoint.load_groups`
     cfg: sae.Config
     place: Place
     typical: Any = None                                          # [F] float64, above zero; None before `calibrated`
@@ -105,10 +106,10 @@ def opened(folder, *, layer=None, site=None, model="", source="", field=""):
     layer, site: for an SAE that does not say. Raises ValueError where they are missing or contradict it.
     """
     folder = Path(folder)
-    params, cfg = sae.load_groups(folder)
+    params, cfg = checkpoint.load_groups(folder)
     if cfg.d_out is not None:
         raise Mistake(f"{folder} is a transcoder: what it writes belongs to another layer; steering needs an SAE")
-    about = sae.load_metadata(folder)
+    about = checkpoint.load_metadata(folder)
     run = about.get("run") or {}
     for name, flag in (("layer", layer), ("site", site)):
         if flag is not None and about.get(name, flag) != flag:
@@ -135,7 +136,7 @@ def opened(folder, *, layer=None, site=None, model="", source="", field=""):
 def check_fit(dictionary, cfg, name):
     """Raise ValueError unless the SAE is for a model with the config `cfg`."""
     flux.residual_names(cfg, dictionary.place.layer, dictionary.place.site)
-    sae.check_width(dictionary.cfg, cfg.width, dictionary.name, name)
+    session.check_width(dictionary.cfg, cfg.width, dictionary.name, name)
 
 
 def examples(place, n):
@@ -382,7 +383,7 @@ def main(*words, set="", steps=None, during="", box="", grid="0,0.5,1,2", seed=0
     count = calibrate or (64 if cfg.width <= 512 else 16)
     known = {id(c.of): examples(c.of.place, count) for c in changes}             # a bad source of prompts fails here
     print(f"model: {name}; " + ", ".join(f"{d.name}: layer {d.place.layer} ({d.place.site})" for d in found))
-    run = sae.load_metadata(folders[0]).get("run")
+    run = checkpoint.load_metadata(folders[0]).get("run")
     loaded = session.load_model(name, run, dtype=dtype, quant=quant, transformer=transformer)
     changes = measured(loaded, changes, known)
     images = drawn(loaded, texts, changes, strengths, settings, options)

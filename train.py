@@ -4,7 +4,7 @@
     python train.py --layer 10 --features 16384            # on a TPU: FLUX.1-schnell
     python train.py --model FOLDER --prompts captions.jsonl.gz --prompt_field text --resume
 
-Copy it with `flux.py`, `sae.py`, `prompts.py`, `hub.py`, what they import, and `nano/` for the bundled model. A run is
+Copy it with `flux.py`, `checkpoint.py`, `prompts.py`, what they import, and `nano/` for the bundled model. A run is
 a pure function of its flags. It works through the prompts in chunks: a chunk's activations are shuffled whole, then the
 SAE trains on them batch by batch, while the next chunk is harvested between the steps. The step number alone says where
 a run stands, so a resumed run harvests its chunk again and goes on bit for bit, and no activations are ever stored.
@@ -28,8 +28,8 @@ import numpy as np
 import safetensors
 from tqdm import tqdm
 
+import checkpoint
 import flux
-import hub
 import prompts as sources
 import sae
 import session
@@ -272,7 +272,7 @@ def train(run, model, prompts, out, *, mesh=None, resume, log_every, save_every,
             state = sae.init(jax.random.key(run.seed), cfg, harvest.rows[first].astype(np.float32),
                              harvest.groups_of(first))
             if run.init:
-                state = sae.unfold(sae.load(begun_from(run.init))[0], cfg, state)
+                state = sae.unfold(checkpoint.load(begun_from(run.init))[0], cfg, state)
             if shard.first():
                 begin(out, state, cfg, metadata)
         bar.initial = bar.n = bar.last_print_n = int(state.step)         # or the time left would count old steps
@@ -422,19 +422,19 @@ def save(out, state, cfg, metadata, extra=None):
     """A checkpoint; state.safetensors too says of which run it is."""
     if shard.first():
         name = np.frombuffer(json.dumps(metadata["run"]).encode(), np.uint8)
-        sae.checkpoint(out, state, cfg, metadata=metadata, extra={"run": name} | (extra or {}))
+        checkpoint.save_state(out, state, cfg, metadata=metadata, extra={"run": name} | (extra or {}))
 
 
 def load_state(out, run):
     """(state, its Config, extra) to go on from. Of several hosts each has to see the checkpoint, and the same one.
     Raises Mistake for the state of another run, whose shapes may well be the same."""
-    state, cfg, extra = shard.together(sae.load_state, out)
+    state, cfg, extra = shard.together(checkpoint.load_state, out)
     ours, theirs = json.loads(json.dumps(asdict(run))), json.loads(bytes(extra.pop("run", b"{}")))
     for name, value in theirs.items():
         moved = name == "prompts" and run.prompts_sha256         # a file is known by its contents
         if name != "steps" and not moved and value != ours.get(name, value):
-            raise Mistake(f"--resume: {out / sae.STATE} is of another run than {out / sae.CONFIG}: its {name} is "
-                          f"{value}, not {ours[name]}")
+            raise Mistake(f"--resume: {out / checkpoint.STATE} is of another run than {out / checkpoint.CONFIG}: its "
+                          f"{name} is {value}, not {ours[name]}")
     steps = shard.of_all(np.asarray(state.step)).tolist()
     if len(set(steps)) > 1:
         raise Mistake(f"--resume: the hosts see different checkpoints in {out}, of steps {steps}")
@@ -446,12 +446,12 @@ def load_state(out, run):
 def begin(out, state, cfg, metadata):
     """The first checkpoint. A folder that is there stays, as it may be a mount or `.`; in it the new checkpoint is made
     whole, and then takes the place of an old one, file by file, cfg.json last: so --overwrite always works again."""
-    fresh = out / f".new{sae.TMP}" if out.exists() else out
-    shutil.rmtree(out / f".new{sae.TMP}", ignore_errors=True)    # of a run that was killed right here
+    fresh = out / f".new{checkpoint.TMP}" if out.exists() else out
+    shutil.rmtree(out / f".new{checkpoint.TMP}", ignore_errors=True)    # of a run that was killed right here
     save(fresh, state, cfg, metadata, {"position": np.array(0)})
     if fresh == out:
         return
-    new = sorted(fresh.iterdir(), key=lambda path: path.name == sae.CONFIG)
+    new = sorted(fresh.iterdir(), key=lambda path: path.name == checkpoint.CONFIG)
     for path in [path for path in out.iterdir() if path.name in ours(out)]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -464,8 +464,9 @@ def begin(out, state, cfg, metadata):
 
 def ours(out):
     """Names of what a checkpoint has in the folder `out`."""
-    groups = (sae.load_metadata(out).get("training") or {}).get("groups") if (out / sae.CONFIG).is_file() else ()
-    return {sae.CONFIG, sae.WEIGHTS, sae.STATE, "metrics.jsonl", "eval.json", *(groups or ())}   # eval.json: score.py's
+    about = checkpoint.load_metadata(out) if (out / checkpoint.CONFIG).is_file() else {}
+    groups = (about.get("training") or {}).get("groups") or ()
+    return {*checkpoint.READ, checkpoint.STATE, "metrics.jsonl", "eval.json", *groups}       # eval.json: score.py's
 
 
 def check_out(out, resume, overwrite):
@@ -473,10 +474,10 @@ def check_out(out, resume, overwrite):
     if resume and overwrite:
         raise Mistake("--resume and --overwrite exclude each other")
     if resume:
-        if not (out / sae.STATE).is_file():
+        if not (out / checkpoint.STATE).is_file():
             raise Mistake(f"--resume: there is no checkpoint in {out}")
     elif out.exists() and not (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir())):
-        if not (out / sae.CONFIG).is_file():
+        if not (out / checkpoint.CONFIG).is_file():
             raise Mistake(f"{out} exists and is not a checkpoint; choose another --out")
         if not overwrite:
             raise Mistake(f"{out} already holds a checkpoint: --resume goes on with it, --overwrite starts anew")
@@ -491,7 +492,7 @@ def trim_metrics(out, step):
     nor what is torn or damaged."""
     file, new = out / "metrics.jsonl", out / ".metrics.jsonl.new"
     lines = file.read_bytes().splitlines() if file.exists() else []
-    kept = (line for line in lines if (read := sae.logged(line)) and 0 <= read["step"] <= step)
+    kept = (line for line in lines if (read := checkpoint.logged(line)) and 0 <= read["step"] <= step)
     new.write_bytes(b"".join(line + b"\n" for line in kept))
     os.replace(new, file)
 
@@ -530,7 +531,7 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
     with shard.as_one(f"if a host was lost, go on from the checkpoint in {out}: --resume on all of them"), \
             contextlib.ExitStack() as held:
         shard.together(lambda: shard.first() and held.enter_context(session.claim(out)))
-        shard.together(lambda: push and shard.first() and hub.check(push))
+        shard.together(lambda: push and shard.first() and checkpoint.check_push(push))
         stop = held.enter_context(session.stopping())
         run, stream = shard.together(prepare, str(model), given, out, resume, overwrite)
         if push and resume and finished(out, run):
@@ -558,17 +559,18 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
 
 def finished(out, run):
     """Whether the folder holds the end of this run, and not a step on the way."""
-    about, state = sae.load_metadata(out), sae.load_state(out)[0]
+    about, state = checkpoint.load_metadata(out), checkpoint.load_state(out)[0]
     return "evaluation" in about and Run(**about["run"]) == run and int(state.step) == run.steps
 
 
 def publish(out, run, repo):
-    """The first host puts the finished checkpoint on the hub."""
+    """Put the finished checkpoint on the hub, on the first host."""
     if not shard.first():
         return
     base = flux.REPOS.get(run.model, run.model)
     try:
-        print(f"pushed: {hub.upload(out, repo, base if base.count('/') == 1 and not Path(base).exists() else None)}")
+        base = base if base.count("/") == 1 and not Path(base).exists() else None
+        print(f"pushed: {checkpoint.push(out, repo, base)}")
     except session.MISTAKES as error:
         raise Mistake(f"{error}; the checkpoint is whole, to try again: python train.py --resume --out {out} "
                          f"--push {repo}") from None
@@ -657,7 +659,7 @@ def prefixes(matryoshka, features):
 
 def inherited(given, width):
     """The flags, with those that --init decides. Raises ValueError where they contradict it."""
-    _, cfg = sae.load(begun_from(given["init"]))
+    _, cfg = checkpoint.load(begun_from(given["init"]))
     if cfg.d_in != width or cfg.d_out is not None or given.get("transcoder") is not None:
         raise Mistake(f"--init {given['init']}: need an SAE of width {width} and not a transcoder; it has d_in "
                          f"{cfg.d_in}, d_out {cfg.d_out}")
@@ -674,7 +676,7 @@ def begun_from(init):
     name, _, folder = rest.partition("/")
     if not owner or not name or owner[0] in ".~":
         raise Mistake(f"--init {init}: there is no such folder, and no repo: give owner/repo or owner/repo/folder")
-    files = [f"{folder}/{file}".lstrip("/") for file in sae.READ]
+    files = [f"{folder}/{file}".lstrip("/") for file in checkpoint.READ]
     return flux.download(f"{owner}/{name}", files) / folder
 
 
@@ -693,7 +695,7 @@ def check_numbers(run):
 def resumed(out, model, given):
     """The Run of the checkpoint in `out`; flags may repeat what it says, and only --steps may differ."""
     try:
-        run = Run(**sae.load_metadata(out)["run"])
+        run = Run(**checkpoint.load_metadata(out)["run"])
     except (KeyError, TypeError):
         raise Mistake(f"--resume: {out} was not written by this train.py") from None
     given = given if model == "auto" else {"model": session.located(model)} | given
@@ -719,10 +721,10 @@ def resumed(out, model, given):
 def step_of(out):
     """The step at which the state in the folder `out` stands, without reading all of it."""
     try:
-        with safetensors.safe_open(out / sae.STATE, "np") as file:
+        with safetensors.safe_open(out / checkpoint.STATE, "np") as file:
             return int(file.get_tensor("step"))
     except Exception as error:                                   # safetensors has its own
-        raise Mistake(f"{out / sae.STATE} is damaged: {error}") from None
+        raise Mistake(f"{out / checkpoint.STATE} is damaged: {error}") from None
 
 
 def table(rows, run):

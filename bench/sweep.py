@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import checkpoint
 import flux
 import prompts
 import sae
@@ -319,7 +320,7 @@ def keeper(ckpts, job):
         return None
     about = {"model": "nano", "layer": job["layer"], "site": "img"}
     run = about | {"timesteps": 1, "prompts": "scenes", "prompt_field": None}
-    return lambda state, cfg: sae.checkpoint(Path(ckpts) / f"layer{job['layer']}", state, cfg,
+    return lambda state, cfg: checkpoint.save_state(Path(ckpts) / f"layer{job['layer']}", state, cfg,
                                              metadata=about | {"run": run})
 
 

@@ -35,6 +35,7 @@ import numpy as np
 import scenes
 import sweep
 
+import checkpoint
 import dash
 import flux
 import sae
@@ -242,7 +243,7 @@ def others(fit, ckpts, layer):
     rng = np.random.default_rng(0)
     rivals = {"PCA": along(axes, mean), "random directions": along(rng.standard_normal((len(mean), 2048)), mean)}
     if ckpts and (Path(ckpts) / f"layer{layer}").is_dir():
-        rivals["train.py's SAE"] = codes(*sae.load(Path(ckpts) / f"layer{layer}"))
+        rivals["train.py's SAE"] = codes(*checkpoint.load(Path(ckpts) / f"layer{layer}"))
     return rivals
 
 

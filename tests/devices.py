@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import checkpoint
 import flux
 import prompts as sources
 import sae
@@ -129,7 +130,7 @@ def train_sae(model, mesh, work):
     out = Path(work) / f"sae{len(os.listdir(work))}"
     train.train(run, model, sources.stream(run.prompts, run.prompt_field, False), out, mesh=mesh, resume=False,
                 log_every=20, save_every=20)
-    return {name: np.asarray(value) for name, value in sae.load(out)[0].items()}
+    return {name: np.asarray(value) for name, value in checkpoint.load(out)[0].items()}
 
 
 def part(leaf):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+import checkpoint
 import dash
 import flux
 import pages
@@ -203,7 +204,7 @@ def model(nano):
     return flux.load(nano, dtype=jnp.float32)
 
 
-def checkpoint(folder, model, *, site="img", timesteps=1, features=96, k=6, model_name="nano"):
+def made(folder, model, *, site="img", timesteps=1, features=96, k=6, model_name="nano"):
     """An SAE that was fitted to nothing but the activations' mean and spread: quick, and alive enough."""
     import jax
     prompts = [f"a {color} cube" for color in ("red", "blue", "green", "white")]
@@ -213,7 +214,7 @@ def checkpoint(folder, model, *, site="img", timesteps=1, features=96, k=6, mode
     run = {"model": str(model_name), "layer": 2, "site": site, "timesteps": timesteps, "size": 64, "text_tokens": 12,
            "dtype": "float32", "prompts": "scenes", "prompt_field": None}
     about = {name: run[name] for name in ("model", "layer", "site")}
-    sae.save(folder, sae.fold(state, cfg), cfg, metadata={**about, "run": run})
+    checkpoint.save(folder, sae.fold(state, cfg), cfg, metadata={**about, "run": run})
     lines = [{"step": s, "loss": 1 / s, "fvu": 0.5 / s, "l0": 6.0, "dead": 0.01, "tokens": s} for s in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     return folder
@@ -223,7 +224,7 @@ def checkpoint(folder, model, *, site="img", timesteps=1, features=96, k=6, mode
 def built(model, nano, tmp_path_factory):
     """The dashboard of 40 scenes at the site img: (folder, checkpoint)."""
     folder = tmp_path_factory.mktemp("img")
-    ckpt = checkpoint(folder / "ckpt", model, model_name=nano)
+    ckpt = made(folder / "ckpt", model, model_name=nano)
     dash.main(str(ckpt), out=str(folder / "dash"), n=40, steps=1, batch=16)
     return folder / "dash", ckpt
 
@@ -232,8 +233,8 @@ def built(model, nano, tmp_path_factory):
 def hostile(model, nano, tmp_path_factory):
     """A dashboard of hostile prompts, both sites, two timesteps."""
     folder = tmp_path_factory.mktemp("hostile")
-    ckpt = checkpoint(folder / "ckpt", model, site="both", timesteps=2, model_name=nano)
-    params, cfg = sae.load(ckpt)
+    ckpt = made(folder / "ckpt", model, site="both", timesteps=2, model_name=nano)
+    params, cfg = checkpoint.load(ckpt)
     dash_folder = folder / "dash"
     found = dash.collect(model, params, cfg, HOSTILE, dash_folder, layer=2, site="both", timesteps=2, steps=1, size=64,
                          text_tokens=12, info={"model": "<img src=x onerror=window.hacked=9>"})
@@ -273,8 +274,8 @@ def test_thresholds_and_groups_of_tokens(model, tmp_path):
     names = [name for name, *_ in groups]
     cfg = sae.Config(d_in=model.cfg.width, features=96, k=6, activation="jumprelu", groups=names)
     state = sae.init(jax.random.key(0), cfg, acts.reshape(-1, acts.shape[-1]), number.reshape(-1))
-    sae.checkpoint(tmp_path / "ckpt", state, cfg)
-    params, cfg = sae.load_groups(tmp_path / "ckpt")
+    checkpoint.save_state(tmp_path / "ckpt", state, cfg)
+    params, cfg = checkpoint.load_groups(tmp_path / "ckpt")
     found = dash.collect(model, params, cfg, HOSTILE, tmp_path / "dash", timesteps=2, steps=1, **where)
     noise = flux.draw_noise(0, dash.HELD_OUT + np.arange(len(HOSTILE)), (16, 64))
     acts = np.asarray(flux.residuals(model, HOSTILE, steps=2, noise=noise, **where))
@@ -332,7 +333,8 @@ def test_scores_that_came_later_are_shown_when_pages_are_rebuilt(built, tmp_path
     shutil.copytree(folder, tmp_path / "dash")
     shutil.copytree(ckpt, tmp_path / "ckpt")
     part = {"clean": 0.5, "spliced": 0.625, "zero": 2.0, "mean": 1.5, "recovered_zero": 0.9166, "recovered_mean": 0.875}
-    found = {"kind": "fae score", "weights": sae.fingerprint(sae.load_groups(ckpt)[0]), "images": 7, "data": "cards",
+    found = {"kind": "fae score", "weights": checkpoint.fingerprint(checkpoint.load_groups(ckpt)[0]), "images": 7,
+             "data": "cards",
              "loss": part, "loss_where_trained": part, "per_timestep": [part | {"t": 1.0, "trained": True}],
              "image": {"steps": 4, **{name: {"rmse": 3.0, "psnr": None} for name in ("spliced", "zero", "mean")}},
              "sae": {"fvu": 0.25, "fvu_standardized": 0.25, "l0": 8.0, "dead": 0.5,
@@ -389,7 +391,7 @@ def test_a_stopped_run_leaves_the_old_pages_and_goes_on(built, model, nano, tmp_
 
 def test_other_dashboards_and_foreign_files_stay(built, model, nano, tmp_path, monkeypatch):
     folder, _ = built
-    out, other = tmp_path / "dash", checkpoint(tmp_path / "other", model, features=80, model_name=nano)
+    out, other = tmp_path / "dash", made(tmp_path / "other", model, features=80, model_name=nano)
     shutil.copytree(folder, out)
     monkeypatch.setattr(flux, "load", lambda *a, **k: model)
     flags = {"out": str(out), "n": 2, "steps": 1, "batch": 2}
@@ -474,13 +476,13 @@ def test_mistakes_end_in_one_line(built, model, tmp_path, flags, message):
     shutil.copytree(ckpt, places["half"])
     data = (ckpt / "sae_weights.safetensors").read_bytes()
     (places["half"] / "sae_weights.safetensors").write_bytes(data[:len(data) // 2])
-    params, cfg = sae.load(ckpt)
-    sae.save(places["foreign"], params, cfg)
+    params, cfg = checkpoint.load(ckpt)
+    checkpoint.save(places["foreign"], params, cfg)
     shutil.copytree(ckpt, places["gated"])
     (places["gated"] / "cfg.json").write_text((ckpt / "cfg.json").read_text().replace('"topk"', '"temporal"'))
     wide = sae.Config(d_in=64, features=8, k=2)
-    sae.save(places["wide"], {"W_enc": jnp.ones((64, 8)), "b_enc": jnp.ones(8), "W_dec": jnp.ones((8, 64)),
-                              "b_dec": jnp.ones(64)}, wide, metadata=sae.load_metadata(ckpt) | {"training": {}})
+    checkpoint.save(places["wide"], {"W_enc": jnp.ones((64, 8)), "b_enc": jnp.ones(8), "W_dec": jnp.ones((8, 64)),
+                              "b_dec": jnp.ones(64)}, wide, metadata=checkpoint.load_metadata(ckpt) | {"training": {}})
     command = [sys.executable, str(ROOT / "dash.py"), *(flag.format(**places) for flag in flags)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -501,7 +503,7 @@ def test_strips_are_drawn_once_and_stay(built, model, visit, tmp_path, monkeypat
     wanted = dash.liveliest(found, 2)
     assert found.images[wanted].min() >= np.sort(found.images)[-2]
     assert {p.name for p in (out / "steer").iterdir()} == {f"{f}-{s}.webp" for f in wanted for s in (0, 2, 4, 8)}
-    params, f = sae.load(ckpt)[0], wanted[0]
+    params, f = checkpoint.load(ckpt)[0], wanted[0]
     values = lambda x: jnp.maximum(x @ params["W_enc"] + params["b_enc"], 0)
     def scaled(name, x, each, shared):
         v = values(x)

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
+import checkpoint
 import flux
-import hub
 import sae
 import train
 
@@ -135,7 +135,7 @@ def server(monkeypatch, tmp_path):
     hub.server_close()
 
 
-def checkpoint(folder, **changes):
+def made(folder, **changes):
     """As the end of a run leaves it."""
     run, cfg = RUN | changes, sae.Config(d_in=24, features=96, k=5)
     x = np.random.default_rng(0).standard_normal((200, 24), np.float32)
@@ -150,15 +150,15 @@ def checkpoint(folder, **changes):
 
 def test_what_is_uploaded(server, tmp_path):
     """One commit for a site; another SAE goes beside the first, a new one of the same site takes its place."""
-    first, second = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b", layer=37, site="both")
-    assert hub.upload(first, "me/saes", "black-forest-labs/FLUX.1-schnell") == f"{server.address}/me/saes"
+    first, second = made(tmp_path / "a"), made(tmp_path / "b", layer=37, site="both")
+    assert checkpoint.push(first, "me/saes", "black-forest-labs/FLUX.1-schnell") == f"{server.address}/me/saes"
     held = server.repos["me/saes"]
-    files = (sae.CONFIG, sae.WEIGHTS, "metrics.jsonl")
+    files = (checkpoint.CONFIG, checkpoint.WEIGHTS, "metrics.jsonl")
     expected = {f"layer10-img/{name}": (first / name).read_bytes() for name in files}
     assert {name: content for name, content in held.items() if name != "README.md"} == expected
     assert server.commits == [("SAE of layer 10 (img)", ["file", "lfsFile", "file", "file"])]
     assert "also holds" not in held["README.md"].decode()
-    hub.upload(second, "me/saes")
+    checkpoint.push(second, "me/saes")
     assert len(server.commits) == 2 and held.keys() > expected.keys() and "layer37-both/cfg.json" in held
     assert "also holds `layer10-img`." in held["README.md"].decode()
 
@@ -170,15 +170,15 @@ def test_groups_of_tokens_go_along_and_init_takes_them_from_there(server, tmp_pa
     about = {"model": "nano", "layer": 3, "site": "both", "normalization": "std", "evaluation": {"SAE": SCORES},
              "run": RUN | {"site": "both"}}
     train.save(tmp_path / "a", state, cfg, about)
-    hub.upload(tmp_path / "a", "me/saes")
+    checkpoint.push(tmp_path / "a", "me/saes")
     held = server.repos["me/saes"]
     assert held["layer3-both/img/cfg.json"] == (tmp_path / "a" / "img" / "cfg.json").read_bytes()
     assert "| for tokens | txt; of img: `layer3-both/img` |" in held["README.md"].decode()
-    hub.upload(tmp_path / "a", "me/saes")
+    checkpoint.push(tmp_path / "a", "me/saes")
     assert "also holds" not in held["README.md"].decode()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     folder = train.begun_from("me/saes/layer3-both/img")
-    assert sae.load_metadata(folder)["group"] == "img" and sae.load(folder)[1] == cfg
+    assert checkpoint.load_metadata(folder)["group"] == "img" and checkpoint.load(folder)[1] == cfg
     run = train.defaults("nano", nano, flux.read_config(nano)[1], {"init": "me/saes/layer3-both/img"})
     assert (run.features, run.k, run.activation) == (256, 5, "batchtopk")
     with pytest.raises(ValueError, match="no repo me/nothing"):
@@ -190,27 +190,27 @@ def test_groups_of_tokens_go_along_and_init_takes_them_from_there(server, tmp_pa
 def test_places_of_no_model_are_not_made(server, tmp_path, changes):
     """A folder in the repo is named after them."""
     with pytest.raises(sae.Mistake, match=r"cfg\.json: metadata\.layer is .*; need a block's number and img"):
-        hub.upload(foreign(tmp_path / "a", {"layer": 3, "site": "img"} | changes), "me/saes")
+        checkpoint.push(foreign(tmp_path / "a", {"layer": 3, "site": "img"} | changes), "me/saes")
     assert not server.repos
 
 
 def foreign(folder, metadata):
     cfg = sae.Config(d_in=24, features=96, k=5)
     x = np.random.default_rng(0).standard_normal((200, 24), np.float32)
-    sae.save(folder, sae.fold(sae.init(jax.random.key(0), cfg, x), cfg), cfg, metadata=metadata)
+    checkpoint.save(folder, sae.fold(sae.init(jax.random.key(0), cfg, x), cfg), cfg, metadata=metadata)
     return folder
 
 
 def test_saes_of_others_are_not_pushed(server, tmp_path):
     """Their card would have nothing to say."""
     with pytest.raises(sae.Mistake, match="says no model, run, evaluation, normalization: it was not"):
-        hub.upload(foreign(tmp_path / "a", {"layer": 3, "site": "img"}), "me/saes")
+        checkpoint.push(foreign(tmp_path / "a", {"layer": 3, "site": "img"}), "me/saes")
     assert not server.repos
 
 
 def test_the_card(server, tmp_path):
-    folder = checkpoint(tmp_path / "a", prompts="a file's name.txt")
-    hub.upload(folder, "lab/saes", "black-forest-labs/FLUX.1-schnell")
+    folder = made(tmp_path / "a", prompts="a file's name.txt")
+    checkpoint.push(folder, "lab/saes", "black-forest-labs/FLUX.1-schnell")
     _, front, text = server.repos["lab/saes"]["README.md"].decode().split("---\n", 2)
     front = yaml.safe_load(front)
     assert front["base_model"] == "black-forest-labs/FLUX.1-schnell" and front["library_name"] == "saelens"
@@ -230,14 +230,14 @@ import numpy as np, sae_lens, huggingface_hub
 sys.path.insert(0, {root!r})
 import sae
 theirs = sae_lens.SAE.from_pretrained("me/saes", "layer10-img")
-params, cfg = sae.load(huggingface_hub.snapshot_download("me/saes") + "/layer10-img")
+params, cfg = checkpoint.load(huggingface_hub.snapshot_download("me/saes") + "/layer10-img")
 print(json.dumps([type(theirs).__name__, cfg.features, bool((theirs.W_dec.detach().numpy() == params["W_dec"]).all())]))
 """
 
 
 def test_others_load_it_as_the_card_says(server, tmp_path):
     pytest.importorskip("sae_lens")
-    hub.upload(checkpoint(tmp_path / "a"), "me/saes")
+    checkpoint.push(made(tmp_path / "a"), "me/saes")
     environment = os.environ | {"HF_ENDPOINT": server.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
                                 "HF_HOME": str(tmp_path / "home")}
     code = READER.format(root=str(Path(sae.__file__).parent))
@@ -251,26 +251,26 @@ def test_others_load_it_as_the_card_says(server, tmp_path):
     ("me/a--b", "owner/name"), ("True", "owner/name"), ("you/saes", "you may write to repos of me, lab")])
 def test_repos_that_cannot_be(server, repo, message):
     with pytest.raises(ValueError, match=f"--push {repo}: .*{message}"):
-        hub.check(repo)
+        checkpoint.check_push(repo)
     assert not server.repos
 
 
 def test_tokens_that_will_not_do(server, monkeypatch):
-    hub.check("me/saes")
-    hub.check("lab/saes")
+    checkpoint.check_push("me/saes")
+    checkpoint.check_push("lab/saes")
     server.who["auth"]["accessToken"]["role"] = "read"
     with pytest.raises(ValueError, match="your token may only read"):
-        hub.check("me/saes")
+        checkpoint.check_push("me/saes")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(ValueError, match=r"cannot ask the hub who you are: Invalid user token[^\n]*$"):
-        hub.check("me/saes")
+        checkpoint.check_push("me/saes")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match="there is no token; log in with `hf auth login`"):
-        hub.check("me/saes")
+        checkpoint.check_push("me/saes")
     monkeypatch.setenv("HF_TOKEN", "hf_ours")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"cannot ask the hub who you are: [^\n]*$"):
-        hub.check("me/saes")
+        checkpoint.check_push("me/saes")
 
 
 # ---------------------------------------------------------------- train.py --push
@@ -293,12 +293,12 @@ def test_train_pushes_at_the_end_and_a_finished_run_at_once(nano, server, tmp_pa
     assert f"pushed: {server.address}/me/nano" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in Path("ckpt").iterdir()} == before
     held = server.repos["me/nano"]
-    assert held.keys() == {"README.md", *(f"layer2-img/{name}" for name in before if name != sae.STATE)}
+    assert held.keys() == {"README.md", *(f"layer2-img/{name}" for name in before if name != checkpoint.STATE)}
     assert "base_model" not in held["README.md"].decode() and "layer 2 of nano" in held["README.md"].decode()
     shutil.copytree("ckpt", "damaged")
-    weights = bytearray(before[sae.WEIGHTS])
+    weights = bytearray(before[checkpoint.WEIGHTS])
     weights[-1] ^= 1
-    Path("damaged", sae.WEIGHTS).write_bytes(weights)
+    Path("damaged", checkpoint.WEIGHTS).write_bytes(weights)
     with pytest.raises(ValueError, match=r"sae_weights\.safetensors is damaged"):
         train.main(resume=True, push="me/nano", out="damaged")
     with pytest.raises(pytest.fail.Exception, match="the model was loaded"):     # more steps: not finished

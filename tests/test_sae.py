@@ -22,6 +22,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import checkpoint
 import kernels
 import sae
 
@@ -395,9 +396,9 @@ def test_saelens_reads_ours(tmp_path):
 
     state, x = trained(20), residuals(300, seed=6)
     assert np.asarray(state.std).max() / np.asarray(state.std).min() > 1e3
-    sae.checkpoint(tmp_path / "sae", state, CFG, metadata={"model": "nano", "layer": 3, "site": "img"})
-    params, cfg = sae.load(tmp_path / "sae")
-    assert cfg == CFG and sae.load_metadata(tmp_path / "sae")["layer"] == 3
+    checkpoint.save_state(tmp_path / "sae", state, CFG, metadata={"model": "nano", "layer": 3, "site": "img"})
+    params, cfg = checkpoint.load(tmp_path / "sae")
+    assert cfg == CFG and checkpoint.load_metadata(tmp_path / "sae")["layer"] == 3
     assert_same(params, sae.fold(state, CFG))
     theirs = SAE.load_from_disk(tmp_path / "sae")
     assert theirs.cfg.architecture() == "topk" and theirs.cfg.k == CFG.k and theirs.cfg.metadata.site == "img"
@@ -416,7 +417,7 @@ def test_we_read_saelens(tmp_path, apply_b_dec, rescale):
     for parameter in theirs.parameters():
         parameter.data = torch.randn_like(parameter)
     theirs.save_model(tmp_path)
-    params, cfg = sae.load(tmp_path)
+    params, cfg = checkpoint.load(tmp_path)
     assert (cfg.d_in, cfg.features, cfg.k) == (9, 31, 5)
     assert_agrees_with_saelens(
         theirs, params, cfg, np.random.default_rng(0).standard_normal((64, 9)).astype(np.float32)
@@ -427,8 +428,8 @@ def test_resumed_run_is_bit_identical(tmp_path):
     cfg = dataclasses.replace(CFG, dead_after=128, warmup=4, decay=(8, 12))
     straight = trained(12, cfg)
     key, position = jax.random.key_data(jax.random.key(7)), np.int64(2**40)
-    sae.checkpoint(tmp_path / "run", trained(5, cfg), cfg, extra={"key": key, "position": position})
-    state, loaded, extra = sae.load_state(tmp_path / "run")
+    checkpoint.save_state(tmp_path / "run", trained(5, cfg), cfg, extra={"key": key, "position": position})
+    state, loaded, extra = checkpoint.load_state(tmp_path / "run")
     assert loaded == cfg and set(extra) == {"key", "position"}
     assert_same((extra["key"], extra["position"]), (np.asarray(key), np.asarray(position)))
     assert_same(state._replace(spare=None), trained(5, cfg)._replace(spare=None))
@@ -443,7 +444,7 @@ folder, cfg = sys.argv[1], sae.Config(d_in=64, features=512, k=4)
 state = sae.init(jax.random.key(0), cfg, np.random.default_rng(0).standard_normal((64, 64)))
 for i in itertools.count(1):
     state = state._replace(step=state.step + 1, params=state.params | {"b_enc": state.params["b_enc"] + 1})
-    sae.checkpoint(folder, state, cfg, metadata={"step": i}, extra={"step": np.int64(i)})
+    checkpoint.save_state(folder, state, cfg, metadata={"step": i}, extra={"step": np.int64(i)})
     print(i, flush=True)
 """
 
@@ -465,14 +466,14 @@ def test_killed_while_saving(tmp_path):
         process.wait()
         process.stdout.close()
         if folder.exists():
-            params, cfg = sae.load(folder)
-            state, _, extra = sae.load_state(folder)
+            params, cfg = checkpoint.load(folder)
+            state, _, extra = checkpoint.load_state(folder)
             assert cfg.features == 512 and params["W_enc"].shape == (64, 512)
             assert int(extra["step"]) == int(state.step) == state.params["b_enc"][0] >= 1
     (folder / ".notes.fae-tmp").write_text("not ours")
     (folder / ".999999999.fae-tmp").mkdir()                      # as a process that is no more would have left it
     (folder / ".999999999.fae-tmp" / ".tmpN94RWz").write_text("what safetensors leaves when it is killed")
-    sae.checkpoint(folder, state, cfg)
+    checkpoint.save_state(folder, state, cfg)
     names = {p.name for p in folder.iterdir()}
     assert names == {"cfg.json", "sae_weights.safetensors", "state.safetensors", ".notes.fae-tmp"}
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
@@ -480,12 +481,12 @@ def test_killed_while_saving(tmp_path):
 
 def test_saving_leaves_other_files_and_other_saes_alone(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    sae.checkpoint(tmp_path, trained(0), CFG)
+    checkpoint.save_state(tmp_path, trained(0), CFG)
     other = dataclasses.replace(CFG, k=3)
     with pytest.raises(ValueError, match="k is 4, not 3"):
-        sae.save(tmp_path, sae.fold(trained(0), CFG), other)
-    sae.save(tmp_path, sae.fold(trained(0), CFG), CFG)
-    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n" and sae.load(tmp_path)[1] == CFG
+        checkpoint.save(tmp_path, sae.fold(trained(0), CFG), other)
+    checkpoint.save(tmp_path, sae.fold(trained(0), CFG), CFG)
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n" and checkpoint.load(tmp_path)[1] == CFG
 
 
 def edit_config(folder, **changes):
@@ -526,10 +527,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("message", BROKEN)
 def test_broken_folders_are_named(tmp_path, message):
-    sae.save(tmp_path / "sae", sae.fold(trained(0), CFG), CFG)
+    checkpoint.save(tmp_path / "sae", sae.fold(trained(0), CFG), CFG)
     BROKEN[message](tmp_path / "sae")
     with pytest.raises(ValueError, match=message) as error:
-        sae.load(tmp_path / "sae")
+        checkpoint.load(tmp_path / "sae")
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -548,9 +549,9 @@ def damaged(data, r):
 def test_damage_is_an_error_or_does_not_matter(tmp_path, name):
     """200 times: never another SAE, never an error of another kind than ValueError."""
     r, folder = np.random.default_rng(len(name)), tmp_path / "run"
-    sae.checkpoint(folder, trained(0), CFG, metadata={"layer": 3, "run": {"model": "nano"}})
-    read = (lambda: (sae.load_state(folder)[:2])) if name.startswith("state") else (
-        lambda: (*sae.load(folder), sae.load_metadata(folder)["run"], sae.load_metadata(folder)["layer"]))
+    checkpoint.save_state(folder, trained(0), CFG, metadata={"layer": 3, "run": {"model": "nano"}})
+    read = (lambda: (checkpoint.load_state(folder)[:2])) if name.startswith("state") else (
+        lambda: (*checkpoint.load(folder), *map(checkpoint.load_metadata(folder).get, ("run", "layer"))))
     whole, expected, harmless = (folder / name).read_bytes(), read(), 0
     for _ in range(200):
         (folder / name).write_bytes(damaged(whole, r))
@@ -569,55 +570,55 @@ def test_weights_of_another_run_are_refused(tmp_path):
     """Of the same shapes, whole, and yet not those that cfg.json tells of."""
     state = trained(0)
     for layer in (3, 4):
-        sae.checkpoint(tmp_path / f"{layer}", state, CFG, metadata={"layer": layer})
+        checkpoint.save_state(tmp_path / f"{layer}", state, CFG, metadata={"layer": layer})
     weights = "sae_weights.safetensors"
     shutil.copy(tmp_path / "3" / weights, tmp_path / "4" / weights)
     with pytest.raises(ValueError, match="is of another run"):
-        sae.load(tmp_path / "4")
+        checkpoint.load(tmp_path / "4")
     before = (tmp_path / "3" / weights).read_bytes()
-    sae.checkpoint(tmp_path / "3", trained(1), CFG, metadata={"layer": 3, "evaluation": {}})
+    checkpoint.save_state(tmp_path / "3", trained(1), CFG, metadata={"layer": 3, "evaluation": {}})
     (tmp_path / "3" / weights).write_bytes(before)                # killed between the two: an earlier step's weights
-    sae.load(tmp_path / "3")
+    checkpoint.load(tmp_path / "3")
 
 
 def test_foreign_files(tmp_path):
-    sae.checkpoint(tmp_path / "run", trained(0), CFG)
+    checkpoint.save_state(tmp_path / "run", trained(0), CFG)
     for content in (b"", b"PK\x03\x04 a torch file", b"[]", b"{}", b"null", b"\xff" * 64):
         for name in ("cfg.json", "sae_weights.safetensors"):
-            sae.checkpoint(tmp_path / "run", trained(0), CFG)
+            checkpoint.save_state(tmp_path / "run", trained(0), CFG)
             (tmp_path / "run" / name).write_bytes(content)
             with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-                sae.load(tmp_path / "run")
+                checkpoint.load(tmp_path / "run")
             (tmp_path / "run" / name).unlink()
 
 
 def test_broken_states_are_named(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'state.safetensors'} is missing")):
-        sae.load_state(tmp_path)
-    sae.checkpoint(tmp_path / "run", trained(0), CFG)
+        checkpoint.load_state(tmp_path)
+    checkpoint.save_state(tmp_path / "run", trained(0), CFG)
     path = tmp_path / "run" / "state.safetensors"
     arrays = load_file(path)
     save_file(arrays, path)
     with pytest.raises(ValueError, match="no usable config in its header"):
-        sae.load_state(tmp_path / "run")
+        checkpoint.load_state(tmp_path / "run")
     save_file(
         arrays | {"idle": arrays["idle"].astype(np.float32)},
         path,
-        {"fae": json.dumps({"config": dataclasses.asdict(CFG), "format": sae.FORMAT})},
+        {"fae": json.dumps({"config": dataclasses.asdict(CFG), "format": checkpoint.FORMAT})},
     )
     with pytest.raises(ValueError, match="idle is float32; need int32"):
-        sae.load_state(tmp_path / "run")
+        checkpoint.load_state(tmp_path / "run")
     save_file(arrays, path, {"fae": json.dumps({"config": dataclasses.asdict(CFG)})})
     with pytest.raises(ValueError, match="is of format 1, of another version"):
-        sae.load_state(tmp_path / "run")
+        checkpoint.load_state(tmp_path / "run")
 
 
 def test_nothing_broken_is_written(tmp_path):
     params = sae.fold(trained(0), CFG)
     with pytest.raises(ValueError, match="b_dec holds 12 values that are not finite"):
-        sae.save(tmp_path / "sae", params | {"b_dec": params["b_dec"] * jnp.nan}, CFG)
+        checkpoint.save(tmp_path / "sae", params | {"b_dec": params["b_dec"] * jnp.nan}, CFG)
     with pytest.raises(ValueError, match="W_enc has shape"):
-        sae.save(tmp_path / "sae", params | {"W_enc": params["W_enc"].T}, CFG)
+        checkpoint.save(tmp_path / "sae", params | {"W_enc": params["W_enc"].T}, CFG)
     assert not (tmp_path / "sae").exists()
 
 
@@ -713,13 +714,13 @@ def test_variants_in_saelens(variant, tmp_path):
     import torch
     from sae_lens import SAE
     cfg, state = variant
-    sae.checkpoint(tmp_path / "sae", state, cfg, metadata={"layer": 3})
+    checkpoint.save_state(tmp_path / "sae", state, cfg, metadata={"layer": 3})
     x, group = batch(cfg, 300, 998)
     names = {"topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
     for g, name in enumerate(cfg.groups or ("",)):
         folder = tmp_path / "sae" / (name if g else "")
-        params, read = sae.load(folder)
-        assert read == cfg and sae.load_metadata(folder).get("group", "") == name
+        params, read = checkpoint.load(folder)
+        assert read == cfg and checkpoint.load_metadata(folder).get("group", "") == name
         theirs = SAE.load_from_disk(folder)
         assert theirs.cfg.architecture() == names[cfg.activation] + ("_transcoder" if cfg.d_out else "")
         rows = x[slice(None) if group is None else group == g, : cfg.d_in]
@@ -730,10 +731,10 @@ def test_variants_in_saelens(variant, tmp_path):
         assert relative(dense(values, indices, cfg.features), z.numpy()) < 1e-5
         ours = np.asarray(sae.decode(params, cfg, values, indices))
         assert (np.abs(ours - y) / np.abs(y).max(0)).max() < 1e-5
-    restored, again, _ = sae.load_state(tmp_path / "sae")
+    restored, again, _ = checkpoint.load_state(tmp_path / "sae")
     assert again == cfg
     assert_same(restored._replace(spare=None), state._replace(spare=None))
-    sae.checkpoint(tmp_path / "sae", state, cfg)                 # replaces all of them
+    checkpoint.save_state(tmp_path / "sae", state, cfg)                 # replaces all of them
 
 
 def test_unfold_takes_an_sae_up_again(variant):
@@ -762,7 +763,7 @@ def test_we_read_other_architectures_of_saelens(tmp_path, architecture):
     for parameter in theirs.parameters():
         parameter.data = torch.randn_like(parameter)
     theirs.save_model(tmp_path)
-    params, cfg = sae.load(tmp_path)
+    params, cfg = checkpoint.load(tmp_path)
     assert (cfg.d_in, cfg.features, cfg.d_out) == (9, 31, shape.get("d_out"))
     assert_agrees_with_saelens(theirs, params, cfg, normal(64, 9))
 
@@ -863,10 +864,10 @@ def test_raw_residuals_far_from_zero_choose_the_features_of_float64(ratio, tmp_p
     x = (scale * (r.standard_normal((1024, d)) + ratio * r.choice([-1, 1], d))).astype(np.float32)
     cfg = sae.Config(d_in=d, features=1000, k=8)
     params = sae.fold(sae.init(jax.random.key(0), cfg, x[:512]), cfg)
-    sae.save(tmp_path / "sae", params, cfg)
+    checkpoint.save(tmp_path / "sae", params, cfg)
     pre = x[512:].astype(np.float64) @ np.asarray(params["W_enc"], np.float64) + np.asarray(params["b_enc"], np.float64)
     exact = np.argsort(-pre, 1)[:, :8]
-    for p in (params, sae.load(tmp_path / "sae")[0]):
+    for p in (params, checkpoint.load(tmp_path / "sae")[0]):
         values, indices = sae.encode(p, cfg, x[512:])
         same = np.mean([np.isin(a, b).mean() for a, b in zip(np.asarray(indices), exact)])
         assert same >= 0.9999
@@ -904,8 +905,8 @@ def test_splice_uses_all_that_fires(dense, tmp_path):
     near = np.sort(pre[np.abs(pre - level) < 0.1].reshape(-1))
     gap = np.diff(near).argmax()                                 # no value so close that rounding decides
     arrays["threshold"] = np.full(features, max(near[gap:gap + 2].mean(), 1e-3))
-    sae.save(tmp_path / "sae", {name: jnp.asarray(a, jnp.float32) for name, a in arrays.items()}, cfg)
-    params, cfg = sae.load(tmp_path / "sae")
+    checkpoint.save(tmp_path / "sae", {name: jnp.asarray(a, jnp.float32) for name, a in arrays.items()}, cfg)
+    params, cfg = checkpoint.load(tmp_path / "sae")
     values = np.where(pre > arrays["threshold"], pre, 0)
     expected = values @ arrays["W_dec"] + arrays["b_dec"]
     assert (values > 0).sum(-1).max() >= min(dense, 300)         # 32 were the most
@@ -944,12 +945,12 @@ def test_groups_are_folders_inside_the_checkpoint(name, tmp_path):
         sae.Config(d_in=4, features=8, k=2, groups=("a", name))
     cfg = sae.Config(d_in=4, features=8, k=2, groups=("a", "b"))
     state = sae.init(jax.random.key(0), cfg, residuals(64, 4), np.arange(64) % 2)
-    sae.checkpoint(tmp_path / "ckpt", state, cfg)
+    checkpoint.save_state(tmp_path / "ckpt", state, cfg)
     file = tmp_path / "ckpt" / "cfg.json"
     described = json.loads(file.read_text())
     described["metadata"]["training"]["groups"][1] = name
     described["metadata"].pop("digest")
     file.write_text(json.dumps(described))
     with pytest.raises(ValueError, match="no name of a group"):
-        sae.load_groups(tmp_path / "ckpt")
+        checkpoint.load_groups(tmp_path / "ckpt")
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import checkpoint
 import sae
 import train
 from sae import Mistake
@@ -44,7 +45,7 @@ def old(**changes):
 
 def assert_same(folder, encoded, decoded, x):
     """Features and reconstructions of the SAE in the folder to 1e-5. decoded: of the features `encoded`."""
-    params, cfg = sae.load(folder)
+    params, cfg = checkpoint.load(folder)
     values, indices = sae.encode(params, cfg, x)
     found = np.zeros((len(x), cfg.features), np.float32)
     np.maximum.at(found, (np.arange(len(x))[:, None], np.asarray(indices)), np.asarray(values))
@@ -90,7 +91,7 @@ def test_saelens_before_version_6(tmp_path, case):
     x = normal(64, D, seed=9)
     found = assert_same(tmp_path, *saelens(tmp_path, x), x)
     assert (found.activation, found.k) == (("topk", K) if cfg.get("activation_fn_kwargs") else ("jumprelu", F))
-    assert sae.load_metadata(tmp_path)["hook_name"] == "blocks.5.hook_resid_post"
+    assert checkpoint.load_metadata(tmp_path)["hook_name"] == "blocks.5.hook_resid_post"
 
 
 def test_gated_saes_of_saelens_6(tmp_path):
@@ -117,7 +118,7 @@ def test_scales_from_finetuning_go_into_the_decoder(tmp_path, name):
     assert_same(tmp_path / "ones", z, z @ arrays["W_dec"] + arrays["b_dec"], x)
     write(tmp_path / "silent", old(), arrays | {name: scale})
     with pytest.raises(Mistake, match="finetuning_scaling_factor"):
-        sae.load(tmp_path / "silent")
+        checkpoint.load(tmp_path / "silent")
 
 
 @pytest.mark.parametrize("kind", ["expected_average_only_in", "covariance_whitening", True])
@@ -130,7 +131,7 @@ def test_constant_normalization_is_folded_in(tmp_path, kind, rescale):
     write(tmp_path, {"architecture": "topk", "k": K, "d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu",
                      "normalize_activations": kind, "rescale_acts_by_decoder_norm": rescale} | version, weights())
     with pytest.raises(Mistake, match=r"activation_(scaler\.json beside it|whitening\.safetensors is missing)"):
-        sae.load(tmp_path)
+        checkpoint.load(tmp_path)
     scaler, x = scaling.ActivationScaler(), normal(64, D) * 40 + 7
     if kind == "covariance_whitening":
         scaler.estimate_whitening(D, iter([torch.from_numpy(x)]), 1)
@@ -147,7 +148,7 @@ def test_factors_that_are_none(tmp_path, said):
     write(tmp_path, old(normalize_activations="expected_average_only_in"), weights())
     (tmp_path / "activation_scaler.json").write_text(said)
     with pytest.raises(Mistake, match=r"activation_scaler\.json"):
-        sae.load(tmp_path)
+        checkpoint.load(tmp_path)
 
 
 def sparsify(**changes):
@@ -199,14 +200,14 @@ def test_what_cannot_be_represented_says_why(tmp_path, case):
     cfg, message = UNREADABLE[case]
     write(tmp_path, cfg, weights())
     with pytest.raises(Mistake, match=message) as error:
-        sae.load(tmp_path)
+        checkpoint.load(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def ours(folder, **changes):
     """Written by us, but with other metadata and no digest."""
     cfg = sae.Config(d_in=D, features=F, k=K)
-    sae.save(folder, weights(), cfg, metadata={"layer": 5, "site": "img", "model": "nano"})
+    checkpoint.save(folder, weights(), cfg, metadata={"layer": 5, "site": "img", "model": "nano"})
     described = json.loads((folder / "cfg.json").read_text())
     del described["metadata"]["digest"]
     described["metadata"] |= changes.pop("metadata", {})
@@ -216,8 +217,8 @@ def ours(folder, **changes):
 
 def test_metadata_that_says_nothing(tmp_path):
     cfg = {"architecture": "topk", "k": K, "d_in": D, "d_sae": F}
-    params = [sae.load(write(tmp_path, cfg | more, weights()))[0] for more in ({}, {"metadata": None})]
-    assert sae.load_metadata(tmp_path) == {}
+    params = [checkpoint.load(write(tmp_path, cfg | more, weights()))[0] for more in ({}, {"metadata": None})]
+    assert checkpoint.load_metadata(tmp_path) == {}
     for name in params[0]:
         np.testing.assert_array_equal(params[0][name], params[1][name])
 
@@ -241,7 +242,7 @@ def test_metadata_that_says_nothing(tmp_path):
 ])
 def test_metadata_of_wrong_types_is_one_line(tmp_path, message, about):
     folder = ours(tmp_path / "sae", metadata=about)
-    for read in (sae.load, sae.load_groups, sae.load_metadata):
+    for read in (checkpoint.load, checkpoint.load_groups, checkpoint.load_metadata):
         with pytest.raises(Mistake, match=message) as error:
             read(folder)
         assert str(folder / "cfg.json") in str(error.value) and "\n" not in str(error.value)
@@ -250,7 +251,7 @@ def test_metadata_of_wrong_types_is_one_line(tmp_path, message, about):
 def test_metadata_that_is_no_object(tmp_path):
     for said in ("about", [], [1], 0, 3, True):
         with pytest.raises(Mistake, match="need an object"):
-            sae.load(write(tmp_path, old(metadata=said), weights()))
+            checkpoint.load(write(tmp_path, old(metadata=said), weights()))
 
 
 def test_group_names_do_not_leave_the_folder(tmp_path):
@@ -290,8 +291,8 @@ def test_any_value_anywhere_is_one_line_or_loads(tmp_path, kind):
                 inner[place[-1]] = value
         path.write_text(json.dumps(changed))
         try:
-            sae.load_metadata(folder)
-            sae.load(folder)
+            checkpoint.load_metadata(folder)
+            checkpoint.load(folder)
             loads += 1
         except Mistake as error:
             assert str(folder) in str(error) and "\n" not in str(error)
@@ -311,6 +312,6 @@ def test_init_takes_them(tmp_path):
         found = train.inherited({"init": str(tmp_path / name)}, D)
         assert (found["activation"], found["k"], found["features"]) == expected
         cfg = sae.Config(d_in=D, features=F, k=found["k"], activation=found["activation"], normalization="scale")
-        params, state = sae.load(tmp_path / name)[0], sae.init(jax.random.key(0), cfg, normal(200, D))
+        params, state = checkpoint.load(tmp_path / name)[0], sae.init(jax.random.key(0), cfg, normal(200, D))
         again, x = sae.fold(sae.unfold(params, cfg, state), cfg), normal(50, D, seed=3)
         np.testing.assert_allclose(sae.splice(again, cfg, x), sae.splice(params, cfg, x), atol=1e-4)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import checkpoint
 import dash
 import flux
 import pages
@@ -281,7 +282,7 @@ def test_a_feature_that_does_not_fire_says_so(model):
 def save(folder, layer=3, site="img", width=128, **about):
     params, cfg = random_sae(width=width)
     metadata = {"model": "nano", "layer": layer, "site": site, "run": {"prompts": "scenes", "size": 128}} | about
-    sae.save(folder, params, cfg, metadata={k: v for k, v in metadata.items() if v is not None})
+    checkpoint.save(folder, params, cfg, metadata={k: v for k, v in metadata.items() if v is not None})
     return folder
 
 
@@ -294,11 +295,11 @@ def test_the_command_line(model, tmp_path, capsys):
     assert sorted(p.name for p in folder.iterdir()) == ["cfg.json", "eval.json", "sae_weights.safetensors"]
     assert found["kind"] == "fae score" and found["model"] == "nano" and found["images"] == 2
     assert found["sae"]["tokens"] == 4096
-    params, _ = sae.load_groups(folder)
-    assert found["weights"] == sae.fingerprint(params)
-    assert dash.read_scores(folder / "eval.json", sae.fingerprint(params)) == found
+    params, _ = checkpoint.load_groups(folder)
+    assert found["weights"] == checkpoint.fingerprint(params)
+    assert dash.read_scores(folder / "eval.json", checkpoint.fingerprint(params)) == found
     assert dash.read_scores(folder / "eval.json", "other weights") is None
-    (folder / sae.STATE).touch()
+    (folder / checkpoint.STATE).touch()
     train.check_out(folder, False, True)                         # --overwrite knows the file
     feature = liveliest(model, score.subject(model, folder), "a red cube")
     score.main(folder, attribute=feature, prompt="a red cube", **{"from": save(tmp_path / "a", 1)})
@@ -349,7 +350,7 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, nano, about, flags, mes
 def test_transcoders_and_foreign_groups_are_refused(model, tmp_path):
     params, cfg = random_sae()
     cfg = replace(cfg, d_out=128, activation="jumprelu")
-    sae.save(tmp_path / "t", params | {"threshold": jnp.ones(48)}, cfg, metadata={"model": "nano", "layer": 3,
+    checkpoint.save(tmp_path / "t", params | {"threshold": jnp.ones(48)}, cfg, metadata={"model": "nano", "layer": 3,
                                                                                   "site": "img"})
     with pytest.raises(ValueError, match="is a transcoder"):
         score.main(tmp_path / "t")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import checkpoint
 import flux
 import prompts
 import sae
@@ -322,8 +323,8 @@ def test_all_tools_load_the_model_by_one_rule(monkeypatch, capsys, tmp_path, nan
     about |= {"run": about | {"prompts": "scenes", "size": 64} | run} if run else {}
     cfg = sae.Config(d_in=128, features=16, k=2)
     draw = lambda *shape: jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-    sae.save(tmp_path / "sae", {"W_enc": draw(128, 16), "b_enc": draw(16), "W_dec": draw(16, 128), "b_dec": draw(128)},
-             cfg, metadata=about)
+    params = {"W_enc": draw(128, 16), "b_enc": draw(16), "W_dec": draw(16, 128), "b_dec": draw(128)}
+    checkpoint.save(tmp_path / "sae", params, cfg, metadata=about)
     monkeypatch.chdir(tmp_path)
     words = {"dash": (), "score": (), "steer": ("a red cube",)}[tool]
     more = {"steer": {"set": "1*2", "prompts": "p.txt"}, "dash": {"prompts": "p.txt", "n": 2},

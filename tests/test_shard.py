@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-import sae
+import checkpoint
 import shard
 
 MESHES = ("fsdp 4", "fsdp 8", "data 2 x fsdp 4")
@@ -167,7 +167,7 @@ def test_two_hosts_are_as_one_with_two_devices(nano, two_hosts, tmp_path):
     assert code == 0, errors
     folder, said, second = two_hosts
     assert not second.exists() and "model:" not in said[1][1] and "step/s" not in said[1][2]
-    for file in (sae.WEIGHTS, sae.STATE, sae.CONFIG):
+    for file in (checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.CONFIG):
         assert (folder / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -181,7 +181,7 @@ def test_a_killed_host_ends_the_other(nano, two_hosts):
     second.send_signal(signal.SIGKILL)
     (code, _, errors), _ = finish([first, second], timeout=60)
     assert code == 2 and "error: " in errors and f"go on from the checkpoint in {folder}: --resume" in errors
-    assert int(sae.load_state(folder)[0].step) >= 16 and sae.load(folder)[1].features == 256
+    assert int(checkpoint.load_state(folder)[0].step) >= 16 and checkpoint.load(folder)[1].features == 256
 
 
 def test_a_signal_to_one_host_saves_and_ends_both(nano, tmp_path):
@@ -194,7 +194,8 @@ def test_a_signal_to_one_host_saves_and_ends_both(nano, tmp_path):
     said = finish([first, second], timeout=120)
     assert [code for code, *_ in said] == [143, 130], said
     assert "stopped by SIGTERM; --resume goes on" in said[0][1]
-    assert int(sae.load_state(tmp_path / "ckpt")[0].step) >= 4 and sae.load(tmp_path / "ckpt")[1].features == 256
+    assert int(checkpoint.load_state(tmp_path / "ckpt")[0].step) >= 4
+    assert checkpoint.load(tmp_path / "ckpt")[1].features == 256
 
 
 def test_a_mistake_ends_every_host(nano, two_hosts, tmp_path):

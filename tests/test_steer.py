@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import checkpoint
 import flux
 import sae
 import steer
@@ -25,7 +26,7 @@ def model(nano):
     return flux.load(nano, dtype=jnp.float32)
 
 
-def checkpoint(folder, model, *, layer=2, site="img", timesteps=1, source="scenes", seed=0, **metadata):
+def made(folder, model, *, layer=2, site="img", timesteps=1, source="scenes", seed=0, **metadata):
     """An SAE that was fitted to nothing but its groups' means and spreads, as train.py would save it; its last feature
     never fires."""
     acts = np.asarray(flux.residuals(model, PROMPTS, layer=layer, site=site, steps=timesteps, **WHERE))
@@ -40,7 +41,7 @@ def checkpoint(folder, model, *, layer=2, site="img", timesteps=1, source="scene
     state.params["b_enc"] = state.params["b_enc"].at[-1].set(-1e9)
     about = {"model": str(model.source), "layer": layer, "site": site}
     run = {**about, **WHERE, "timesteps": timesteps, "prompts": source, "prompt_field": None}
-    sae.checkpoint(folder, state, cfg, metadata={**about, "run": run, **metadata})
+    checkpoint.save_state(folder, state, cfg, metadata={**about, "run": run, **metadata})
     return folder
 
 
@@ -48,9 +49,9 @@ def checkpoint(folder, model, *, layer=2, site="img", timesteps=1, source="scene
 def built(model, tmp_path_factory):
     """Checkpoints by name."""
     folder = tmp_path_factory.mktemp("steer")
-    return {"img": checkpoint(folder / "img", model), "late": checkpoint(folder / "late", model, layer=9, seed=1),
-            "txt": checkpoint(folder / "txt", model, site="txt"),
-            "both": checkpoint(folder / "both", model, site="both", timesteps=2)}
+    return {"img": made(folder / "img", model), "late": made(folder / "late", model, layer=9, seed=1),
+            "txt": made(folder / "txt", model, site="txt"),
+            "both": made(folder / "both", model, site="both", timesteps=2)}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_typical_is_the_mean_of_what_is_above_zero(model, built, loaded):
     for name in ("img", "both"):
         place = loaded[name].place
         acts = flux.residuals(model, PROMPTS, layer=2, site=place.site, steps=place.timesteps, noise=noise, **WHERE)
-        acts, (params, _) = np.reshape(acts, (place.timesteps, 2, -1, 128)), sae.load_groups(built[name])
+        acts, (params, _) = np.reshape(acts, (place.timesteps, 2, -1, 128)), checkpoint.load_groups(built[name])
         values = np.concatenate([dense(p, acts[t, :, part]).reshape(-1, 96) for p, (_, t, part) in zip(
             params, flux.token_groups(place.site, place.timesteps, 12))])
         count = (values > 0).sum(0)
@@ -237,8 +238,8 @@ def test_writing_that_fails_leaves_the_old_images(tmp_path, monkeypatch):
 
 
 def test_a_foreign_sae_needs_to_be_told_where_it_belongs(model, built, tmp_path):
-    params, cfg = sae.load(built["img"])
-    sae.save(tmp_path / "foreign", params, cfg)
+    params, cfg = checkpoint.load(built["img"])
+    checkpoint.save(tmp_path / "foreign", params, cfg)
     with pytest.raises(ValueError, match=r"does not say where it belongs .* give --layer and --site and --model"):
         steer.opened(tmp_path / "foreign")
     ours = steer.load(tmp_path / "foreign", model, layer=2, site="img", prompts=16)
@@ -274,14 +275,14 @@ MISTAKES = [
 def test_mistakes_end_in_one_line_before_the_model_is_loaded(model, built, tmp_path, monkeypatch):
     monkeypatch.setattr(flux, "load", lambda *a, **k: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("else")
-    params, cfg = sae.load(built["img"])
-    about = {k: v for k, v in sae.load_metadata(built["img"]).items() if k not in ("training", "digest")}
-    sae.save(tmp_path / "deep", params, cfg, metadata=about | {"layer": 40})
-    sae.save(tmp_path / "other", params, cfg, metadata=about | {"model": "schnell"})
+    params, cfg = checkpoint.load(built["img"])
+    about = {k: v for k, v in checkpoint.load_metadata(built["img"]).items() if k not in ("training", "digest")}
+    checkpoint.save(tmp_path / "deep", params, cfg, metadata=about | {"layer": 40})
+    checkpoint.save(tmp_path / "other", params, cfg, metadata=about | {"model": "schnell"})
     for name, small in {"wide": {"d_in": 64}, "across": {"d_in": 128, "d_out": 64, "activation": "jumprelu"}}.items():
         small = sae.Config(features=8, k=2, **small)
-        arrays = {name: jnp.ones(shape) for name, shape in sae._shapes(small).items()}
-        sae.save(tmp_path / name, arrays, small, metadata=about)
+        arrays = {name: jnp.ones(shape) for name, shape in sae.shapes(small).items()}
+        checkpoint.save(tmp_path / name, arrays, small, metadata=about)
     shutil.copytree(built["img"], tmp_path / "half")
     data = (built["img"] / "sae_weights.safetensors").read_bytes()
     (tmp_path / "half" / "sae_weights.safetensors").write_bytes(data[:len(data) // 2])

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from huggingface_hub import errors
 
+import checkpoint
 import dash
 import flux
 import sae
@@ -69,7 +70,7 @@ def files(folder):
 
 def assert_same_run(a, b):
     assert metrics(a) == metrics(b)
-    for name in (sae.STATE, sae.WEIGHTS, sae.CONFIG):
+    for name in (checkpoint.STATE, checkpoint.WEIGHTS, checkpoint.CONFIG):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
@@ -79,14 +80,14 @@ class Stop(Exception):
 
 def stop_after(monkeypatch, saves):
     """Let a run die right after its n-th checkpoint."""
-    original, count = sae.checkpoint, itertools.count(1)
+    original, count = checkpoint.save_state, itertools.count(1)
 
-    def checkpoint(*args, **kwargs):
+    def save_state(*args, **kwargs):
         original(*args, **kwargs)
         if next(count) == saves:
             raise Stop
 
-    monkeypatch.setattr(sae, "checkpoint", checkpoint)
+    monkeypatch.setattr(checkpoint, "save_state", save_state)
 
 
 def fails(monkeypatch, capsys, *flags):
@@ -106,8 +107,8 @@ def fails(monkeypatch, capsys, *flags):
 def test_checkpoint_loads_here_and_in_sae_lens_and_both_agree_on_real_residuals(trained, model):
     sae_lens = pytest.importorskip("sae_lens")
     torch = pytest.importorskip("torch")
-    assert set(files(trained)) == {sae.CONFIG, sae.WEIGHTS, sae.STATE, "metrics.jsonl"}
-    params, cfg = sae.load(trained)
+    assert set(files(trained)) == {checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.STATE, "metrics.jsonl"}
+    params, cfg = checkpoint.load(trained)
     assert (cfg.d_in, cfg.features, cfg.k) == (model.cfg.width, 256, 8)
     theirs = sae_lens.SAE.load_from_disk(str(trained))
     x = np.asarray(flux.residuals(model, PROMPTS[:4], layer=2, site="img", seed=9, size=64, text_tokens=16))
@@ -132,7 +133,7 @@ def test_metrics_have_a_line_every_log_every_steps(trained):
 
 
 def test_metadata_says_how_to_make_it_again(trained, nano):
-    metadata = sae.load_metadata(trained)
+    metadata = checkpoint.load_metadata(trained)
     assert (metadata["model"], metadata["layer"], metadata["site"], metadata["seed"]) == (str(nano), 2, "img", 0)
     assert metadata["versions"].keys() >= {"jax", "numpy"} and "normalization" in metadata and "revision" in metadata
     assert metadata["run"] == TINY | {"model": str(nano), "site": "img", "prompts": "scenes", "prompt_field": None,
@@ -158,7 +159,8 @@ def test_output_of_a_run(start, capsys):
 @pytest.mark.parametrize("flags", [{"site": "txt"}, {"site": "both", "timesteps": 2, "layer": 5}])
 def test_other_sites_and_more_timesteps(start, flags, tmp_path):
     start(**flags)
-    assert sae.load_metadata(tmp_path / "ckpt")["run"] == sae.load_metadata(tmp_path / "ckpt")["run"] | flags
+    run = checkpoint.load_metadata(tmp_path / "ckpt")["run"]
+    assert run == run | flags
     assert metrics(tmp_path / "ckpt")[-1]["step"] == 6
 
 
@@ -213,7 +215,7 @@ original, written = os.replace, []
 def replace(a, b):
     original(a, b)
     written.append(b.name)
-    if written.count(sae.STATE) == 2:
+    if written.count(checkpoint.STATE) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 os.replace = replace
@@ -233,8 +235,8 @@ def test_kill_in_the_middle_of_a_save_leaves_a_checkpoint_that_resumes(start, na
     """At the worst moment: the state is of step 4, the weights beside it still of step 2."""
     command = [sys.executable, "-c", KILLED.format(root=str(ROOT)), f"--model={nano}", *FLAGS]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment).returncode == -signal.SIGKILL
-    sae.load(tmp_path / "ckpt")
-    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 4
+    checkpoint.load(tmp_path / "ckpt")
+    assert int(checkpoint.load_state(tmp_path / "ckpt")[0].step) == 4
     train.main(resume=True, **LOGGED)
     assert_same_run(tmp_path / "ckpt", trained)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
@@ -261,7 +263,7 @@ def run(*flags):
 
 kills, *flags = sys.argv[1:]
 code = os.waitpid(run("--out=straight", *flags), 0)[1]
-moments, state = random.Random(int(kills)), pathlib.Path("ckpt", sae.STATE)
+moments, state = random.Random(int(kills)), pathlib.Path("ckpt", checkpoint.STATE)
 saved = lambda: state.stat().st_mtime_ns if state.exists() else 0
 found, OVER = [], os.WEXITED | os.WNOHANG | os.WNOWAIT
 while not code:
@@ -278,7 +280,7 @@ while not code:
     time.sleep(moments.expovariate(1 / 0.02) if most < 5 else 0)
     os.kill(child, signal.SIGKILL)
     ended = os.waitpid(child, 0)[1]
-    step = int(sae._load_arrays(state)[0]["step"]) if state.exists() else None
+    step = int(checkpoint._load_arrays(state)[0]["step"]) if state.exists() else None
     found.append([round(time.monotonic() - start, 2), ended, step])
 print(json.dumps([code, found]))
 """
@@ -320,7 +322,7 @@ def test_signals_save_and_end_well(start, trained, tmp_path, monkeypatch, capsys
     if call < 5:                                                 # nothing has been trained yet
         assert not list(tmp_path.iterdir())
         return
-    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == (2 if call == 6 else 6)
+    assert int(checkpoint.load_state(tmp_path / "ckpt")[0].step) == (2 if call == 6 else 6)
     train.main(resume=True, **LOGGED)
     assert_same_run(tmp_path / "ckpt", trained)
 
@@ -337,7 +339,7 @@ def test_sigterm_between_steps(start, trained, tmp_path, monkeypatch):
         start(save_every=100)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    assert int(sae.load_state("ckpt")[0].step) == 3
+    assert int(checkpoint.load_state("ckpt")[0].step) == 3
     train.main(resume=True, **LOGGED)
     assert_same_run(tmp_path / "ckpt", trained)
 
@@ -372,7 +374,7 @@ def stopped(nano, model, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name", [sae.CONFIG, sae.STATE, sae.WEIGHTS, "metrics.jsonl"])
+@pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.STATE, checkpoint.WEIGHTS, "metrics.jsonl"])
 def test_resume_from_damaged_files(start, stopped, trained, tmp_path, monkeypatch, name):
     """50 times: an error that names the file, and nothing changed, or a run that ends as it should have."""
     folder, r, ended = tmp_path / "ckpt", np.random.default_rng(len(name)), 0
@@ -397,17 +399,18 @@ def test_resume_from_damaged_files(start, stopped, trained, tmp_path, monkeypatc
             assert files(folder) == before
             continue
         ended += 1
-        assert all((folder / file).read_bytes() == (trained / file).read_bytes() for file in (sae.STATE, sae.WEIGHTS))
-        assert sae.load_metadata(folder)["evaluation"] == sae.load_metadata(trained)["evaluation"]
+        for file in (checkpoint.STATE, checkpoint.WEIGHTS):
+            assert (folder / file).read_bytes() == (trained / file).read_bytes()
+        assert checkpoint.load_metadata(folder)["evaluation"] == checkpoint.load_metadata(trained)["evaluation"]
         if name != "metrics.jsonl":
             assert metrics(folder) == metrics(trained)
-    assert ended == 50 if name in (sae.WEIGHTS, "metrics.jsonl") else ended < 10     # these are not needed
+    assert ended == 50 if name in (checkpoint.WEIGHTS, "metrics.jsonl") else ended < 10     # these are not needed
 
 
 def test_files_of_another_run_in_between(start, stopped, tmp_path, monkeypatch, capsys):
     """Whole, of the same shapes, and yet not to be gone on with."""
     start(seed=1, out="other")
-    for name in (sae.STATE, sae.CONFIG):
+    for name in (checkpoint.STATE, checkpoint.CONFIG):
         shutil.copytree(stopped, tmp_path / name)
         shutil.copy(tmp_path / "other" / name, tmp_path / name)
         line = fails(monkeypatch, capsys, "--resume", f"--out={tmp_path / name}")
@@ -426,16 +429,16 @@ def test_metrics_that_cannot_be_read_are_dropped(tmp_path):
 FULL = """
 import resource, sys
 sys.path.insert(0, {root!r})
-import flux, sae, session, train
-original, saves = sae.checkpoint, []
+import checkpoint, session, train
+original, saves = checkpoint.save_state, []
 
-def checkpoint(*args, **kwargs):
+def save_state(*args, **kwargs):
     saves.append(1)
     if len(saves) == 2:                                          # no file may grow beyond a tenth of the state
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     original(*args, **kwargs)
 
-sae.checkpoint = checkpoint
+checkpoint.save_state = save_state
 session.command(train.main)
 """
 
@@ -445,9 +448,9 @@ def test_full_disk(nano, tmp_path, environment):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "error: cannot save" in result.stderr and "what was there before is as it was" in result.stderr
-    assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 0 and sae.load(tmp_path / "ckpt")
+    assert int(checkpoint.load_state(tmp_path / "ckpt")[0].step) == 0 and checkpoint.load(tmp_path / "ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
-    assert files(tmp_path / "ckpt").keys() <= {sae.CONFIG, sae.WEIGHTS, sae.STATE, "metrics.jsonl"}
+    assert files(tmp_path / "ckpt").keys() <= {checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.STATE, "metrics.jsonl"}
 
 
 # ---------------------------------------------------------------- what is there already
@@ -513,12 +516,12 @@ def test_folders_that_cannot_be_renamed(start, trained, tmp_path, monkeypatch, p
 
 def test_overwriting_leaves_nothing_of_groups_and_nothing_outside(start, tmp_path):
     start(site="both", timesteps=2, layer=5)
-    assert (tmp_path / "ckpt" / "img-t0" / sae.CONFIG).exists()
+    assert (tmp_path / "ckpt" / "img-t0" / checkpoint.CONFIG).exists()
     (tmp_path / "mine").write_text("mine")
-    described = json.loads((tmp_path / "ckpt" / sae.CONFIG).read_text())
+    described = json.loads((tmp_path / "ckpt" / checkpoint.CONFIG).read_text())
     del described["metadata"]["digest"]
     described["metadata"]["training"]["groups"] += ["..", "../mine"]
-    (tmp_path / "ckpt" / sae.CONFIG).write_text(json.dumps(described))
+    (tmp_path / "ckpt" / checkpoint.CONFIG).write_text(json.dumps(described))
     with contextlib.suppress(ValueError):                        # names that leave the folder may also be refused
         start(overwrite=True)
         assert not [path for path in (tmp_path / "ckpt").iterdir() if path.is_dir()]
@@ -566,8 +569,8 @@ def test_out_that_is_not_a_checkpoint(monkeypatch, capsys, tmp_path, trained):
         assert "no checkpoint" in fails(monkeypatch, capsys, f"--out={tmp_path / out}", "--resume")
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "mine").read_text() == "mine"
     assert "no checkpoint" in fails(monkeypatch, capsys, f"--out={tmp_path / 'nothing'}", "--resume")
-    state, cfg, _ = sae.load_state(trained)
-    sae.checkpoint(tmp_path / "foreign", state, cfg)
+    state, cfg, _ = checkpoint.load_state(trained)
+    checkpoint.save_state(tmp_path / "foreign", state, cfg)
     assert "not written by" in fails(monkeypatch, capsys, f"--out={tmp_path / 'foreign'}", "--resume")
 
 
@@ -590,23 +593,23 @@ def test_other_saes_train_load_in_sae_lens_and_resume(start, monkeypatch, tmp_pa
         start(**flags, out="ckpt")
     start(**flags, out="ckpt", resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "ckpt")
-    _, cfg = sae.load_groups("ckpt")
+    _, cfg = checkpoint.load_groups("ckpt")
     assert SAE.load_from_disk("ckpt").cfg.architecture() == architecture
     assert cfg.matryoshka == {(16, 100): (16, 100, 256), 64: (64, 256)}.get(flags.get("matryoshka"))
-    rows = sae.load_metadata("ckpt")["evaluation"]
+    rows = checkpoint.load_metadata("ckpt")["evaluation"]
     assert 0 < rows["SAE"]["fvu_standardized"] < rows["random features"]["fvu_standardized"]
     assert 2 < rows["SAE"]["l0"] < 32
     if "transcoder" in flags:
         here, there = (flux.residuals(model, PROMPTS[:4], layer=layer, site="img", size=64, text_tokens=16)
                        .reshape(-1, 128) for layer in (2, 4))
-        out = sae.decode(sae.load("ckpt")[0], cfg, *sae.encode(sae.load("ckpt")[0], cfg, here))
+        out = sae.decode(checkpoint.load("ckpt")[0], cfg, *sae.encode(checkpoint.load("ckpt")[0], cfg, here))
         assert jnp.sum((out - there) ** 2) < jnp.sum((there - there.mean(0)) ** 2)
 
 
 def test_each_group_of_tokens_has_its_normalization(start, model):
     """Text and image tokens of two timesteps: each group's SAE holds the mean of its own residuals, and only that."""
     start(site="both", timesteps=2, buffer=2048)
-    state, cfg, _ = sae.load_state("ckpt")
+    state, cfg, _ = checkpoint.load_state("ckpt")
     assert cfg.groups == ("txt-t0", "img-t0", "txt-t1", "img-t1") and state.mean.shape == (4, 128)
     x = flux.residuals(model, PROMPTS * 4, layer=2, site="both", steps=2, size=64, text_tokens=16, seed=3)
     for g, (name, t, part) in enumerate(flux.token_groups("both", 2, 16)):
@@ -614,7 +617,7 @@ def test_each_group_of_tokens_has_its_normalization(start, model):
         tokens = x[t, :, part].reshape(-1, 128)
         distances = [np.linalg.norm((tokens.mean(0) - mean) / std) for mean, std in zip(state.mean, state.std)]
         assert int(np.argmin(distances)) == g
-        assert sae.load(Path("ckpt") / (name if g else ""))[1] == cfg
+        assert checkpoint.load(Path("ckpt") / (name if g else ""))[1] == cfg
     start(site="both", timesteps=2, buffer=2048, overwrite=True)
     (Path("ckpt") / "mine").mkdir()
     with pytest.raises(ValueError, match="not ours: mine"):
@@ -642,9 +645,9 @@ def test_init_starts_from_an_sae(start, trained, tmp_path, monkeypatch):
     start(**flags | {"features": 256, "k": 8}, out="anew")
     for out, init in (("a", str(trained)), ("b", str(tmp_path / "theirs" / "sub")), ("c", "someone/saes/sub")):
         start(**flags, out=out, init=init)
-        assert sae.load(out)[1].features == 256 and sae.load(out)[1].k == 8
+        assert checkpoint.load(out)[1].features == 256 and checkpoint.load(out)[1].k == 8
         assert metrics(Path(out))[0]["fvu"] < 0.9 * metrics(Path("anew"))[0]["fvu"]
-    assert asked[0] == ("someone/saes", [f"sub/{name}" for name in sae.READ])
+    assert asked[0] == ("someone/saes", [f"sub/{name}" for name in checkpoint.READ])
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -821,7 +824,7 @@ def test_a_chunk_without_padding_starts_where_the_one_before_it_ended(nano, mode
 def test_a_run_on_text_goes_on_bit_for_bit(start, tmp_path, monkeypatch):
     flags = {"site": "txt", "steps": 20, "k": 4}
     start(out="straight", **flags)
-    about = sae.load_metadata("straight")
+    about = checkpoint.load_metadata("straight")
     assert about["run"]["padding"] is False
     for saves in (2, 4):
         with monkeypatch.context() as patch:
@@ -831,7 +834,7 @@ def test_a_run_on_text_goes_on_bit_for_bit(start, tmp_path, monkeypatch):
         train.main(resume=True, out=f"to{saves}", **LOGGED)
         assert_same_run(tmp_path / f"to{saves}", tmp_path / "straight")
     start(out="padded", padding=True, **flags)
-    assert sae.load_metadata("padded")["evaluation"]["SAE"] != about["evaluation"]["SAE"]
+    assert checkpoint.load_metadata("padded")["evaluation"]["SAE"] != about["evaluation"]["SAE"]
     with pytest.raises(ValueError, match="was trained with --padding False, not True"):
         train.main(resume=True, out="straight", padding=True)
 
@@ -876,7 +879,7 @@ def test_some_prompts_of_a_file_are_held_out(start, tmp_path, monkeypatch, capsy
     seen.clear()
     start(prompts="few.txt", out="few")
     assert "\nseen prompts, new noise " in capsys.readouterr().out and set(seen) == set(PROMPTS)
-    assert [sae.load_metadata(out)["run"]["held_out"] for out in ("ckpt", "few")] == [True, False]
+    assert [checkpoint.load_metadata(out)["run"]["held_out"] for out in ("ckpt", "few")] == [True, False]
     with pytest.raises(ValueError, match=r"--held_out: .*few.txt has less than a hundred"):
         start(prompts="few.txt", held_out=True, out="no")
     start(prompts="p.txt", held_out=False, steps=4, out="all")
@@ -893,7 +896,7 @@ def test_another_file_of_prompts_is_refused_and_a_moved_one_is_not(start, traine
         stop_after(patch, 2)
         with pytest.raises(Stop):
             start(prompts="p.txt")
-    run = sae.load_metadata("ckpt")["run"]
+    run = checkpoint.load_metadata("ckpt")["run"]
     assert run["prompts"] == str(tmp_path / "p.txt") and len(run["prompts_sha256"]) == 64
     (tmp_path / "p.txt").write_text(lines + "\none more")
     (tmp_path / "moved.txt").write_text(lines)
@@ -901,7 +904,7 @@ def test_another_file_of_prompts_is_refused_and_a_moved_one_is_not(start, traine
         with pytest.raises(ValueError, match=r"p.txt is not the file that ckpt was trained on"):
             train.main(resume=True, **flags)
     train.main(resume=True, prompts="moved.txt", **LOGGED)
-    assert sae.load_metadata("ckpt")["run"]["prompts"].endswith("moved.txt")
+    assert checkpoint.load_metadata("ckpt")["run"]["prompts"].endswith("moved.txt")
     train.main(resume=True, prompts=str(tmp_path / "moved.txt"), **LOGGED)
     with pytest.raises(ValueError, match=r"--prompts_sha256 no: that of p.txt is"):
         start(prompts="p.txt", prompts_sha256="no", out="other")
@@ -916,7 +919,7 @@ def test_paths_are_kept_as_they_are_anywhere(start, nano, tmp_path, monkeypatch)
     monkeypatch.setattr(flux, "load", lambda name, **options: loaded.append((name, options)) or load(name))
     monkeypatch.setattr(flux, "read_config", lambda name, transformer=None: config(name))
     start(model="models/flux", transformer="models/flux/transformer")
-    run = sae.load_metadata("ckpt")["run"]
+    run = checkpoint.load_metadata("ckpt")["run"]
     paths = [str(tmp_path / "models" / "flux"), str(tmp_path / "models" / "flux" / "transformer")]
     assert [run["model"], run["transformer"]] == paths == [loaded[0][0], loaded[0][1]["transformer"]]
     train.main(resume=True, model="models/flux", transformer="models/flux/transformer", **LOGGED)
@@ -944,7 +947,7 @@ def test_a_model_on_the_hub_keeps_its_revision(start, nano, tmp_path, monkeypatc
     loaded, load = [], flux.load
     monkeypatch.setattr(flux, "load", lambda name, **options: loaded.append(name) or load(name))
     start(model="me/flux", prompts="scenes")
-    about = sae.load_metadata("ckpt")
+    about = checkpoint.load_metadata("ckpt")
     assert about["model"] == "me/flux" and about["revision"] == about["run"]["revision"] == "aa"
     main[0] = "bb"
     train.main(resume=True, model="me/flux", **LOGGED)
@@ -964,7 +967,7 @@ def test_a_checkpoint_from_before_goes_on_as_it_began(start, tmp_path, monkeypat
         stop_after(patch, 2)
         with pytest.raises(Stop):
             start(site="txt", **old)
-    assert "padding" not in sae.load_metadata("ckpt")["run"]
+    assert "padding" not in checkpoint.load_metadata("ckpt")["run"]
     train.main(resume=True, **LOGGED)
     assert_same_run(tmp_path / "ckpt", tmp_path / "straight")
 
@@ -990,7 +993,7 @@ def test_fewer_steps_than_there_are(trained, stopped, monkeypatch, capsys):
 def test_height_and_width(start, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, "--size=32,96", f"--model={model.source}"])
     session.command(train.main)
-    assert sae.load_metadata("ckpt")["run"]["size"] == [32, 96]
+    assert checkpoint.load_metadata("ckpt")["run"]["size"] == [32, 96]
     train.main(resume=True, size=(32, 96), **LOGGED)
     with pytest.raises(ValueError, match=re.escape("trained with --size (32, 96), not (96, 32)")):
         train.main(resume=True, size=(96, 32))
@@ -1055,7 +1058,7 @@ def test_quantized_weights(nano, tmp_path, monkeypatch, name):
     """Train on a quantized model: other activations, said in the checkpoint; --resume may not change it."""
     monkeypatch.chdir(tmp_path)
     train.main(model=str(nano), quant=name, **TINY, **LOGGED)
-    assert sae.load_metadata("ckpt")["run"]["quant"] == name
+    assert checkpoint.load_metadata("ckpt")["run"]["quant"] == name
     with pytest.raises(ValueError, match=f"trained with --quant {name}, not none"):
         train.main(resume=True, quant="none")
 
@@ -1085,7 +1088,7 @@ def test_activations_that_are_not_finite_are_never_trained_on(start, monkeypatch
         start()
     assert (tmp_path / "ckpt").exists() == (step > 0)
     if step:                                                     # found while the chunk before it is trained on
-        assert int(sae.load_state(tmp_path / "ckpt")[0].step) == 2
+        assert int(checkpoint.load_state(tmp_path / "ckpt")[0].step) == 2
 
 
 def test_bfloat16_activations(nano, model):
@@ -1113,5 +1116,5 @@ def test_the_command_as_a_user_types_it(nano, tmp_path, trained, environment):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"model: {pipeline} (as asked)") and done.stdout.endswith("checkpoint: ckpt\n")
-    assert sae.load_metadata(tmp_path / "ckpt")["run"]["prompts"] == str(tmp_path / "prompts.txt")
+    assert checkpoint.load_metadata(tmp_path / "ckpt")["run"]["prompts"] == str(tmp_path / "prompts.txt")
     assert set(files(tmp_path / "ckpt")) == set(files(trained))
