@@ -25,7 +25,7 @@ import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -44,7 +44,6 @@ import session
 import shard
 from session import Mistake
 
-HELD_OUT = 1_500_000_000                                         # number of the first noise: no training step sees it
 EDGES = np.concatenate([[0], 10 ** np.arange(-4, 4.01, 0.1)]).astype(np.float32)   # of the histogram's bins; last: more
 KEPT, RESERVOIR, QUANTILES, SHOWN = 16, 32, 4, 4                 # top examples, random ones, groups of these, of each
 BATCHED = 2 ** 22                                                # entries that wait until they join the older ones
@@ -419,9 +418,9 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
 
     model: of `flux.load`. params, cfg: of `checkpoint.load`, or `load_groups`. timesteps: at which activations are
     taken, as `train.py` does. padding: whether T5's padding counts as tokens. stop(): whether to save the state and
-    end, with None. steps: in which the images are drawn. labels [N, A] bool: what is true of each prompt's scene, named by
-    `attributes`. info: more for the JSON. progress: called with the number of prompts done. A stopped run goes on where
-    its last state was saved, if all arguments are the same. Raises ValueError where activations are not finite.
+    end, with None. steps: in which the images are drawn. labels [N, A] bool: what is true of each prompt's scene, named
+    by `attributes`. info: more for the JSON. progress: called with the number of prompts done. A stopped run goes on
+    where its last state was saved, if all arguments are the same. Raises ValueError where activations are not finite.
     """
     folder, prompts, seed = Path(folder), list(prompts), int(seed)
     flux.residual_names(model.cfg, layer, site)
@@ -431,16 +430,16 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     layout = Layout(timesteps, text_tokens if site != "img" else 0, tuple(grid) if site != "txt" else (0, 0))
     labels = np.zeros((len(prompts), 0), bool) if labels is None else np.asarray(labels, bool)
     info = {**(info or {}), "kind": "fae dashboard", "layer": layer, "site": site, "layout": asdict(layout),
-            "size": size, "steps": steps, "seed": seed, "first_noise": HELD_OUT, "images": len(prompts),
+            "size": size, "steps": steps, "seed": seed, "first_noise": session.DRAWN, "images": len(prompts),
             "text_tokens": text_tokens, "padding": padding,
             "attributes": list(attributes), "prompts": prompts, "features": cfg.features, "edges": EDGES.tolist(),
             "words": model.words(prompts, text_tokens) if layout.text_tokens else []}
     counts = Counts(cfg.features, layout)
     counts.a["maxima"] = np.zeros((len(prompts) if labels.shape[1] else 0, cfg.features), np.float32)
-    partial = Partial(folder, {**info, "weights": saved.fingerprint(params), "batch": batch})
-    if (ended := partial.ended()) is not None:
+    unfinished = Partial(folder, {**info, "weights": saved.fingerprint(params), "batch": batch})
+    if (ended := unfinished.ended()) is not None:
         return ended
-    done = partial.restore(counts.a)
+    done = unfinished.restore(counts.a)
     counts.end = len(counts.a["value"])
     for part in () if done else ("images", "steer"):             # of other prompts
         shutil.rmtree(folder / part, ignore_errors=True)
@@ -449,7 +448,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     while done < len(prompts):
         part = prompts[done:done + batch]
         full = part + part[-1:] * (batch - len(part))            # one shape, one compile
-        noise = flux.draw_noise(seed, HELD_OUT + done + np.arange(batch), shape)
+        noise = flux.draw_noise(seed, session.DRAWN + done + np.arange(batch), shape)
         options = {"size": size, "noise": noise, "text_tokens": text_tokens}
         acts = flux.capture(model, flux.prepare(model, full, steps=timesteps, **options), layer=layer, site=site)
         if not bool(jnp.isfinite(acts).all()):
@@ -466,15 +465,15 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
                 counts.a["maxima"][i, alive] = peak
             save_image(folder / "images" / f"{i}.webp", image)
         done += len(part)
-        if (stopped := stop()) or partial.due():
-            partial.save(counts.settled(), done)
+        if (stopped := stop()) or unfinished.due():
+            unfinished.save(counts.settled(), done)
         if progress:
             progress(done)
         if stopped:
             return None
-    found = counts.finish(params[0]["W_dec"], labels, counts.a["maxima"], info | {"arguments": partial.arguments})
+    found = counts.finish(params[0]["W_dec"], labels, counts.a["maxima"], info | {"arguments": unfinished.arguments})
     save(folder / "collect", found)
-    partial.remove()
+    unfinished.remove()
     return found
 
 
@@ -563,14 +562,14 @@ def scene_attributes(scenes, drawn):
 # ---------------------------------------------------------------- strips
 
 
-def draw_strips(model, params, cfg, found, folder, n, progress=lambda: None):
+def draw_strips(model, subject, found, folder, n, progress=lambda: None):
     """For each of the n liveliest features, those that fire on the most images, its best example once more, from the
     same noise, with its values multiplied by all of `pages.SCALES` but 1, as `folder`/7-2.webp. What is there stays."""
     folder.mkdir(parents=True, exist_ok=True)
     scales = [scale for scale in pages.SCALES if scale != 1]
     for f in liveliest(found, n):
         if not (folder / f"{f}-{scales[-1]}.webp").is_file():    # the last one says that all are there
-            for scale, image in zip(scales, strip(model, params, cfg, found, f, scales)):
+            for scale, image in zip(scales, strip(model, subject, found, f, scales)):
                 new = folder / ".new.webp"
                 save_image(new, image)
                 os.replace(new, folder / f"{f}-{scale}.webp")
@@ -583,7 +582,7 @@ def liveliest(found, n):
     return [int(f) for f in order if found.fired[f]]
 
 
-def strip(model, params, cfg, found, f, scales):
+def strip(model, subject, found, f, scales):
     """The images uint8 [scales, H, W, 3] of a feature's best example with its values multiplied, in every step."""
     info, image, n = found.info, int(found.top_image[f, 0]), len(scales)
     grid = flux.token_grid(model, info["size"])
@@ -591,13 +590,11 @@ def strip(model, params, cfg, found, f, scales):
                             (grid[0] * grid[1], model.cfg.in_channels))
     start = flux.prepare(model, [info["prompts"][image]] * n, steps=info["steps"], size=info["size"], noise=noise,
                          text_tokens=info.get("text_tokens"))
-    names = flux.residual_names(model.cfg, info["layer"], info["site"])
-    nearest = flux.nearest_timesteps(model, info["layout"]["timesteps"], grid, start.sigmas[:-1])
     scale, feature = jnp.asarray(scales, jnp.float32)[:, None, None], jnp.array([f])
 
     def edits(step):
-        shared = {name: (p, feature) for name, p in zip(names, sae.at_timestep(params, nearest[step], len(names)))}
-        return [flux.Edit(info["layer"], names, scaling(cfg), scale, shared)]
+        shared = {name: (p, feature) for name, p in subject.at(start.sigmas[step]).items()}
+        return [flux.Edit(subject.layer, subject.names, scaling(subject.cfg), scale, shared)]
 
     return flux.decode(model, flux.sample(model, start, edits=edits), start.grid)
 
@@ -615,59 +612,61 @@ def scaling(cfg):
 # ---------------------------------------------------------------- the command line
 
 
-def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, steps=None, features="", model="", seed=0,
-         batch=None, dtype="", quant="", transformer="", pages_only=False, overwrite=False, steer=None, **unknown):
+def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, steps=None, features="", model="",
+         layer=None, site="", seed=0, batch=None, dtype="", quant="", transformer="", pages_only=False, overwrite=False,
+         steer=None, **unknown):
     """Write a dashboard of the SAE in the folder `checkpoint` into the folder --out.
 
     --n: prompts. --steps: in which images are drawn. --features 0:200,512: pages of these only. --pages_only: pages
     from what an earlier run collected. --steer 20: for the 20 features that fire on the most images, their best example
     with the feature ablated, as it is, and times 2, 4 and 8; with --pages_only for a dashboard that is there.
-    --model: where the checkpoint's own is not to be found. --overwrite: also replace another checkpoint's dashboard.
+    --model, --layer, --site: where the checkpoint does not say. --overwrite: also replace another checkpoint's
+    dashboard.
     """
     session.no_unknown_flags(unknown)
     out = Path(out)
-    given = {"n": n, "seed": seed, "steps": steps, "batch": batch, "steer": steer}
+    given = {"n": n, "seed": seed, "steps": steps, "batch": batch, "steer": steer, "layer": layer}
     session.check_whole({name: value for name, value in given.items() if value is not None})
-    params, cfg = saved.load_groups(checkpoint)
-    wanted = feature_range(features, cfg.features)
-    if steer and cfg.d_out is not None:
-        raise Mistake(f"--steer: {checkpoint} is a transcoder, which writes what belongs to another layer")
-    loader = lru_cache(lambda: session.load_model(model_name(checkpoint, cfg, model), run_of(checkpoint), dtype=dtype,
-                                                  quant=quant, transformer=transformer))
+    subject = session.opened(checkpoint, model=model, layer=layer, site=site, writes=bool(steer))
+    wanted = feature_range(features, subject.cfg.features)
+    if steer or not pages_only:
+        subject = session.placed(subject, *flux.read_config(subject.model))
+    load_model = lru_cache(partial(session.load_model, subject.model, subject.run, dtype=dtype, quant=quant,
+                                   transformer=transformer))
     with session.claim(out):
         check_out(out, checkpoint, pages_only, overwrite)
         building = workplace(out, "pages" if pages_only else "building")
         if pages_only:
             found = load(out / "collect")
-            strips_for(checkpoint, loader, params, cfg, found, out, steer)
+            strips_for(checkpoint, load_model, subject, found, out, steer)
             shutil.rmtree(building, ignore_errors=True)          # of a stopped run; a stopped pass has another name
             for part in ("collect", "images", "steer"):
                 if (out / part).exists() or part != "steer":
                     shutil.copytree(out / part, building / part)
         else:
             with session.stopping() as stop:                     # elsewhere a signal ends at once: all is saved
-                found = collect_from(checkpoint, loader, params, cfg, building, prompts, prompt_field, n, steps, model,
-                                     seed, batch, stop)
+                found = collect_from(checkpoint, load_model, subject, building, prompts, prompt_field, n, steps, seed,
+                                     batch, stop)
                 if found is None:
                     print("stopped; the same command goes on")
                     raise SystemExit(128 + stop())
-            strips_for(checkpoint, loader, params, cfg, found, building, steer)
+            strips_for(checkpoint, load_model, subject, found, building, steer)
         if is_of(found, checkpoint):                             # scores may be newer than what was collected
-            found.info["scores"] = read_scores(Path(checkpoint) / "eval.json", saved.fingerprint(params))
+            found.info["scores"] = read_scores(Path(checkpoint) / "eval.json", saved.fingerprint(subject.params))
         pages.write(found, building, wanted)
         replace(building, out)
         print(f"dashboard: {out / 'index.html'}")
 
 
-def strips_for(checkpoint, loader, params, cfg, found, folder, n):
-    """`draw_strips` of n features, where any are asked for. Raises ValueError for another checkpoint's dashboard."""
+def strips_for(checkpoint, load_model, subject, found, folder, n):
+    """`draw_strips` of n features, where any are asked for. Raises Mistake for another checkpoint's dashboard."""
     if not n:
         return
     if not is_of(found, checkpoint):
         raise Mistake(f"--steer: the dashboard in {folder} is of another checkpoint than {checkpoint}")
-    loaded = loader()
+    model = load_model()
     with tqdm(total=min(n, found.features), unit="feature", desc="steering", dynamic_ncols=True) as bar:
-        draw_strips(loaded, params, cfg, found, folder / "steer", n, progress=bar.update)
+        draw_strips(model, subject, found, folder / "steer", n, progress=bar.update)
 
 
 def is_of(found, checkpoint):
@@ -680,47 +679,25 @@ def read_cfg(checkpoint):
     return json.loads((Path(checkpoint) / saved.CONFIG).read_text(encoding="utf-8"))
 
 
-def model_name(checkpoint, cfg, model):
-    """The model that the checkpoint, or the flag, names. Raises ValueError where that is unknown or does not fit."""
-    about = saved.load_metadata(checkpoint)
-    missing = [name for name in ("model", "layer", "site") if name not in about]
-    if missing:
-        raise Mistake(f"{checkpoint} does not say its {' or '.join(missing)} (it was not written by train.py)")
-    name = model or about["model"]
-    described = flux.read_config(name)[1]
-    flux.residual_names(described, about["layer"], about["site"])
-    session.check_width(cfg, described.width, checkpoint, name)
-    return name
-
-
-def run_of(checkpoint):
-    """The flags of train.py that the checkpoint was trained with; {} of a foreign SAE."""
-    return saved.load_metadata(checkpoint).get("run") or {}
-
-
-def collect_from(checkpoint, loader, params, cfg, folder, source, field, n, steps, model, seed, batch, stop):
-    """What the checkpoint says of itself, and the flags → `collect`. loader() → the model."""
-    about, name, run = saved.load_metadata(checkpoint), model_name(checkpoint, cfg, model), run_of(checkpoint)
-    texts, labels = captions(run, source, field, n)
-    loaded = loader()
-    steps = steps or (28 if loaded.cfg.guidance_embeds else 4)
-    size = run.get("size") or None
-    info = {"model": str(name), "source": source or run.get("prompts", "scenes"), "checkpoint": read_cfg(checkpoint),
+def collect_from(checkpoint, load_model, subject, folder, source, field, n, steps, seed, batch, stop):
+    """What the checkpoint says of itself, and the flags → `collect`."""
+    source, field, held_out = session.prompts_of(subject, source, field)
+    texts, labels = captions(source, field, held_out, n)
+    model = load_model()
+    info = {"model": subject.model, "source": source, "checkpoint": read_cfg(checkpoint),
             "metrics": read_metrics(Path(checkpoint) / "metrics.jsonl"), "versions": {"jax": jax.__version__}}
+    batch = batch or shard.batch(*((1, 16) if model.cfg.width <= 512 else (4,)))
     with tqdm(total=len(texts), unit="prompt", desc="collecting", dynamic_ncols=True) as bar:
-        return collect(loaded, params, cfg, texts, folder, layer=about["layer"], site=about["site"], steps=steps,
-                       timesteps=run.get("timesteps", 1), size=tuple(size) if isinstance(size, list) else size,
-                       text_tokens=run.get("text_tokens") or None, padding=run.get("padding", True), seed=seed,
-                       info=info, **labels, batch=batch or shard.batch(*((1, 16) if loaded.cfg.width <= 512 else (4,))),
-                       progress=lambda done: bar.update(done - bar.n), stop=stop)
+        return collect(model, subject.params, subject.cfg, texts, folder, layer=subject.layer, site=subject.site,
+                       steps=steps or (28 if model.cfg.guidance_embeds else 4), timesteps=subject.timesteps,
+                       size=subject.size, text_tokens=subject.text_tokens, padding=subject.padding, seed=seed,
+                       batch=batch, info=info, **labels, progress=lambda done: bar.update(done - bar.n), stop=stop)
 
 
-def captions(run, source, field, n):
+def captions(source, field, held_out, n):
     """(n prompts that no training step saw, where the source allows it; arguments of `collect` about their scenes)."""
-    source, own = source or run.get("prompts", "scenes"), source in ("", run.get("prompts"))
     if source != "scenes":
-        held_out = True if own and run.get("held_out") else None
-        return prompt_sources.take(source, field or run.get("prompt_field"), n, held_out=held_out), {}
+        return prompt_sources.take(source, field, n, held_out=held_out), {}
     scenes, drawn = prompt_sources.scenes(), prompt_sources.held_out_scenes(n)
     labels = dict(zip(("attributes", "labels"), scene_attributes(scenes, drawn)))
     return [scenes.caption(scene) for scene in drawn], labels

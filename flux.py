@@ -558,7 +558,7 @@ def _check_parts(folder, cfg):
         raise Mistake(f"{folder} holds a {kind}; fae runs FLUX.1 from text, a FluxPipeline")
     t5, clip = text_encoders.t5_config(folder / "text_encoder_2"), text_encoders.clip_config(folder / "text_encoder")
     image = vae.config(folder / "vae")
-    scheduler = tensor_files.read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_scheduler(folder)
     for name, value, what, fitting in (
             ("in_channels", cfg.in_channels, "the VAE's latent_channels times 4", 4 * image.latent_channels),
             ("out_channels", cfg.out_channels or cfg.in_channels, "its in_channels", cfg.in_channels),
@@ -570,6 +570,11 @@ def _check_parts(folder, cfg):
                           "same: it is no FLUX.1 that draws from text, or its parts are of different models")
     sigmas(scheduler, 2, 256)
     return t5, clip, image, scheduler
+
+
+def read_scheduler(folder):
+    """The fields of scheduler_config.json, for `sigmas`."""
+    return tensor_files.read_json(folder / "scheduler" / "scheduler_config.json")
 
 
 def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None, walk=None, last=None, variant=None):
@@ -659,13 +664,6 @@ def sigmas(scheduler, steps, tokens):
     if scheduler.get("shift_terminal"):
         s = 1 - (1 - s) * (1 - scheduler["shift_terminal"]) / (1 - s[-1])
     return np.append(s, 0).astype(np.float32)
-
-
-def nearest_timesteps(model, timesteps, grid, levels):
-    """For each noise level [n] the number of the nearest of the `timesteps` noise levels at which activations of images
-    of `grid` tokens are taken, list of n ints."""
-    taken = sigmas(model.scheduler, timesteps, grid[0] * grid[1])[:-1]
-    return np.abs(np.asarray(levels)[:, None] - taken).argmin(1).tolist()
 
 
 def generate(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, text_tokens=None, progress=None,

@@ -777,12 +777,6 @@ def _sums(params: Params, cfg: Config, x: Array, values: Array, indices: Array, 
     return sums | {"tokens": jnp.asarray(len(x)), "fired": fired, "cosine": jnp.sum(_cosine(x, x_hat))}
 
 
-def at_timestep(params: list[Params], t: int, streams: int) -> list[Params]:
-    """Of `load_groups`' SAEs those of each of the site's streams at the trained timestep number t; one SAE is for all.
-    """
-    return params * streams if len(params) == 1 else params[t * streams : (t + 1) * streams]
-
-
 def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     """The arrays of an SAE on raw residuals and their shapes."""
     d, f, out = cfg.d_in, cfg.features, cfg.d_out or cfg.d_in

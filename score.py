@@ -6,7 +6,7 @@
 
 Copy it with `flux.py`, `sae.py`, `shard.py`, `quant.py`, `prompts.py` and what these import. From Python:
 
-    subject = score.subject(model, "ckpt")
+    subject = session.subject(model, "ckpt")
     found = score.score(model, subject, score.dataset(model, captions, images))     # the contents of eval.json
 
 The loss is that of flow matching, |v - (noise - x0)|² per channel, where the model sees (1 - t) x0 + t noise at a noise
@@ -38,27 +38,9 @@ import shard
 import vae
 from session import Mistake
 
-HELD_OUT = 1_750_000_000                                         # number of the first noise: no training step sees it
 VARIANTS = ("clean", "spliced", "zero", "mean")
 FILE, KIND = "eval.json", "fae score"
 EVALUATED = 65536                                                # tokens for FVU and what goes with it
-
-
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """An SAE, and where it belongs: `params` of each group of tokens (see `saved.load_groups`)."""
-    params: list
-    cfg: sae.Config
-    layer: int
-    site: str
-    names: tuple[str, ...]                                       # of the streams that it reads, as blocks sow them
-    trained: np.ndarray                                          # noise levels that it was trained at
-    padding: bool = True                                         # whether it was trained on T5's padding
-
-    def at(self, level):
-        """{name of the stream: parameters} at a noise level: those of the nearest level of training."""
-        t = int(np.abs(self.trained - level).argmin())
-        return dict(zip(self.names, sae.at_timestep(self.params, t, len(self.names))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +64,6 @@ def splicing(cfg):
 def constant(name, value, each, shared):
     """`flux.Edit`'s function that puts shared[name] [D] in the place of every token."""
     return jnp.broadcast_to(shared[name].astype(value.dtype), value.shape)
-
-
-def shift(name, value, each, shared):
-    """`flux.Edit`'s function that adds each[name] [B, N, D]."""
-    return value + each[name].astype(value.dtype)
 
 
 def edits(subject, variant, level, means=None):
@@ -115,14 +92,14 @@ def score(model, subject, data, *, captions=None, levels=8, steps=4, tokens=EVAL
     starts = list(prepared(model, data, levels, seed, batch, text_tokens))
     sigmas = starts[0][1].sigmas[:-1]
     loss, change = losses(model, subject, data, starts, partial(tell, "loss"))
-    trained = np.isin(np.arange(len(sigmas)), np.abs(subject.trained[:, None] - sigmas).argmin(1))
+    trained = np.isin(np.arange(len(sigmas)), np.abs(subject.levels[:, None] - sigmas).argmin(1))
     rows = [{"t": float(t), "trained": bool(there)} | summary(loss[:, i], change[:, i])
             for i, (t, there) in enumerate(zip(sigmas, trained))]
     drawn = flux.sigmas(model.scheduler, steps, data.latents.shape[1])
     starts = [(rows, replace(start, sigmas=drawn)) for rows, start in starts]
     return {
         "kind": KIND, "layer": subject.layer, "site": subject.site, "images": len(data.prompts), "data": data.origin,
-        "seed": seed, "first_noise": HELD_OUT, "weights": saved.fingerprint(subject.params),
+        "seed": seed, "first_noise": session.SCORED, "weights": saved.fingerprint(subject.params),
         "versions": {"jax": jax.__version__},
         "loss": summary(loss, change), "loss_where_trained": summary(loss[:, trained], change[:, trained]),
         "per_timestep": rows, "image": {"steps": steps} | distances(model, subject, starts, partial(tell, "images")),
@@ -136,15 +113,8 @@ def prepared(model, data, steps, seed, batch, text_tokens=None):
     for first in range(0, len(data.prompts), batch):
         rows = np.arange(first, min(first + batch, len(data.prompts)))
         full = np.minimum(np.arange(first, first + batch), len(data.prompts) - 1)
-        yield rows, beginning(model, [data.prompts[i] for i in full], full, levels, data.grid, seed, text_tokens)
-
-
-def beginning(model, prompts, numbers, levels, grid, seed, text_tokens=None, first=HELD_OUT):
-    """The `flux.Start` of images `numbers`, which have noise of their own."""
-    text, pooled = flux.encode_text(model, prompts, text_tokens)
-    guidance = jnp.full(len(prompts), 3.5) if model.cfg.guidance_embeds else None
-    noise = flux.draw_noise(seed, first + np.asarray(numbers), (grid[0] * grid[1], model.cfg.in_channels))
-    return flux.Start(noise, (text, pooled, guidance), levels, grid)
+        prompts = [data.prompts[i] for i in full]
+        yield rows, session.beginning(model, prompts, full, levels, data.grid, seed, text_tokens)
 
 
 def losses(model, subject, data, starts, progress):
@@ -209,7 +179,7 @@ def distances(model, subject, starts, progress):
     sums, squares, clean = [dict.fromkeys(subject.names, 0.0) for _ in range(steps)], {}, []
     for rows, start in starts:
         acts = flux.capture(model, start, layer=subject.layer, site=subject.site)
-        for i, name, x in streams(subject, acts[:, :len(rows)], start):
+        for i, name, x in session.streams(subject, acts[:, :len(rows)], start):
             sums[i][name] += jnp.sum(x.astype(jnp.float32).mean(1), 0)
         clean.append(flux.decode(model, flux.sample(model, start), start.grid)[:len(rows)])
     means = [{name: total / n for name, total in of.items()} for of in sums]
@@ -229,28 +199,21 @@ def decibels(square):
     return float(10 * np.log10(255 ** 2 / square)) if square > 0 else None
 
 
-def streams(subject, acts, start):
-    """(step, name, [B, tokens, D]) of what `flux.capture` gave, [steps, B, N, D]."""
-    for _, t, part in flux.token_groups(subject.site, len(acts), start.condition[0].shape[1]):
-        name = subject.names[0 if len(subject.names) == 1 or part.start is None or part.start == 0 else 1]
-        yield t, name, acts[t, :, part]
-
-
 def statistics(model, subject, captions, grid, tokens, seed, batch, text_tokens, progress):
     """`sae.evaluate` on the activations of the kind that it was trained on: from noise, at its own noise levels, of at
     least so many tokens; the captions begin again with new noise where they are too few. Means over groups by their
     tokens; "density": share of tokens at which each feature fires, as a histogram."""
     totals, done, numbers = {}, 0, np.arange(batch)
-    levels = np.append(subject.trained, 0).astype(np.float32)
+    levels = np.append(subject.levels, 0).astype(np.float32)
     while done < tokens:
         texts = [captions[i % len(captions)] for i in numbers]
-        start = beginning(model, texts, numbers, levels, grid, seed, text_tokens)
+        start = session.beginning(model, texts, numbers, levels, grid, seed, text_tokens)
         acts = flux.capture(model, start, layer=subject.layer, site=subject.site)
         real = session.real_tokens(model, texts, "txt", start.condition[0].shape[1], 0)
-        for t, name, x in streams(subject, acts, start):
+        for t, name, x in session.streams(subject, acts, start):
             rows = np.asarray(x, np.float32)
             rows = rows[real] if name.endswith("txt") and not subject.padding else rows
-            p = subject.at(subject.trained[t])[name]
+            p = subject.at(subject.levels[t])[name]
             totals[t, name] = sae.added(totals.get((t, name), {}), p, subject.cfg, rows)
         done, numbers = done + math.prod(acts.shape[:3]), numbers + batch
         progress(min(done / tokens, 1))
@@ -295,8 +258,8 @@ def dataset(model, prompts, images=None, *, size=None, steps=4, seed=0, batch=16
         rows = np.minimum(np.arange(first, first + batch), len(prompts) - 1)
         if images is None:
             levels = flux.sigmas(model.scheduler, steps, grid[0] * grid[1])
-            start = beginning(model, [prompts[i] for i in rows], rows, levels, grid, seed, text_tokens,
-                              HELD_OUT + len(prompts))
+            start = session.beginning(model, [prompts[i] for i in rows], rows, levels, grid, seed, text_tokens,
+                              session.SCORED + len(prompts))
             part = flux.sample(model, start)
         else:
             part = _encoded(model.vae[1], model.vae[0], np.stack([images[i] for i in rows]))
@@ -324,149 +287,6 @@ def folder_of_images(folder, n, size):
     return [f.with_suffix(".txt").read_text(encoding="utf-8").strip() for f in files], np.stack(read)
 
 
-# ---------------------------------------------------------------- attribution
-
-
-@dataclass(frozen=True, eq=False)
-class Attribution:
-    """Why a feature fires: gradient × value of what it was made from, in one forward pass at pure noise.
-
-    The target is the sum of the feature's pre-activations over the tokens on which it fires, those held fixed. An
-    earlier residual is split into what each active feature f of its SAE writes there, v_f W_dec[f], and an error that
-    stays as it is; f's attribution is the target's gradient along W_dec[f], times v_f, summed over tokens. A text
-    token's is the gradient by its T5 state times what sets that apart from the empty prompt's state in its place;
-    likewise the pooled vector of CLIP.
-    """
-    target: float
-    where: np.ndarray                                            # [N] bool: tokens on which the feature fires
-    features: np.ndarray                                         # [n] earlier features that fire, by |attribution|
-    values: np.ndarray                                           # [n]: of each, attribution
-    tokens: np.ndarray                                           # [T]
-    pooled: float
-    run: "Forward"
-    codes: dict                                                  # {name: (values, indices) [N, width]} of the source
-
-
-def traceable(model):
-    """A walk over the blocks that can be traced and differentiated: one scan. Of several chips the model's own calls
-    a program for each block, and would be unrolled."""
-    sharding = jax.tree.leaves(model.params)[0].sharding
-    return shard.scan(sharding.mesh) if isinstance(sharding, jax.sharding.NamedSharding) else None
-
-
-class Forward:
-    """A prompt's pass from the residual that `source` (or nothing: None) reads to a feature of `target`."""
-
-    def __init__(self, model, target, source, feature, start, where=None):
-        if not 0 <= feature < target.cfg.features:
-            raise Mistake(f"feature {feature}: the SAE has features 0 to {target.cfg.features - 1}")
-        if source and source.layer >= target.layer:
-            raise Mistake(f"attribution goes from an earlier layer to a later one, not from layer {source.layer} to "
-                             f"layer {target.layer}")
-        self.model, self.target, self.source, self.start, self.feature = model, target, source, start, feature
-        self.walk = traceable(model)
-        saes, tokens = target.at(1.0), self.residual(target)
-        self.w = jnp.concatenate([jnp.tile(saes[name]["W_enc"][:, feature], (x.shape[1], 1))
-                                  for name, x in tokens.items()])
-        self.b = jnp.concatenate([jnp.full(x.shape[1], saes[name]["b_enc"][feature]) for name, x in tokens.items()])
-        self.where = self.fires(tokens)[0] > 0
-        if not self.where.any():
-            raise Mistake(f"feature {feature} does not fire for this prompt and noise: nothing to explain")
-
-    def residual(self, subject):
-        """{name: [1, tokens, D]} of the unchanged pass."""
-        text, pooled, level, guidance = flux.at(self.start, 0)
-        x = flux.residual(self.model.params, self.model.cfg, self.start.latents, text, pooled, level, guidance,
-                          grid=self.start.grid, layer=subject.layer, site=subject.site, walk=self.model.walk)
-        return {name: part for _, name, part in streams(subject, x[None], self.start)}
-
-    def fires(self, tokens):
-        """The feature's values [B, N], from {name: residual}."""
-        out = []
-        for name, x in tokens.items():
-            values, indices = sae.encode(self.target.at(1.0)[name], self.target.cfg, x.astype(jnp.float32))
-            out.append(np.asarray(jnp.sum(jnp.where(indices == self.feature, values, 0), -1)))
-        return np.concatenate(out, 1)
-
-    def read(self, shifts, text=None, pooled=None, gradient=False):
-        """The target [B] after `shifts` {name: [B, N, D]} of the source, or other conditions; or its gradients."""
-        t, p, level, guidance = flux.at(self.start, 0)
-        t, p = t if text is None else text, p if pooled is None else pooled
-        B = max(len(t), *(len(x) for x in shifts.values())) if shifts else len(t)
-        full = lambda x: x if x is None or len(x) == B else jnp.repeat(x, B, 0)
-        source = (self.source.layer, self.source.names) if shifts else None
-        args = (self.model.params, self.model.cfg, full(self.start.latents), shifts, full(t), full(p), full(level),
-                full(guidance), self.w, self.b, jnp.asarray(self.where, jnp.float32))
-        return (_gradient if gradient else _read)(*args, grid=self.start.grid, source=source, walk=self.walk,
-                                                  target=(self.target.layer, self.target.site))
-
-
-@partial(jax.jit, static_argnames=("cfg", "grid", "source", "target", "walk"))
-def _read(params, cfg, latents, shifts, text, pooled, level, guidance, w, b, where, *, grid, source, target, walk):
-    changed = (flux.Edit(*source, shift, each=shifts),) if source else ()
-    x = flux.residual(params, cfg, latents, text, pooled, level, guidance, grid=grid, layer=target[0], site=target[1],
-                      walk=walk, edits=changed)
-    at = jnp.einsum("bnd,nd->bn", x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST) + b
-    return jnp.sum(jnp.where(where > 0, at, 0), 1)
-
-
-@partial(jax.jit, static_argnames=("cfg", "grid", "source", "target", "walk"))
-def _gradient(params, cfg, latents, shifts, text, pooled, *args, **options):
-    """Gradients of the target, summed over the batch, by shifts, text and pooled."""
-    def total(shifts, text, pooled):
-        return jnp.sum(_read(params, cfg, latents, shifts, text, pooled, *args, **options))
-    return jax.grad(total, argnums=(0, 1, 2))(shifts, text, pooled)
-
-
-def attribute(model, target, feature, prompt, source=None, *, seed=0, number=0, size=None, text_tokens=None):
-    """The `Attribution` of `feature` of the `Subject` target, to features of an earlier one (or none) and to the
-    prompt. Raises ValueError for a feature that does not fire."""
-    grid = flux.token_grid(model, size or min(256, model.size))
-    levels = np.array([1, 0], np.float32)
-    start = beginning(model, [prompt], [number], levels, grid, seed, text_tokens)
-    run = Forward(model, target, source, feature, start)
-    found = run.residual(source) if source else {}
-    shifts = {name: jnp.zeros(x.shape, jnp.float32) for name, x in found.items()}
-    slopes, by_text, by_pooled = run.read(shifts, gradient=True)
-    codes, total = {}, np.zeros(source.cfg.features if source else 0)
-    for name, x in found.items():
-        p = source.at(1.0)[name]
-        values, indices = (np.asarray(a[0]) for a in sae.encode(p, source.cfg, x.astype(jnp.float32)))
-        along = np.einsum("nd,nkd->nk", np.asarray(slopes[name][0]), np.asarray(p["W_dec"])[indices])
-        np.add.at(total, indices, along * values)
-        codes[name] = values, indices
-    alive = np.unique(np.concatenate([i[v > 0] for v, i in codes.values()])) if codes else np.zeros(0, int)
-    order = alive[np.argsort(-np.abs(total[alive]), kind="stable")]
-    text, pooled = (x.astype(jnp.float32) for x in start.condition[:2])
-    nothing = [x.astype(jnp.float32) for x in flux.encode_text(model, [""], text_tokens)]
-    return Attribution(float(run.read({})[0]), run.where, order, total[order],
-                       np.asarray(jnp.sum(by_text * (text - nothing[0]), -1)[0]),
-                       float(jnp.sum(by_pooled * (pooled - nothing[1]))), run, codes)
-
-
-def ablate(found, features, batch=16):
-    """By how much the target falls if one of the earlier `features` is set to 0 at all tokens, [n]."""
-    run, out = found.run, []
-    for first in range(0, len(features), batch):
-        some = np.resize(features[first:first + batch], batch)
-        shifts = {}
-        for name, (values, indices) in found.codes.items():
-            v = np.stack([np.where(indices == f, values, 0).sum(-1) for f in some])
-            shifts[name] = -jnp.asarray(v)[..., None] * run.source.at(1.0)[name]["W_dec"][some][:, None]
-        out.append(found.target - np.asarray(run.read(shifts)))
-    return np.concatenate([*out, np.zeros(0)])[:len(features)]
-
-
-def ablate_tokens(found, model, batch=16):
-    """By how much the target falls if the T5 state of one text token becomes the empty prompt's, [T]."""
-    text = found.run.start.condition[0]
-    nothing, T = flux.encode_text(model, [""], text.shape[1])[0][0], text.shape[1]
-    out = []
-    for first in range(0, T, batch):
-        places = np.resize(np.arange(first, min(first + batch, T)), batch)
-        changed = jnp.repeat(text, batch, 0).at[np.arange(batch), places].set(nothing[places].astype(text.dtype))
-        out.append(found.target - np.asarray(found.run.read({}, changed)))
-    return np.concatenate([part[:min(batch, T - i * batch)] for i, part in enumerate(out)])
 
 
 # ---------------------------------------------------------------- the command line
@@ -490,103 +310,50 @@ def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, tokens=EVALUATED
     asked = attribute is not None
     if asked != bool(prompt) or (upstream and not asked):
         raise Mistake('--attribute needs a prompt: --attribute 123 --prompt "a red cube" --from ckptA/')
-    about, precision = described(checkpoint, model, layer, site), {"dtype": dtype, "quant": quant}
-    precision["transformer"] = transformer
-    file = Path(out) if out else Path(checkpoint) / FILE
+    target = session.opened(checkpoint, model=model, layer=layer, site=site)
+    folder, cfg = flux.read_config(target.model)
+    target = session.placed(target, folder, cfg)
+    load = partial(session.load_model, target.model, target.run, dtype=dtype, quant=quant, transformer=transformer)
     if not asked:
-        check_out(file)
-        given = captions(about, prompts, prompt_field, images, n)
-        loaded, target = load(checkpoint, about, **precision)
-        report(file, loaded, target, about, n, given, levels, steps, tokens, seed, batch)
+        check_out(file := Path(out) if out else Path(checkpoint) / FILE)
+        given = captions(target, folder, prompts, prompt_field, images, n)
+        report(file, load(), target, n, given, levels, steps, tokens, seed, batch)
         return
-    if type(attribute) is not int or not 0 <= attribute < about["features"]:
-        raise Mistake(f"--attribute {attribute}: the SAE has features 0 to {about['features'] - 1}")
-    earlier = described(upstream, about["model"], None, "") if upstream else None
-    if earlier and earlier["layer"] >= about["layer"]:
-        raise Mistake(f"--from {upstream} is an SAE of layer {earlier['layer']}: attribution needs one before layer "
-                         f"{about['layer']}, that of {checkpoint}")
-    loaded, target = load(checkpoint, about, **precision)
-    source = subject(loaded, upstream, earlier["layer"], earlier["site"]) if upstream else None
-    explain(loaded, target, attribute, prompt, source, seed, about["size"],
-            about["run"].get("text_tokens") or None)
+    import attribution
+    target.check_feature(attribute)
+    source = None
+    if upstream:
+        source = session.placed(session.opened(upstream, model=target.model), folder, cfg)
+        attribution.check_order(source, target)
+    attribution.explain(load(), target, attribute, prompt, source, seed)
 
 
-def described(checkpoint, model="", layer=None, site=""):
-    """What the checkpoint says of itself, with the flags where it is silent: a dict with model, layer, site, run, and
-    `folder` and `cfg` of the model. Raises ValueError where the two do not fit each other."""
-    _, cfg = saved.load(checkpoint)
-    about = dict(saved.load_metadata(checkpoint))
-    for name, value in (("layer", layer), ("site", site or None)):
-        if value is not None and about.get(name, value) != value:
-            raise Mistake(f"--{name} {value}: the SAE in {checkpoint} is of {name} {about[name]}")
-        about[name] = about.get(name, value)
-    about["model"] = model or about.get("model")
-    missing = [name for name in ("model", "layer", "site") if about[name] is None]
-    if missing:
-        raise Mistake(f"{checkpoint} does not say its {' or '.join(missing)}: give --{' --'.join(missing)}")
-    if cfg.d_out is not None:
-        raise Mistake(f"{checkpoint} is a transcoder, which reconstructs another layer than it reads: it cannot be "
-                         "spliced in")
-    about["folder"], about["cfg"] = flux.read_config(about["model"])
-    flux.residual_names(about["cfg"], about["layer"], about["site"])
-    session.check_width(cfg, about["cfg"].width, checkpoint, about["model"])
-    about["run"], about["features"] = about.get("run") or {}, cfg.features
-    size = about["run"].get("size") or None
-    about["size"] = tuple(size) if isinstance(size, list) else size
-    return about
-
-
-def subject(model, checkpoint, layer=None, site=None):
-    """The `Subject` in a folder; layer and site where it does not say. Raises ValueError for one of another model."""
-    params, cfg = saved.load_groups(checkpoint)
-    about = described(checkpoint, str(model.source), layer, site or "")
-    run = about["run"]
-    grid = flux.token_grid(model, about["size"] or min(256, model.size))
-    trained = flux.sigmas(model.scheduler, run.get("timesteps", 1), grid[0] * grid[1])[:-1]
-    names = flux.residual_names(model.cfg, about["layer"], about["site"])
-    if len(params) not in (1, len(names) * len(trained)):
-        raise Mistake(f"{checkpoint} has SAEs for {len(params)} groups of tokens, not {len(names) * len(trained)}, "
-                         f"those of site {about['site']} with {len(trained)} timestep(s)")
-    return Subject(params, cfg, int(about["layer"]), about["site"], names, trained, run.get("padding", True))
-
-
-def load(checkpoint, about, **options):
-    """(model, Subject); options: of `session.load_model`."""
-    model = session.load_model(about["model"], about["run"], **options)
-    return model, subject(model, checkpoint, about["layer"], about["site"])
-
-
-def captions(about, prompts, field, images, n):
+def captions(subject, folder, prompts, field, images, n):
     """(captions, images uint8 or None for the model's own, origin), from the flags and what the checkpoint says; more
-    than n captions where there are, for the SAE's statistics: enough for images of 64 tokens, as nano's."""
-    run, size, many = about["run"], vae_size(about), max(n, EVALUATED // 64)
-    source = prompts or run.get("prompts", "scenes")
+    than n captions where there are, for the SAE's statistics: enough for images of 64 tokens, as nano's. folder: of the
+    model."""
+    size, many = subject.size or min(256, flux.default_size(folder)), max(n, EVALUATED // 64)
     if images:
         if prompts:
             raise Mistake("--images brings its own captions: leave --prompts out")
         return *folder_of_images(images, n, size), f"images of {images}"
+    source, field, held_out = session.prompts_of(subject, prompts, field)
     if source != "scenes":
-        held_out = True if not prompts and run.get("held_out") else None
-        return prompt_sources.take(source, field or run.get("prompt_field"), many, held_out=held_out), None, ""
+        return prompt_sources.take(source, field, many, held_out=held_out), None, ""
     scenes, drawn = prompt_sources.scenes(), prompt_sources.held_out_scenes(many)
     renders = None
-    if (about["folder"] / "scenes.py").is_file() and isinstance(size, int):      # this model draws them, as squares
+    if (folder / "scenes.py").is_file() and isinstance(size, int):               # this model draws them, as squares
         renders = [scenes.render(scene, size).image for scene in drawn[:n]]
     return [scenes.caption(scene) for scene in drawn], renders, "renders of held-out scenes" if renders else ""
 
 
-def vae_size(about):
-    """Pixels a side of the run's images."""
-    return about["size"] or min(256, flux.default_size(about["folder"]))
-
-
-def report(file, model, target, about, n, given, levels, steps, tokens, seed, batch):
+def report(file, model, target, n, given, levels, steps, tokens, seed, batch):
     """Measure, write and print."""
-    run, (texts, images, origin) = about["run"], given
+    texts, images, origin = given
     steps = steps or (28 if model.cfg.guidance_embeds else 4)
     batch = batch or min(shard.batch(*((1, 16) if model.cfg.width <= 512 else (4,))), n, len(texts))
-    options = {"seed": seed, "batch": batch, "text_tokens": run.get("text_tokens") or None}
-    data = dataset(model, texts[:n], images, size=vae_size(about), steps=steps, origin=origin, **options)
+    options = {"seed": seed, "batch": batch, "text_tokens": target.text_tokens}
+    data = dataset(model, texts[:n], images, size=target.size, steps=steps, origin=origin, **options)
     print(f"data: {len(data.prompts)} images, {data.origin}")
     with tqdm(total=3.0, desc="scoring", dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}|") as bar:
         places = {"loss": 0, "images": 1, "statistics": 2}
@@ -597,7 +364,7 @@ def report(file, model, target, about, n, given, levels, steps, tokens, seed, ba
 
         found = score(model, target, data, captions=texts, levels=levels, steps=steps, tokens=tokens, progress=progress,
                       **options)
-    found |= {"model": str(about["model"]), "prompts": run.get("prompts", "scenes")}
+    found |= {"model": target.model, "prompts": target.run.get("prompts")}
     write(file, found)
     print(table(found))
     print(f"scores: {file}")
@@ -646,25 +413,6 @@ def table(found):
                  f"{stats['dead']:.1%} on {stats['tokens']:,} tokens; decoder norm {norm['median']:.3f}, "
                  f"encoder-decoder cosine {cosine['median']:.3f} (medians, raw space)")
     return "\n".join(lines)
-
-
-def explain(model, target, feature, prompt, source, seed, size, text_tokens, shown=20):
-    """Print the attribution of a feature, beside what ablating does."""
-    found = attribute(model, target, feature, prompt, source, seed=seed, size=size, text_tokens=text_tokens)
-    print(f"feature {feature} of layer {target.layer}: fires on {found.where.sum()} tokens, sum {found.target:.4f}")
-    if source:
-        effects = ablate(found, found.features[:shown])
-        print(f"{f'feature of layer {source.layer}':24}{'attribution':>14}{'if ablated':>14}")
-        for f, value, effect in zip(found.features, found.values, effects):
-            print(f"{f:<24}{value:>14.4f}{effect:>14.4f}")
-    effects = ablate_tokens(found, model)
-    print(f"{'token':24}{'attribution':>14}{'if emptied':>14}")
-    (words,) = model.words([prompt], len(effects))
-    for word, value, effect in zip(words, found.tokens, effects):
-        print(f"{word:24}{value:>14.4f}{effect:>14.4f}")
-    rest = len(words)
-    print(f"{'padding':24}{found.tokens[rest:].sum():>14.4f}{effects[rest:].sum():>14.4f}")
-    print(f"{'CLIP (pooled)':24}{found.pooled:>14.4f}")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ import inspect
 import os
 import signal
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import checkpoint
 import flux
 import prompts
 import quant
@@ -24,6 +26,9 @@ import shard
 from weights import Mistake
 
 MISTAKES = (Mistake, prompts.Mistake, quant.Mistake, sae.Mistake, shard.Mistake)
+# Numbers of noises. Training's begin at 0; no training step sees those of its closing table, of images that tools draw
+# (of the same prompts the same), and of scores.
+TABLE, DRAWN, SCORED = 1_000_000_000, 1_500_000_000, 1_750_000_000
 DTYPES = ("float32", "bfloat16", "float16")
 
 # ---------------------------------------------------------------- the command line
@@ -186,18 +191,149 @@ def load_model(name, run=None, *, dtype="", quant="", transformer="", **options)
     return flux.load(name, dtype=jnp.dtype(dtype), transformer=transformer, **placed, **options)
 
 
-def check_width(cfg, width, folder, model):
-    """Raise Mistake unless the SAE in `folder` reads residuals of `model`, which has this width."""
-    if cfg.d_in != width:
-        raise Mistake(f"the SAE in {folder} is for width {cfg.d_in}, but {model} has width {width}")
-
-
 def real_tokens(model, prompts, site, text_tokens, image_tokens):
     """Which tokens of a site are no padding of T5's: [B, N] bool, in the order of `flux.residual`."""
     lengths = [len(words) for words in model.words(prompts, text_tokens)]
     text = np.arange(text_tokens) < np.array(lengths)[:, None]
     image = np.ones((len(prompts), image_tokens), bool)
     return {"txt": text, "img": image, "both": np.concatenate([text, image], 1)}[site]
+
+
+# ---------------------------------------------------------------- an SAE and its model
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """An SAE at its place in a model, as its metadata say, or flags.
+
+    params: of each group of tokens (see `checkpoint.load_groups`). run: train.py's flags; {} of a foreign SAE. names:
+    of the streams that it reads, as blocks sow them. levels: noise levels that it was trained at. typical, fired [F]:
+    see `steer.calibrated`.
+    """
+    name: str
+    params: list
+    cfg: sae.Config
+    model: str
+    layer: int
+    site: str
+    run: dict
+    names: tuple[str, ...] = ()
+    levels: np.ndarray | None = None
+    typical: np.ndarray | None = None
+    fired: np.ndarray | None = None
+
+    def __repr__(self):
+        return f"<SAE {self.name}: {self.cfg.features:,} features of layer {self.layer} ({self.site}) of {self.model}>"
+
+    @property
+    def timesteps(self):
+        return self.run.get("timesteps", 1)
+
+    @property
+    def size(self):
+        """Pixels, an int or (height, width); None: the model's."""
+        size = self.run.get("size") or None
+        return tuple(size) if isinstance(size, list) else size
+
+    @property
+    def text_tokens(self):
+        """A prompt; None: the model's."""
+        return self.run.get("text_tokens") or None
+
+    @property
+    def padding(self):
+        """Whether it was trained on T5's padding."""
+        return self.run.get("padding", True)
+
+    def check_feature(self, feature):
+        """Raise Mistake unless it is one of the SAE's features."""
+        if type(feature) is not int or not 0 <= feature < self.cfg.features:
+            raise Mistake(f"feature {feature}: {self.name} has features 0 to {self.cfg.features - 1}")
+
+    def nearest(self, level):
+        """The number of the noise level of training that is nearest to this one."""
+        return int(np.abs(self.levels - level).argmin())
+
+    def of(self, t):
+        """{name of the stream: parameters} of the noise level of training number t. One SAE is for all."""
+        n = len(self.names)
+        return dict(zip(self.names, self.params * n if len(self.params) == 1 else self.params[t * n:(t + 1) * n]))
+
+    def at(self, level):
+        """{name of the stream: parameters} at a noise level: those of the nearest one of training."""
+        return self.of(self.nearest(level))
+
+
+def opened(folder, *, model="", layer=None, site="", writes=True):
+    """The `Subject` in a checkpoint's folder, before any model is looked at: without names and levels.
+
+    model, layer, site: of an SAE that does not say. writes: whether it has to write what it reads, which a transcoder
+    does not. Raises Mistake where a flag is missing or contradicts it.
+    """
+    folder = Path(folder)
+    params, cfg = checkpoint.load_groups(folder)
+    if writes and cfg.d_out is not None:
+        raise Mistake(f"{folder} is a transcoder, which writes what belongs to another layer: this needs an SAE")
+    about = checkpoint.load_metadata(folder)
+    for flag, value in (("layer", layer), ("site", site or None)):
+        if value is not None and about.get(flag, value) != value:
+            raise Mistake(f"--{flag} {value}: {folder} was trained at {flag} {about[flag]}")
+    said = {"model": model or about.get("model"), "layer": about.get("layer", layer),
+            "site": about.get("site", site or None)}
+    if missing := [f"--{flag}" for flag, value in said.items() if value is None]:
+        raise Mistake(f"{folder} does not say where it belongs (it was not written by train.py): give "
+                      f"{' and '.join(missing)}")
+    return Subject(folder.resolve().name, params, cfg, **said, run=about.get("run") or {})
+
+
+def placed(subject, folder, cfg):
+    """The `Subject` with names and levels, for the model in `folder` with the transformer Config `cfg` (as
+    `flux.read_config` gives them). Raises Mistake where it does not fit."""
+    names = flux.residual_names(cfg, subject.layer, subject.site)
+    if subject.cfg.d_in != cfg.width:
+        raise Mistake(f"the SAE in {subject.name} is for width {subject.cfg.d_in}, but {subject.model} has width "
+                      f"{cfg.width}")
+    rows, columns = flux.check_size(folder, subject.size or min(256, flux.default_size(folder)))
+    levels = flux.sigmas(flux.read_scheduler(folder), subject.timesteps, rows * columns)[:-1]
+    if len(subject.params) not in (1, len(names) * len(levels)):
+        raise Mistake(f"{subject.name} has SAEs for {len(subject.params)} groups of tokens; site {subject.site} with "
+                      f"{len(levels)} timestep(s) has {len(names) * len(levels)}")
+    return replace(subject, names=names, levels=levels)
+
+
+def subject(model, folder, *, layer=None, site=""):
+    """The `Subject` in a checkpoint's folder, in a model of `flux.load`. layer, site: of an SAE that does not say.
+    Raises Mistake where it does not fit."""
+    found = opened(folder, model=str(model.source), layer=layer, site=site)
+    return placed(found, model.source, model.cfg)
+
+
+def beginning(model, prompts, numbers, levels, grid, seed, text_tokens=None, first=SCORED):
+    """The `flux.Start` of images `numbers`, which have noise of their own, at these noise levels."""
+    text, pooled = flux.encode_text(model, prompts, text_tokens)
+    guidance = jnp.full(len(prompts), 3.5) if model.cfg.guidance_embeds else None
+    noise = flux.draw_noise(seed, first + np.asarray(numbers), (grid[0] * grid[1], model.cfg.in_channels))
+    return flux.Start(noise, (text, pooled, guidance), levels, grid)
+
+
+def streams(subject, acts, start):
+    """(step, name of the stream, [B, tokens, D]) of what `flux.capture` gave, [steps, B, N, D]."""
+    for _, t, part in flux.token_groups(subject.site, len(acts), start.condition[0].shape[1]):
+        name = subject.names[0 if len(subject.names) == 1 or part.start is None or part.start == 0 else 1]
+        yield t, name, acts[t, :, part]
+
+
+def prompts_of(subject, source="", field=""):
+    """(source, field, held_out) of the prompts to look at it with, for `prompts.take`: those that are asked for, or
+    those of its own source that no training step saw."""
+    own = subject.run.get("prompts")
+    if source and source != own:
+        return source, field or None, None
+    if own:
+        return own, field or subject.run.get("prompt_field"), True if subject.run.get("held_out") else None
+    if (flux.read_config(subject.model)[0] / "scenes.py").is_file():
+        return "scenes", None, None
+    return prompts.DATASET, field or prompts.DATASET_FIELD, None
 
 
 # ---------------------------------------------------------------- output folders and signals

@@ -17,23 +17,22 @@ Copy it with `prompts.py`, `flux.py`, `sae.py`, `shard.py` and what these import
 
 Letters: B images, I image tokens, T text tokens, N tokens of a stream, D width, F features, n changes.
 """
+import itertools
 import json
 import math
 import os
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-import checkpoint
 import flux
 import prompts as prompt_sources
 import sae
@@ -41,42 +40,13 @@ import session
 import shard
 from session import Mistake
 
-HELD_OUT = 1_500_000_000                                         # number of the first noise: no training step sees it
-
-
-# ---------------------------------------------------------------- an SAE and what its features typically are
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an SAE belongs, and what it was trained on: as its metadata say, or flags."""
-    model: str
-    layer: int
-    site: str
-    timesteps: int = 1
-    size: int | None = None                                      # pixels; None: the model's
-    text_tokens: int | None = None
-    source: str = "scenes"                                       # of prompts
-    field: str | None = None
-    held_out: bool | None = None                                 # whether those are meant that no training step saw
-    padding: bool = True                                         # whether it was trained on T5's padding
-
-
-@dataclass(frozen=True, eq=False)
-class Dictionary:
-    """An SAE at its place in a model."""
-    name: str
-    params: list                                                 # of each group of tokens, of `checkpoint.load_groups`
-    cfg: sae.Config
-    place: Place
-    typical: Any = None                                          # [F] float64, above zero; None before `calibrated`
-    fired: Any = None                                            # [F] bool: whether it did when that was measured
+# ---------------------------------------------------------------- changes, and what features typically are
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
     """A feature's value v becomes scale * v + add * its typical activation, at every token that is meant."""
-    of: Dictionary
+    of: session.Subject
     feature: int
     scale: float = 1.0
     add: float = 0.0
@@ -88,82 +58,41 @@ class Change:
             raise Mistake(f"feature {self.feature}: scale {self.scale} and add {self.add} must be finite")
 
 
-def load(folder, model, *, layer=None, site=None, prompts=64, seed=0):
-    """The `Dictionary` of a checkpoint, with typical activations in `model` (of `flux.load`).
+def load(folder, model, *, layer=None, site="", prompts=64, seed=0):
+    """The `session.Subject` of a checkpoint, with typical activations in `model` (of `flux.load`).
 
     layer, site: of a foreign SAE, which does not say. prompts: to measure typical activations on, a list, or how many
     of the checkpoint's own source. Raises ValueError where the SAE does not fit the model.
     """
-    about = opened(folder, layer=layer, site=site, model=str(model.source))
-    check_fit(about, model.cfg, str(model.source))
-    texts = examples(about.place, prompts) if isinstance(prompts, int) else list(prompts)
-    return calibrated(model, about, texts, seed=seed)
+    found = session.subject(model, folder, layer=layer, site=site)
+    texts = examples(*session.prompts_of(found), prompts) if isinstance(prompts, int) else list(prompts)
+    return calibrated(model, found, texts, seed=seed)
 
 
-def opened(folder, *, layer=None, site=None, model="", source="", field=""):
-    """The `Dictionary` of a checkpoint without typical activations, before any model is loaded.
-
-    layer, site: for an SAE that does not say. Raises ValueError where they are missing or contradict it.
-    """
-    folder = Path(folder)
-    params, cfg = checkpoint.load_groups(folder)
-    if cfg.d_out is not None:
-        raise Mistake(f"{folder} is a transcoder: what it writes belongs to another layer; steering needs an SAE")
-    about = checkpoint.load_metadata(folder)
-    run = about.get("run") or {}
-    for name, flag in (("layer", layer), ("site", site)):
-        if flag is not None and about.get(name, flag) != flag:
-            raise Mistake(f"--{name} {flag}: {folder} was trained at {name} {about[name]}")
-    said = {"layer": about.get("layer", layer), "site": about.get("site", site), "model": model or about.get("model")}
-    if missing := [f"--{name}" for name, value in said.items() if value is None]:
-        raise Mistake(f"{folder} does not say where it belongs (it was not written by train.py): give "
-                         f"{' and '.join(missing)}")
-    held_out = True if not source and run.get("held_out") else None
-    if not source and not (source := run.get("prompts")):
-        scenes = (flux.read_config(said["model"])[0] / "scenes.py").is_file()
-        source, field = ("scenes", "") if scenes else (prompt_sources.DATASET, field or prompt_sources.DATASET_FIELD)
-    size = run.get("size") or None
-    place = Place(**said, timesteps=run.get("timesteps", 1), size=tuple(size) if isinstance(size, list) else size,
-                  text_tokens=run.get("text_tokens") or None, source=source, field=field or run.get("prompt_field"),
-                  held_out=held_out, padding=run.get("padding", True))
-    groups = len(flux.token_groups(place.site, place.timesteps, 1)) if place.site in flux.SITES else 0
-    if len(params) not in (1, groups):
-        raise Mistake(f"{folder} has SAEs for {len(params)} groups of tokens; site {place.site} with "
-                         f"{place.timesteps} timestep(s) has {groups}")
-    return Dictionary(folder.resolve().name, params, cfg, place)
-
-
-def check_fit(dictionary, cfg, name):
-    """Raise ValueError unless the SAE is for a model with the config `cfg`."""
-    flux.residual_names(cfg, dictionary.place.layer, dictionary.place.site)
-    session.check_width(dictionary.cfg, cfg.width, dictionary.name, name)
-
-
-def examples(place, n):
-    """The first n prompts of where the SAE's came from; of nano's scenes, which never end, n that are held out."""
-    if place.source == "scenes":
+def examples(source, field, held_out, n):
+    """The first n prompts of a source (see `session.prompts_of`); of nano's scenes, which never end, held-out ones."""
+    if source == "scenes":
         return list(map(prompt_sources.scenes().caption, prompt_sources.held_out_scenes(n)))
-    return prompt_sources.take(place.source, place.field, n, held_out=place.held_out)
+    return prompt_sources.take(source, field, n, held_out=held_out)
 
 
 def calibrated(model, dictionary, prompts, *, seed=0, batch=16, progress=None):
     """The dictionary with `typical`: the mean of each feature's values above zero on `prompts`, over all groups of
     tokens; of a feature that never fires there, the median of the others. Raises ValueError where none fires."""
-    place, cfg = dictionary.place, dictionary.cfg
-    size, tokens = place.size or min(256, model.size), place.text_tokens or model.text_tokens
+    cfg, timesteps, site = dictionary.cfg, dictionary.timesteps, dictionary.site
+    size, tokens = dictionary.size or min(256, model.size), dictionary.text_tokens or model.text_tokens
     grid = flux.token_grid(model, size)
     total, count, batch = np.zeros(cfg.features), np.zeros(cfg.features), min(batch, len(prompts))
     for first in range(0, len(prompts), batch):
         some = prompts[first:first + batch]
         full = some + some[-1:] * (batch - len(some))            # one shape, one program
-        noise = flux.draw_noise(seed, HELD_OUT + first + np.arange(batch), (grid[0] * grid[1], model.cfg.in_channels))
-        start = flux.prepare(model, full, steps=place.timesteps, size=size, noise=noise,
+        numbers, shape = session.DRAWN + first + np.arange(batch), (grid[0] * grid[1], model.cfg.in_channels)
+        start = flux.prepare(model, full, steps=timesteps, size=size, noise=flux.draw_noise(seed, numbers, shape),
                              text_tokens=tokens)
-        acts = flux.capture(model, start, layer=place.layer, site=place.site).astype(jnp.float32)
-        groups = flux.token_groups(place.site, place.timesteps, tokens)
-        real = session.real_tokens(model, some, place.site, tokens, grid[0] * grid[1]) | place.padding
-        for p, (_, t, part) in zip(dictionary.params if len(dictionary.params) > 1 else dictionary.params * len(groups),
-                                   groups):
+        acts = flux.capture(model, start, layer=dictionary.layer, site=site).astype(jnp.float32)
+        groups = flux.token_groups(site, timesteps, tokens)
+        real = session.real_tokens(model, some, site, tokens, grid[0] * grid[1]) | dictionary.padding
+        for p, (_, t, part) in zip(itertools.cycle(dictionary.params), groups):
             values, indices = (np.asarray(a)[:len(some)][real[:, part]].ravel()
                                for a in sae.encode(p, cfg, acts[t, :, part]))
             total += np.bincount(indices, values, cfg.features)
@@ -172,11 +101,11 @@ def calibrated(model, dictionary, prompts, *, seed=0, batch=16, progress=None):
             progress(len(some))
     fired = count > 0
     if not fired.any() or not np.isfinite(total).all():
-        raise Mistake(f"{dictionary.name}: no feature fires, or some are not finite, at layer {place.layer} "
-                         f"({place.site}) on {len(prompts)} prompts: is it an SAE of this model?")
+        raise Mistake(f"{dictionary.name}: no feature fires, or some are not finite, at layer {dictionary.layer} "
+                      f"({site}) on {len(prompts)} prompts: is it an SAE of this model?")
     typical = total / np.maximum(count, 1)
     typical = np.where(fired, typical, np.median(typical[fired]))
-    return Dictionary(dictionary.name, dictionary.params, cfg, place, typical, fired)
+    return replace(dictionary, typical=typical, fired=fired)
 
 
 # ---------------------------------------------------------------- steering
@@ -206,14 +135,13 @@ def edits(model, start, changes, *, strength=1.0, during=None, boxes=()):
     where = {"txt": np.full(start.condition[0].shape[1], not boxes), "img": region(boxes, start.grid)}
     edit_of = []
     for dictionary in {id(c.of): c.of for c in changes}.values():
-        if boxes and dictionary.place.site == "txt":
+        if boxes and dictionary.site == "txt":
             raise Mistake(f"{dictionary.name} is of text tokens, which lie in no box of the image")
         if dictionary.typical is None:
             raise Mistake(f"{dictionary.name} has no typical activations yet (see `calibrated`)")
         if rows := amounts([c for c in changes if c.of is dictionary], strength):
-            edit_of.append(lru_cache(lambda t, d=dictionary, rows=rows: _edit(model, d, t, rows, where)))
-            edit_of[-1].times = flux.nearest_timesteps(model, dictionary.place.timesteps, start.grid, start.sigmas[:-1])
-    return lambda i: [of(of.times[i]) for of in edit_of] if first <= i < end else []
+            edit_of.append((dictionary, lru_cache(lambda t, d=dictionary, rows=rows: _edit(model, d, t, rows, where))))
+    return lambda i: [edit(d.nearest(start.sigmas[i])) for d, edit in edit_of] if first <= i < end else []
 
 
 def amounts(changes, strength):
@@ -235,17 +163,13 @@ def region(boxes, grid):
 
 def _edit(model, dictionary, t, rows, where):
     """The `flux.Edit` of one SAE with the parameters of its timestep t."""
-    place, cfg = dictionary.place, dictionary.cfg
-    streams = ("txt", "img") if place.site == "both" else (place.site,)          # the order of `flux.token_groups`
-    saes = dict(zip(streams, sae.at_timestep(dictionary.params, t, len(streams))))
-    saes = {stream: p for stream, p in saes.items() if where[stream].any()}
-    names = [name for s in saes for name in flux.residual_names(model.cfg, place.layer, s)]
-    encoded = any(scale != 1 for _, scale, _ in rows)
-    shared = {}
-    for stream, p in saes.items():
-        what = _padded(p, rows) if encoded else {"by": _sum_of(p, rows)}
-        shared[stream] = _put(model, {**what, "where": where[stream]})
-    return flux.Edit(place.layer, tuple(names), _changing(cfg) if encoded else _adding, shared=shared)
+    encoded, shared = any(scale != 1 for _, scale, _ in rows), {}
+    for name, p in dictionary.of(t).items():
+        here = where[name.split(".")[1]]                         # of double.img, say
+        if here.any():
+            what = _padded(p, rows) if encoded else {"by": _sum_of(p, rows)}
+            shared[name] = _put(model, {**what, "where": here})
+    return flux.Edit(dictionary.layer, tuple(shared), _changing(dictionary.cfg) if encoded else _adding, shared=shared)
 
 
 def _padded(params, rows):
@@ -269,7 +193,7 @@ def _put(model, tree):
 
 
 def _adding(name, x, _, shared):
-    what = shared[name.split(".")[1]]
+    what = shared[name]
     return jnp.where(what["where"][:, None], x + what["by"].astype(x.dtype), x)
 
 
@@ -278,7 +202,7 @@ def _changing(cfg):
     """The function of an Edit whose features are encoded; the same object for the same SAE, so that it is compiled
     once."""
     def change(name, x, _, shared):
-        what = shared[name.split(".")[1]]
+        what = shared[name]
         where = what["where"][:, None]                           # [N, 1]
         scale, add = jnp.where(where, what["scale"], 1), jnp.where(where, what["add"], 0)
         return sae.change(what["params"], cfg, x, what["features"], scale, add)
@@ -365,30 +289,30 @@ def main(*words, set="", steps=None, during="", box="", grid="0,0.5,1,2", seed=0
     given = {"seed": seed, "steps": steps, "calibrate": calibrate, "layer": layer}
     session.check_whole({name: value for name, value in given.items() if value is not None})
     folders, texts = told_apart(words)
-    found = [opened(folder, layer=layer, site=site or None, model=model, source=prompts, field=prompt_field)
-             for folder in folders]
+    name, folder, cfg, found = same_model([session.opened(folder, model=model, layer=layer, site=site)
+                                           for folder in folders])
     changes = parsed(set, found)
-    name, folder, cfg = same_model(found)
     steps = steps or (28 if cfg.guidance_embeds else 4)
     options = {"during": check_during(read_during(during), steps), "boxes": read_boxes(box)}
     strengths, size = read_grid(grid), size or flux.default_size(folder)
     tokens = flux.check_size(folder, size)
     for part in options["boxes"]:
         check_box(part, tokens)
-    if options["boxes"] and (textual := [d.name for d in found if d.place.site == "txt"]):
+    if options["boxes"] and (textual := [d.name for d in found if d.site == "txt"]):
         raise Mistake(f"--box: {textual[0]} is of text tokens, which lie in no image")
     files = [f"{row}-x{strength:g}.png" for row in range(len(texts)) for strength in strengths]
     check_out(Path(out), files)
     settings = {"steps": steps, "seed": seed, "size": size, "guidance": guidance}
     count = calibrate or (64 if cfg.width <= 512 else 16)
-    known = {id(c.of): examples(c.of.place, count) for c in changes}             # a bad source of prompts fails here
-    print(f"model: {name}; " + ", ".join(f"{d.name}: layer {d.place.layer} ({d.place.site})" for d in found))
-    run = checkpoint.load_metadata(folders[0]).get("run")
-    loaded = session.load_model(name, run, dtype=dtype, quant=quant, transformer=transformer)
+    sources = {id(d): session.prompts_of(d, prompts, prompt_field) for d in found}
+    known = {id(c.of): examples(*sources[id(c.of)], count) for c in changes}     # a bad source of prompts fails here
+    print(f"model: {name}; " + ", ".join(f"{d.name}: layer {d.layer} ({d.site})" for d in found))
+    loaded = session.load_model(name, found[0].run, dtype=dtype, quant=quant, transformer=transformer)
     changes = measured(loaded, changes, known)
     images = drawn(loaded, texts, changes, strengths, settings, options)
     about = {"kind": "fae steering", "model": name, "prompts": texts, "set": set, "strengths": strengths, **settings,
-             **options, "checkpoints": [{"name": d.name, **asdict(d.place)} for d in found],
+             **options, "checkpoints": [{"name": d.name, "model": d.model, "layer": d.layer, "site": d.site,
+                                         "timesteps": d.timesteps} for d in found],
              "typical": [float(c.of.typical[c.feature]) for c in changes], "versions": {"jax": jax.__version__}}
     write(Path(out), images, files, about)
     print(f"images: {Path(out) / 'steer.png'}")
@@ -413,16 +337,15 @@ def told_apart(words):
 
 
 def same_model(dictionaries):
-    """(name, folder, Config) of the one model of all. Raises ValueError where there are two, or one does not fit."""
-    named = {flux.REPOS.get(d.place.model, d.place.model): d for d in dictionaries}
+    """(name, folder, Config) of the one model of all, and the dictionaries placed in it. Raises Mistake where there are
+    two, or one does not fit."""
+    named = {flux.REPOS.get(d.model, d.model): d for d in dictionaries}
     if len(named) > 1:
         said = " and ".join(f"{d.name} of {model}" for model, d in named.items())
         raise Mistake(f"the checkpoints belong to different models, {said}; --model says which one is meant")
-    name = dictionaries[0].place.model
+    name = dictionaries[0].model
     folder, cfg = flux.read_config(name)
-    for dictionary in dictionaries:
-        check_fit(dictionary, cfg, name)
-    return name, folder, cfg
+    return name, folder, cfg, [session.placed(dictionary, folder, cfg) for dictionary in dictionaries]
 
 
 def measured(model, changes, known):

@@ -36,9 +36,6 @@ import session
 import shard
 from session import Mistake
 
-# Numbers of noises: training's, the closing table's, and from the last on those of other tools.
-HELD_OUT, OTHERS = 1_000_000_000, 1_500_000_000
-
 
 @dataclass(frozen=True)
 class Run:
@@ -144,7 +141,8 @@ class Harvest:
             if bar and of == chunk:
                 bar.set_description(f"harvest {done / self.tokens:.0%}")
             coming, self.next = self.next, None
-            self.under_way.append((coming, self.send(coming.prompts, coming.first * self.run.seeds_per_prompt, HELD_OUT,
+            first = coming.first * self.run.seeds_per_prompt
+            self.under_way.append((coming, self.send(coming.prompts, first, session.TABLE,
                                                      f"for step {of * self.batches} on")))
             self.sent = coming.end
             self.store(wanted, leave=1)                          # not the one just sent
@@ -211,7 +209,7 @@ class Harvest:
         taken = np.flatnonzero(np.broadcast_to(real, (self.run.timesteps, *real.shape)))[:room]
         return taken, len(taken)
 
-    def send(self, prompts, first, end=OTHERS, purpose="that were asked for"):
+    def send(self, prompts, first, end=session.DRAWN, purpose="that were asked for"):
         """A forward pass over prompts, for `fetch`, which alone waits for it. first: number of the first noise; those
         from `end` on are not for it."""
         run, model = self.run, self.model
@@ -372,13 +370,13 @@ def evaluate(run, harvest, state, cfg, stop=lambda: False):
     new noise: the SAE, PCA with k components fitted on these very activations (which flatters it), and random features
     (an SAE before any step). None where stop() came first."""
     prompts = sources.stream(run.prompts, run.prompt_field, run.held_out or None)
-    x, group, number = [], [], HELD_OUT
+    x, group, number = [], [], session.TABLE
     while sum(map(len, x)) < min(harvest.tokens, 65536):
         if stop():
             return None
         some = list(itertools.islice(prompts, run.prompt_batch))
         taken, _ = harvest.tokens_of(some, harvest.forward_tokens)
-        x.append(harvest.fetch(harvest.send(some, number, OTHERS, "of the evaluation"))[taken])
+        x.append(harvest.fetch(harvest.send(some, number, session.DRAWN, "of the evaluation"))[taken])
         group.append(harvest.pattern[taken])
         number += len(some) * run.seeds_per_prompt
     x, group = np.concatenate(x).astype(np.float32), np.concatenate(group)

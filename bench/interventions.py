@@ -29,7 +29,7 @@ def main(checkpoint="ckpt", rounds=60, batch=8):
     model = flux.load("nano", dtype=jnp.float32)
     ours = steer.load(checkpoint, model, prompts=16)
     start = flux.prepare(model, ["a red cube"] * batch, steps=1, size=128)
-    place, params = ours.place, ours.params[0]
+    place, params = ours, ours.params[0]
     where = {"grid": start.grid, "layer": place.layer, "site": place.site}
     x = flux.residual(model.params, model.cfg, start.latents, *flux.at(start, 0), **where)
     product = jax.jit(lambda p, x: kernels.preactivations(x.reshape(-1, x.shape[-1]), p["W_enc"].T, p["b_enc"]))
@@ -45,7 +45,7 @@ def main(checkpoint="ckpt", rounds=60, batch=8):
 
     runs = {"a step": step(), "captured": lambda: flux.catch(*args, grid=start.grid, layer=place.layer, names=names),
             "an addition": changed(add=8), "a feature scaled": changed(scale=2),
-            "spliced": step(score.edits(score.subject(model, checkpoint), "spliced", 1.0)),
+            "spliced": step(score.edits(session.subject(model, checkpoint), "spliced", 1.0)),
             "the SAE's product alone": lambda: product(params, x), "the SAE alone": lambda: both(params, x)}
     times = {name: [] for name in runs}
     for _ in range(rounds + 3):

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import jax.numpy as jnp
 import numpy as np
 
+import attribution
 import flux
 import prompts
 import sae
@@ -43,9 +44,9 @@ def loss_table(model, folder, layers, n, drawn):
     data = score.dataset(model, [scenes.caption(s) for s in some], [scenes.render(s, 128).image for s in some])
     found = {}
     for layer in layers:
-        found[layer] = score.score(model, score.subject(model, folder / f"layer{layer}"), data, steps=drawn)
+        found[layer] = score.score(model, session.subject(model, folder / f"layer{layer}"), data, steps=drawn)
         file = folder / f"layer{layer}" / score.FILE
-        score.write(file, found[layer] | score.kept(file, found[layer]["weights"]))
+        score.write(file, found[layer])
         print(f"layer {layer}\n{score.table(found[layer])}", file=sys.stderr, flush=True)
     print("| layer | loss: model | spliced | zero | mean | recovered (zero) | (mean) | at t = 1 (zero) | (mean) | RMSE "
           "of images: spliced | zero | mean | FVU |\n|--:|" + "--:|" * 12)
@@ -72,15 +73,15 @@ def attribution_table(model, folder, captions=4, targets=4, most=128):
           "text tokens, Pearson |\n|--:|--:|" + "--:|" * 7)
     rng = np.random.default_rng(0)
     for a, b in PAIRS:
-        source, target = (score.subject(model, folder / f"layer{layer}") for layer in (a, b))
+        source, target = (session.subject(model, folder / f"layer{layer}") for layer in (a, b))
         rows = []
         for number, text in enumerate(texts):
             for feature in rng.permutation(firing(model, target, text, number))[:targets]:
-                found = score.attribute(model, target, int(feature), text, source, number=number)
+                found = attribution.attribute(model, target, int(feature), text, source, number=number)
                 some = np.sort(rng.permutation(len(found.features))[:most])
-                effects = score.ablate(found, found.features[some])
-                top = score.ablate(found, found.features[:10])
-                words = score.ablate_tokens(found, model)
+                effects = attribution.ablate(found, found.features[some])
+                top = attribution.ablate(found, found.features[:10])
+                words = attribution.ablate_tokens(found, model)
                 rows.append([pearson(found.values[some], effects), spearman(found.values[some], effects),
                              found.values[some] @ effects / (found.values[some] @ found.values[some]),
                              pearson(found.values[:10], top), pearson(found.tokens, words)])
@@ -91,7 +92,7 @@ def attribution_table(model, folder, captions=4, targets=4, most=128):
 
 def firing(model, target, text, number):
     """The features that fire for this caption, in the pass that `attribute` makes."""
-    start = score.beginning(model, [text], [number], np.array([1, 0], np.float32), (8, 8), 0)
+    start = session.beginning(model, [text], [number], np.array([1, 0], np.float32), (8, 8), 0)
     values, indices = sae.encode(target.params[0], target.cfg,
                                  flux.capture(model, start, layer=target.layer, site="img")[0])
     return np.unique(np.asarray(indices)[np.asarray(values) > 0])

@@ -98,7 +98,7 @@ class Directions:
         drawn = [world.sample(i) for i in range(n)]
         texts = [world.caption(scene) for scene in drawn]
         loaded = steer.load(folder, model, prompts=texts[:128])
-        (W_dec,), self.layer = [np.asarray(p["W_dec"]) for p in loaded.params], loaded.place.layer
+        (W_dec,), self.layer = [np.asarray(p["W_dec"]) for p in loaded.params], loaded.layer
         names, labels = dash.scene_attributes(world, drawn)
         labels = labels[:, [names.index(name) for name, *_ in TARGETS]]
         features, neurons, means, gate = activations(model, loaded, texts)
@@ -118,14 +118,14 @@ class Directions:
 def activations(model, loaded, texts):
     """Maxima over image tokens of features [N, F] and of the block's neurons [N, 4 D], mean residuals [N, D], and the
     MLP's mean gate [D], at pure noise."""
-    cfg, layer = model.cfg, loaded.place.layer
+    cfg, layer = model.cfg, loaded.layer
     double = layer < cfg.num_layers
     stream, name = ("double.img", "double.img.neurons") if double else ("single.img", "single.neurons")
     p = model.params["double"]["img"] if double else model.params["single"]
     place = layer if double else layer - cfg.num_layers
     rows, ends = [], {k: v for k, v in model.params.items() if k not in ("double", "single")}
     for i in range(0, len(texts), BATCH):
-        noise = flux.draw_noise(0, steer.HELD_OUT + i + np.arange(BATCH), (64, cfg.in_channels))
+        noise = flux.draw_noise(0, session.DRAWN + i + np.arange(BATCH), (64, cfg.in_channels))
         start = flux.prepare(model, texts[i:i + BATCH], steps=1, size=SIZE, noise=noise)
         _, caught = flux.catch(model.params, cfg, start.latents, *flux.at(start, 0), grid=start.grid, layer=layer,
                                names=(stream, name))

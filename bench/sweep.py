@@ -92,7 +92,7 @@ def harvest(folder, passes):
                 if start == 0:
                     files[path] = np.lib.format.open_memmap(path, "w+", rows.dtype, (passes * size, rows.shape[2]))
                 files[path][start * size:(start + n) * size] = of_layer[order]
-    for name, passes, first in (("fit", FIT, 0), ("test", TEST, train.HELD_OUT // 4)):
+    for name, passes, first in (("fit", FIT, 0), ("test", TEST, session.TABLE // 4)):
         for site, rows in caught(passes, True, first).items():
             for layer, of_layer in enumerate(rows):
                 np.save(folder / f"{name}.{site}.{layer}.npy", of_layer)

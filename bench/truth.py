@@ -95,7 +95,8 @@ def activations(model, world, layers, level, draw, neurons=False, batch=32):
     parts, n = [], len(world.scenes)
     for first in range(0, n, batch):
         rows = np.minimum(np.arange(first, first + batch), n - 1)
-        start = score.beginning(model, [world.data.prompts[i] for i in rows], rows, np.float32([level, 0]), GRID, draw)
+        texts = [world.data.prompts[i] for i in rows]
+        start = session.beginning(model, texts, rows, np.float32([level, 0]), GRID, draw)
         z = (1 - level) * world.data.latents[rows] + level * np.asarray(start.latents)
         found = _all_layers(model.params, model.cfg, z, *flux.at(start, 0), tuple(layers), neurons)
         parts.append({k: np.asarray(v)[:, :min(batch, n - first)].reshape(len(layers), -1, v.shape[-1])

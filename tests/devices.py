@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import attribution
 import checkpoint
 import flux
 import prompts as sources
 import sae
-import score
 import session
 import shard
 import train
@@ -110,12 +110,12 @@ def attributed(model):
         cfg = sae.Config(d_in=model.cfg.width, features=64, k=8)
         params = {"W_enc": draw(cfg.d_in, 64), "b_enc": draw(64), "W_dec": draw(64, cfg.d_in), "b_dec": draw(cfg.d_in)}
         names = flux.residual_names(model.cfg, layer, "img")
-        saes.append(score.Subject([params], cfg, layer, "img", names, np.ones(1)))
+        saes.append(session.Subject("random", [params], cfg, "nano", layer, "img", {}, names, np.ones(1)))
     grid = flux.token_grid(model, 64)
-    start = score.beginning(model, PROMPTS[:1], [0], np.array([1, 0], np.float32), grid, 0)
+    start = session.beginning(model, PROMPTS[:1], [0], np.array([1, 0], np.float32), grid, 0)
     x = flux.capture(model, start, layer=6, site="img")[0]
     feature = int(np.bincount(np.ravel(sae.encode(saes[1].params[0], saes[1].cfg, x)[1])).argmax())
-    found = score.attribute(model, saes[1], feature, PROMPTS[0], saes[0], size=64)
+    found = attribution.attribute(model, saes[1], feature, PROMPTS[0], saes[0], size=64)
     run = found.run
     shifts = {name: jnp.zeros(x.shape, jnp.float32) for name, x in run.residual(saes[0]).items()}
     size = len(str(jax.make_jaxpr(lambda shifts: run.read(shifts, gradient=True))(shifts)))

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import attribution
 import checkpoint
 import dash
 import flux
 import pages
 import sae
 import score
+import session
 import train
 
 PROMPTS = ["a red cube", "a small blue sphere, lit from the left", "two solids: a green cone and a white cube"]
@@ -45,7 +47,7 @@ def subject(model, layer, site, timesteps=1, groups=1, **shape):
     saes = [random_sae(seed=g, **shape) for g in range(groups)]
     levels = flux.sigmas(model.scheduler, timesteps, 64)[:-1]
     names = flux.residual_names(model.cfg, layer, site)
-    return score.Subject([p for p, _ in saes], saes[0][1], layer, site, names, levels)
+    return session.Subject("random", [p for p, _ in saes], saes[0][1], "nano", layer, site, {}, names, levels)
 
 
 def images(n=3):
@@ -88,7 +90,7 @@ def test_losses_are_those_of_forward_passes_by_hand(model, layer, site, timestep
     for i, level in enumerate(sigmas[:-1]):
         z, caught = (1 - level) * data.latents + level * noise, {}
         clean = by_hand(model, start, i, z, layer, lambda x: caught.update(x) or x)
-        nearest = int(np.abs(who.trained - level).argmin()) if groups > 1 else 0
+        nearest = int(np.abs(who.levels - level).argmin()) if groups > 1 else 0
         saes = {s: who.params[nearest * len(wanted) + n if groups > 1 else 0] for n, s in enumerate(wanted)}
 
         def spliced(x, p, s):
@@ -164,7 +166,7 @@ def test_the_whole_is_the_mean_of_its_noise_levels(scored):
 
 def test_statistics_are_those_of_evaluate_on_activations_from_noise(model, scored):
     who, _, found = scored
-    noise = flux.draw_noise(0, score.HELD_OUT + np.arange(6), (64, 64))     # 513 tokens are three batches of two images
+    noise = flux.draw_noise(0, session.SCORED + np.arange(6), (64, 64))     # 513 tokens are three batches of two images
     acts = flux.residuals(model, 2 * PROMPTS, layer=5, site="img", steps=2, noise=noise)
     assert found["sae"]["tokens"] == 6 * 64 * 2
     each = [sae.evaluate(p, who.cfg, x) for p, x in zip(who.params, acts)]
@@ -179,7 +181,7 @@ def test_statistics_are_those_of_evaluate_on_activations_from_noise(model, score
 
 def test_image_distances_are_those_of_generate(model, scored):
     who, _, found = scored
-    noise = flux.draw_noise(0, score.HELD_OUT + np.arange(3), (64, 64))
+    noise = flux.draw_noise(0, session.SCORED + np.arange(3), (64, 64))
     run = lambda **more: flux.generate(model, PROMPTS, steps=2, size=128, noise=noise, **more).astype(np.float32)
     sigmas = flux.sigmas(model.scheduler, 2, 64)
     zeros = run(edits=lambda i: [flux.Edit(5, ("single.img",), lambda name, x, each, shared: 0 * x)])
@@ -213,7 +215,7 @@ def test_other_prompts_compile_nothing(model, scored):
 def test_attribution_is_the_slope_of_the_target(model):
     source, target = subject(model, 1, "both", groups=2), subject(model, 5, "both", groups=2)
     feature = liveliest(model, target)
-    found = score.attribute(model, target, feature, PROMPTS[0], source)
+    found = attribution.attribute(model, target, feature, PROMPTS[0], source)
     assert len(found.features) > 3 and (np.diff(np.abs(found.values)) <= 0).all() and found.where.any()
     h = 1e-2
     for f, value in list(zip(found.features, found.values))[:4]:
@@ -230,18 +232,18 @@ def test_attribution_is_the_slope_of_the_target(model):
 
 def liveliest(model, who, prompt=PROMPTS[0]):
     """The feature that fires on most tokens of the pass that `attribute` makes."""
-    start = score.beginning(model, [prompt], [0], np.array([1, 0], np.float32), (8, 8), 0)
+    start = session.beginning(model, [prompt], [0], np.array([1, 0], np.float32), (8, 8), 0)
     x = flux.capture(model, start, layer=who.layer, site=who.site)
-    codes = [sae.encode(who.at(1.0)[name], who.cfg, part) for _, name, part in score.streams(who, x, start)]
+    codes = [sae.encode(who.at(1.0)[name], who.cfg, part) for _, name, part in session.streams(who, x, start)]
     fired = [np.asarray(indices)[np.asarray(values) > 0] for values, indices in codes]
     return int(np.bincount(np.concatenate(fired)).argmax())
 
 
 def test_ablation_is_that_of_change(model):
     source, target = subject(model, 2, "img"), subject(model, 4, "img")
-    found = score.attribute(model, target, liveliest(model, target), PROMPTS[0], source)
+    found = attribution.attribute(model, target, liveliest(model, target), PROMPTS[0], source)
     function = lambda name, x, each, shared: sae.change(shared[0], source.cfg, x, shared[1], jnp.zeros(1), jnp.zeros(1))
-    effects = score.ablate(found, found.features[:5])
+    effects = attribution.ablate(found, found.features[:5])
     for f, effect in zip(found.features[:5, None], effects):
         start, shared = found.run.start, (source.params[0], jnp.asarray(f))
         x = flux.residual(model.params, model.cfg, start.latents, *flux.at(start, 0), grid=start.grid, layer=4,
@@ -255,25 +257,25 @@ def test_attribution_of_a_linear_model_is_exact(model):
     off = lambda path, w: 0 * w if "'mod'" in jax.tree_util.keystr(path) else w
     linear = replace(model, params=jax.tree_util.tree_map_with_path(off, model.params))
     source, target = subject(linear, 1, "img"), subject(linear, 6, "img")
-    found = score.attribute(linear, target, liveliest(linear, target), PROMPTS[0], source)
-    effects = score.ablate(found, found.features)
+    found = attribution.attribute(linear, target, liveliest(linear, target), PROMPTS[0], source)
+    effects = attribution.ablate(found, found.features)
     np.testing.assert_allclose(effects, found.values, rtol=1e-3, atol=1e-4 * np.abs(found.values).max())
     assert not found.tokens.any() and found.pooled == 0         # image tokens never hear of the text
 
 
 def test_attribution_compiles_nothing_for_another_feature_or_prompt(model):
     source, target = subject(model, 2, "img"), subject(model, 4, "img")
-    score.attribute(model, target, liveliest(model, target), PROMPTS[0], source)
-    before = score._read._cache_size(), score._gradient._cache_size(), flux._scan._cache_size()
-    score.attribute(model, target, liveliest(model, target, "a big cone"), "a big cone", source)
-    assert before == (score._read._cache_size(), score._gradient._cache_size(), flux._scan._cache_size())
+    attribution.attribute(model, target, liveliest(model, target), PROMPTS[0], source)
+    before = attribution._read._cache_size(), attribution._gradient._cache_size(), flux._scan._cache_size()
+    attribution.attribute(model, target, liveliest(model, target, "a big cone"), "a big cone", source)
+    assert before == (attribution._read._cache_size(), attribution._gradient._cache_size(), flux._scan._cache_size())
 
 
 def test_a_feature_that_does_not_fire_says_so(model):
     who = subject(model, 4, "img")
     who.params[0]["b_enc"] = who.params[0]["b_enc"].at[7].set(-1e6)
     with pytest.raises(ValueError, match="feature 7 does not fire for this prompt"):
-        score.attribute(model, who, 7, "a cube")
+        attribution.attribute(model, who, 7, "a cube")
 
 
 # ---- files, flags and pages
@@ -301,7 +303,7 @@ def test_the_command_line(model, tmp_path, capsys):
     assert dash.read_scores(folder / "eval.json", "other weights") is None
     (folder / checkpoint.STATE).touch()
     train.check_out(folder, False, True)                         # --overwrite knows the file
-    feature = liveliest(model, score.subject(model, folder), "a red cube")
+    feature = liveliest(model, session.subject(model, folder), "a red cube")
     score.main(folder, attribute=feature, prompt="a red cube", **{"from": save(tmp_path / "a", 1)})
     out = capsys.readouterr().out
     assert "feature of layer 1" in out and "\ncube " in out and "CLIP (pooled)" in out

@@ -13,6 +13,7 @@ import pytest
 import checkpoint
 import flux
 import sae
+import session
 import steer
 
 ROOT = Path(steer.__file__).parent
@@ -66,9 +67,9 @@ def dense(params, x, k=6):
 
 
 def test_typical_is_the_mean_of_what_is_above_zero(model, built, loaded):
-    noise = flux.draw_noise(0, steer.HELD_OUT + np.arange(2), (16, 64))
+    noise = flux.draw_noise(0, session.DRAWN + np.arange(2), (16, 64))
     for name in ("img", "both"):
-        place = loaded[name].place
+        place = loaded[name]
         acts = flux.residuals(model, PROMPTS, layer=2, site=place.site, steps=place.timesteps, noise=noise, **WHERE)
         acts, (params, _) = np.reshape(acts, (place.timesteps, 2, -1, 128)), checkpoint.load_groups(built[name])
         values = np.concatenate([dense(p, acts[t, :, part]).reshape(-1, 96) for p, (_, t, part) in zip(
@@ -100,7 +101,7 @@ def test_steered_residuals_are_those_by_hand(model, loaded, name, boxes, during,
                                         site="both", edits=e) for e in ((), edits(i)))
         expected = np.array(plain, np.float64)
         for stream, part in (("txt", slice(0, 12)), ("img", slice(12, None))):
-            if ours.place.site not in (stream, "both") or (during and not during[0] <= i < during[1]):
+            if ours.site not in (stream, "both") or (during and not during[0] <= i < during[1]):
                 continue
             params = ours.params[2 * i + (stream == "img")] if name == "both" else ours.params[0]
             x = expected[:, part]
@@ -133,7 +134,7 @@ def test_an_edit_of_nothing_changes_no_bit_of_nano(model, loaded):
         params = jax.tree.map(lambda w: w.astype(dtype), model.params)
         ours = loaded[name]
         shared = {"img": {**steer._padded(ours.params[0], [(3, 1.0, 0.0)]), "where": np.ones(16, bool)}}
-        edit = flux.Edit(ours.place.layer, flux.residual_names(model.cfg, ours.place.layer, "img"),
+        edit = flux.Edit(ours.layer, flux.residual_names(model.cfg, ours.layer, "img"),
                          steer._changing(ours.cfg), shared=shared)
         plain, edited = (flux.velocity(params, model.cfg, start.latents, *flux.at(start, 0), grid=start.grid, edits=e)
                          for e in ((), [edit]))
@@ -153,7 +154,7 @@ def test_another_feature_strength_or_prompt_compiles_nothing(model, loaded):
 
 def test_set_is_read():
     cfg = sae.Config(d_in=4, features=200, k=2)
-    a, b = (steer.Dictionary(name, [], cfg, None) for name in ("layer3", "layer8"))
+    a, b = (session.Subject(name, [], cfg, "nano", 2, "img", {}) for name in ("layer3", "layer8"))
     read = lambda text, of: [(c.of.name, c.feature, c.scale, c.add) for c in steer.parsed(text, of)]
     assert read("123*+8, 77*0", [a]) == [("layer3", 123, 1, 8), ("layer3", 77, 0, 0)]
     assert read("1+8,2-.5,3*2.5,4*0+8,5*0*-1,6*1", [a]) == [
@@ -241,9 +242,9 @@ def test_a_foreign_sae_needs_to_be_told_where_it_belongs(model, built, tmp_path)
     params, cfg = checkpoint.load(built["img"])
     checkpoint.save(tmp_path / "foreign", params, cfg)
     with pytest.raises(ValueError, match=r"does not say where it belongs .* give --layer and --site and --model"):
-        steer.opened(tmp_path / "foreign")
+        session.opened(tmp_path / "foreign")
     ours = steer.load(tmp_path / "foreign", model, layer=2, site="img", prompts=16)
-    assert ours.place.source == "scenes" and ours.fired.any()
+    assert session.prompts_of(ours) == ("scenes", None, None) and ours.fired.any()
 
 
 MISTAKES = [

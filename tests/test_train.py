@@ -859,10 +859,10 @@ def test_noise_of_the_closing_table_is_never_that_of_training(nano, model, monke
     asked.clear()
     train.evaluate(run, h, None, train.config(run, 128, ()))
     numbers = np.concatenate(asked)
-    assert numbers.min() == train.HELD_OUT and numbers.max() < train.OTHERS and len(set(numbers)) == len(numbers)
+    assert numbers.min() == session.TABLE and numbers.max() < session.DRAWN and len(set(numbers)) == len(numbers)
     with pytest.raises(ValueError, match="noise number 1,000,000,"):
-        h.send(PROMPTS[:1], train.HELD_OUT - seeds + 1, train.HELD_OUT)
-    a, b = (h.send(PROMPTS[:1], n) for n in (0, train.OTHERS - seeds))
+        h.send(PROMPTS[:1], session.TABLE - seeds + 1, session.TABLE)
+    a, b = (h.send(PROMPTS[:1], n) for n in (0, session.DRAWN - seeds))
     assert a and b
 
 
