@@ -34,6 +34,7 @@ import prompts as sources
 import sae
 import session
 import shard
+import weights
 from session import Mistake
 
 
@@ -675,7 +676,7 @@ def begun_from(init):
     if not owner or not name or owner[0] in ".~":
         raise Mistake(f"--init {init}: there is no such folder, and no repo: give owner/repo or owner/repo/folder")
     files = [f"{folder}/{file}".lstrip("/") for file in checkpoint.READ]
-    return flux.download(f"{owner}/{name}", files) / folder
+    return weights.download(f"{owner}/{name}", files) / folder
 
 
 def check_numbers(run):

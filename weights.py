@@ -294,6 +294,19 @@ def save_tensors(table, params, file, dtype=jnp.bfloat16):
     save_file(arrays, file, metadata={"format": "pt"})
 
 
+def download(repo, files, **options):
+    """The local folder of a repo on the hub, with its files that match the patterns `files`. options: revision."""
+    from huggingface_hub import errors, snapshot_download
+    try:
+        return Path(snapshot_download(repo, allow_patterns=files, **options))
+    except errors.GatedRepoError:
+        raise Mistake(f"{repo} is gated: accept its license on the hub, then log in with `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise Mistake(f"no repo {repo} on the hub (or it is private and you are not logged in)") from None
+    except Exception as error:                                   # the HTTP library of the hub client raises its own
+        raise Mistake(f"cannot fetch {repo}: {(str(error) or repr(error)).splitlines()[0]}") from None
+
+
 def path_name(path):
     return ".".join(str(getattr(entry, "key", entry)) for entry in path)
 

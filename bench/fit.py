@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import flux
+import mmdit
 import quant
 import sae
 import shard
@@ -92,7 +93,7 @@ def resident(mesh, chip, kind):
         return jax.tree_util.tree_map_with_path(leaf, table)
 
     cfg = sae.Config(d_in=3072, features=16384, k=32, normalization="pca")
-    return {"flux": model(flux.table(flux.Config()), "transformer"), "t5": model(text.t5_table(text.T5Config()), "t5"),
+    return {"flux": model(mmdit.table(flux.Config()), "transformer"), "t5": model(text.t5_table(text.T5Config()), "t5"),
             "clip": model(text.clip_table(text.CLIPConfig()), "clip"), "vae": vae_params(mesh),
             "sae": sae_state(mesh, cfg)}
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flux
+import mmdit
 import quant
 import session
 import text
@@ -41,7 +42,7 @@ def main(picture=None):
         bits = 8 * stored((4096, 4096), options) / 4096 ** 2
         sizes = [sum(leaf_bytes(path, tensor, prefix, options) for path, tensor in
                      jax.tree_util.tree_leaves_with_path(table)) / 1e9 for prefix, table in
-                 (("transformer", flux.table(flux.Config())), ("t5", text.t5_table(text.T5Config())))]
+                 (("transformer", mmdit.table(flux.Config())), ("t5", text.t5_table(text.T5Config())))]
         error = velocity_error(exact, flux.load(ROOT / "nano", dtype=jnp.float32, put=put)) if put else 0
         q = weight(options)
         decode = quant.dequantize if options else lambda one: jnp.full(SHAPE, one)

@@ -30,6 +30,7 @@ import numpy as np
 import synthetic
 
 import flux
+import mmdit
 import prompts
 import sae
 import text
@@ -165,7 +166,7 @@ def skeleton(folder):
                       pooled_projection_dim=16)
     t5 = text.T5Config(d_model=16, d_kv=8, d_ff=16, num_heads=2)
     clip = text.CLIPConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2)
-    tables = flux.table(cfg), text.t5_table(t5), text.clip_table(clip)
+    tables = mmdit.table(cfg), text.t5_table(t5), text.clip_table(clip)
     params = [weights.init_tensors(table, jax.random.key(0), jnp.bfloat16) for table in tables]
     return flux.Model(cfg, params[0], (t5, params[1]), (clip, params[2]), (vae.Config(latent_channels=16), None), {},
                       folder, T, 256)
@@ -176,7 +177,7 @@ def harvest_floor():
     cfg, t5 = flux.Config(), text.T5Config()
     one = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     params, encoder = (jax.tree.map(lambda t: one(*(() if t.layers is None else (t.layers,)), *t.shape), table)
-                       for table in (flux.table(cfg), text.t5_table(t5)))
+                       for table in (mmdit.table(cfg), text.t5_table(t5)))
     inputs = one(B, I, 64), one(B, T, 4096), one(B, 768), one(B)
     capture = partial(flux.residual, cfg=cfg, grid=(16, 16), layer=LAYER, site="img")
     counts = (flops(lambda p, ids: text.t5(p, t5, ids), encoder, jax.ShapeDtypeStruct((B, T), jnp.int32)),

@@ -29,6 +29,7 @@ from PIL import Image
 
 import dash
 import flux
+import mmdit
 import prompts
 import sae
 import session
@@ -132,7 +133,7 @@ def activations(model, loaded, texts):
         x, neurons = caught[stream], caught[name][:, -64:]
         values, indices = sae.encode(loaded.params[0], loaded.cfg, x)
         top = jnp.zeros((BATCH, loaded.cfg.features)).at[jnp.arange(BATCH)[:, None, None], indices].max(values)
-        mod = flux._begin(ends, cfg, start.latents, *flux.at(start, 0), grid=start.grid)[2]
+        mod = mmdit._begin(ends, cfg, start.latents, *flux.at(start, 0), grid=start.grid)[2]
         modulation = mod @ p["mod"]["w"][place] + p["mod"]["b"][place]                # its last D are the MLP's gate
         rows.append([np.asarray(a) for a in (top, neurons.max(1), x.mean(1), modulation[:, -cfg.width:])])
     features, neurons, means, gates = (np.concatenate(part) for part in zip(*rows))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flux
+import mmdit
 import text
 import vae
 import weights
@@ -37,7 +38,7 @@ def main(folder):
     tokenizers(folder, t5.vocab_size, clip.vocab_size)
     rewrite(folder / "scheduler" / "scheduler_config.json",
             weights.read_json(nano / "scheduler" / "scheduler_config.json") | {"shift": 1.0})
-    parts = {"transformer": (flux.Config(), flux.table(flux.Config())), "text_encoder_2": (t5, text.t5_table(t5)),
+    parts = {"transformer": (flux.Config(), mmdit.table(flux.Config())), "text_encoder_2": (t5, text.t5_table(t5)),
              "text_encoder": (clip, text.clip_table(clip))}
     for part, (cfg, tensors) in parts.items():
         rewrite(folder / part / "config.json", weights.read_json(folder / part / "config.json") | vars(cfg))

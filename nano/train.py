@@ -55,6 +55,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import flux
+import mmdit
 import session
 import text
 import vae
@@ -279,7 +280,7 @@ def train_flow(work, out, data, empty, cfgs, *, minutes, batch, rate, seed=0):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.contrib.muon(
         1.0, adam_b2=0.99, weight_decay=0.01, consistent_rms=0.2, muon_weight_dimension_numbers=matrices))
     keys = jax.random.split(jax.random.key(seed), 3)
-    tables = {"flux": flux.table(FLUX), "t5": text.t5_table(cfgs[0]), "clip": text.clip_table(cfgs[1])}
+    tables = {"flux": mmdit.table(FLUX), "t5": text.t5_table(cfgs[0]), "clip": text.clip_table(cfgs[1])}
     params = {name: weights.init_tensors(table, key) for (name, table), key in zip(tables.items(), keys)}
     if (out / "transformer").exists() and not (work / "flow.safetensors").exists():
         params = exported(out)                                   # the work folder is gone: go on from what shipped
@@ -337,7 +338,7 @@ def load_arrays(file):
 
 def exported(out):
     """Parameters as `export` wrote them, in float32."""
-    return {"flux": flux.load_transformer(out / "transformer", dtype=jnp.float32)[1],
+    return {"flux": mmdit.load_transformer(out / "transformer", dtype=jnp.float32)[1],
             "t5": text.load_t5(out / "text_encoder_2", dtype=jnp.float32)[1],
             "clip": text.load_clip(out / "text_encoder", dtype=jnp.float32)[1]}
 
@@ -345,7 +346,7 @@ def exported(out):
 def export(out, params, cfgs):
     """Write transformer/, text_encoder/, text_encoder_2/, scheduler/ and model_index.json, weights in bfloat16."""
     t5, clip = cfgs
-    weights.save_tensors(flux.table(FLUX), params["flux"], out / "transformer" / "diffusion_pytorch_model.safetensors")
+    weights.save_tensors(mmdit.table(FLUX), params["flux"], out / "transformer" / "diffusion_pytorch_model.safetensors")
     weights.save_tensors(text.clip_table(clip, "text_model."), params["clip"],
                          out / "text_encoder" / "model.safetensors")
     weights.save_tensors(text.t5_table(t5), params["t5"], out / "text_encoder_2" / "model.safetensors")

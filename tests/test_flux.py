@@ -13,6 +13,7 @@ from conftest import optional
 from safetensors.numpy import load_file, save_file
 
 import flux
+import mmdit
 import shard
 import weights
 from harvest import reap
@@ -71,7 +72,7 @@ def random_params(case, seed=0):
         shape = t.shape if t.layers is None else (t.layers, *t.shape)
         return jnp.asarray(t.mean + max(t.std, 0.1) * rng.standard_normal(shape, dtype=np.float32))
 
-    return cfg, jax.tree.map(draw, flux.table(cfg))
+    return cfg, jax.tree.map(draw, mmdit.table(cfg))
 
 
 def theirs(model, inputs, grid):
@@ -94,13 +95,13 @@ def error(a, b):
 def test_velocity_matches_diffusers(case, tmp_path):
     model, inputs = random_transformer(case), random_inputs(case)
     model.save_pretrained(tmp_path)
-    cfg, params = flux.load_transformer(tmp_path, dtype=jnp.float32)
+    cfg, params = mmdit.load_transformer(tmp_path, dtype=jnp.float32)
     assert error(run(params, cfg, **inputs, grid=case[6]), theirs(model, inputs, case[6])) <= 1e-4
 
 
 def test_velocity_starts_at_zero():
     cfg, _ = random_params(CASES[0])
-    params = quick(lambda key: weights.init_tensors(flux.table(cfg), key))(jax.random.key(0))
+    params = quick(lambda key: weights.init_tensors(mmdit.table(cfg), key))(jax.random.key(0))
     assert not run(params, cfg, **random_inputs(CASES[0]), grid=CASES[0][6]).any()
 
 
@@ -159,7 +160,7 @@ def test_bfl_file_gives_diffusers_velocity(case, prefix, out_channels, tmp_path)
     weights = to_bfl(state_of(model), case)
     assert sum(w.size for w in weights.values()) == sum(p.numel() for p in model.parameters())
     save_file({prefix + name: w for name, w in weights.items()}, tmp_path / "flux1.safetensors")
-    cfg, params = flux.load_transformer(tmp_path / "flux1.safetensors", dtype=jnp.float32)
+    cfg, params = mmdit.load_transformer(tmp_path / "flux1.safetensors", dtype=jnp.float32)
     assert cfg.axes_dims_rope == case[4] and cfg.guidance_embeds == case[5]
     cfg = replace(cfg, out_channels=out_channels)                # None means the same as 8, and is compiled already
     assert error(run(params, cfg, **inputs, grid=case[6]), theirs(model, inputs, case[6])) <= 1e-4
@@ -170,14 +171,14 @@ def test_shards_and_half_precision_files(tmp_path):
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    cfg, whole = flux.load_transformer(tmp_path / "whole", dtype=jnp.float32)
-    same, sharded = flux.load_transformer(tmp_path / "sharded", dtype=jnp.float32)
+    cfg, whole = mmdit.load_transformer(tmp_path / "whole", dtype=jnp.float32)
+    same, sharded = mmdit.load_transformer(tmp_path / "sharded", dtype=jnp.float32)
     assert same == cfg
     jax.tree.map(np.testing.assert_array_equal, sharded, whole)
     for name in ("bfloat16", "float16"):
         model.to(getattr(torch, name)).save_pretrained(tmp_path / name)
         for dtype in (jnp.dtype(name), jnp.dtype(jnp.float32)):
-            _, half = flux.load_transformer(tmp_path / name, dtype=dtype)
+            _, half = mmdit.load_transformer(tmp_path / name, dtype=dtype)
             for ours, full in zip(jax.tree.leaves(half), jax.tree.leaves(whole)):
                 assert ours.dtype == dtype
                 rounded = np.asarray(full).astype(name).astype(np.float32)
@@ -210,12 +211,12 @@ def test_put_receives_each_weight_once_and_its_result_stays(layout, tmp_path):
         seen.append((name, array.shape))
         return Halved(jnp.asarray(array / 2)) if array.ndim == 2 else jnp.asarray(array)
 
-    cfg, params = flux.load_transformer(path, put=put, dtype=jnp.float32)
+    cfg, params = mmdit.load_transformer(path, put=put, dtype=jnp.float32)
     D, counts = cfg.width, Counter(seen)
     assert counts["double.img.qkv.w", (D, 3 * D)] == counts["double.txt.fc2.w", (4 * D, D)] == 2
     assert counts["single.in.w", (D, 7 * D)] == counts["out.proj.w", (D, 8)] == counts["guidance.fc1.b", (D,)] == 1
     assert counts == {(weights.path_name(path), t.shape): t.layers or 1
-                      for path, t in jax.tree_util.tree_leaves_with_path(flux.table(cfg))}
+                      for path, t in jax.tree_util.tree_leaves_with_path(mmdit.table(cfg))}
     assert sum(np.prod(shape) for _, shape in seen) == sum(p.numel() for p in model.parameters())
     assert params["double"]["img"]["qkv"]["w"].half.shape == (2, D, 3 * D)
     assert error(run(params, cfg, **inputs, grid=case[6]), theirs(model, inputs, case[6])) <= 1e-4
@@ -235,24 +236,24 @@ def test_wrong_tensors_are_named(change, message, tmp_path):
     save_file(tensors, tmp_path / WEIGHTS)
     read = []
     with pytest.raises(ValueError, match=message):
-        flux.load_transformer(tmp_path, put=lambda name, array: read.append(name))
+        mmdit.load_transformer(tmp_path, put=lambda name, array: read.append(name))
     assert not read
 
 
 def test_files_that_are_no_transformer(tmp_path):
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors is not .*FLUX\.1 transformer.*img_in\.weight"):
-        flux.load_transformer(tmp_path / "other.safetensors")
+        mmdit.load_transformer(tmp_path / "other.safetensors")
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / WEIGHTS)
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
-        flux.load_transformer(tmp_path)
+        mmdit.load_transformer(tmp_path)
     with pytest.raises(FileNotFoundError, match="no weights at"):
-        flux.load_transformer(tmp_path / "absent")
+        mmdit.load_transformer(tmp_path / "absent")
     weights = to_bfl(state_of(random_transformer(CASES[0])), CASES[0])
     weights.pop("single_blocks.1.linear1.weight")
     save_file(weights, tmp_path / "flux1.safetensors")
     with pytest.raises(ValueError, match=r"missing tensor .*: single_blocks\.1\.linear1\.weight"):
-        flux.load_transformer(tmp_path / "flux1.safetensors")
+        mmdit.load_transformer(tmp_path / "flux1.safetensors")
 
 
 def float8(state, dtype, scale=None):
@@ -281,12 +282,12 @@ def test_float8_files_have_the_values_of_pytorch(layout, scale, dtype, tmp_path)
     file, values = float8(tensors, dtype, scale)
     whole = tmp_path if layout == "diffusers" else tmp_path / "flux1.safetensors"
     save_torch({name: w.contiguous() for name, w in file.items()}, whole / WEIGHTS if layout == "diffusers" else whole)
-    cfg, ours = flux.load_transformer(whole, dtype=jnp.float32)
+    cfg, ours = mmdit.load_transformer(whole, dtype=jnp.float32)
     save_torch({name: w.contiguous() for name, w in values.items()}, tmp_path / "values.safetensors")
-    same, expected = flux.load_transformer(tmp_path / "values.safetensors", dtype=jnp.float32)
+    same, expected = mmdit.load_transformer(tmp_path / "values.safetensors", dtype=jnp.float32)
     assert (cfg.layers, cfg.width, cfg.guidance_embeds) == (same.layers, same.width, same.guidance_embeds)
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
-    half = flux.load_transformer(whole, last=0)[1]
+    half = mmdit.load_transformer(whole, last=0)[1]
     np.testing.assert_array_equal(half["txt_in"]["w"], expected["txt_in"]["w"].astype(jnp.bfloat16))
     assert jax.tree.leaves(half["single"])[0].shape[0] == 0
 
@@ -309,7 +310,7 @@ def test_quantizations_that_cannot_be_read(kind, quantized, tmp_path):
                 "blocks": {"img_in.weight_scale": torch.ones(48, 2)}}.get(kind, {})
     save_torch(tensors, tmp_path / "a.safetensors")
     with pytest.raises(weights.Mistake, match=quantized) as caught:
-        flux.load_transformer(tmp_path / "a.safetensors", put=lambda *_: pytest.fail("read"))
+        mmdit.load_transformer(tmp_path / "a.safetensors", put=lambda *_: pytest.fail("read"))
     assert "\n" not in str(caught.value)
 
 
@@ -323,8 +324,8 @@ def test_one_file_with_everything(layout, prefix, tmp_path):
              "text_encoders.clip_l.transformer.text_model.final_layer_norm.weight": np.ones(3, np.float32),
              "text_encoders.t5xxl.transformer.shared.SCB": np.ones((2, 2), np.float32)}
     save_file({prefix + name: w for name, w in state.items()} | other, tmp_path / "everything.safetensors")
-    cfg, ours = flux.load_transformer(tmp_path / "everything.safetensors", dtype=jnp.float32)
-    theirs = flux.load_transformer(tmp_path / "a", dtype=jnp.float32)
+    cfg, ours = mmdit.load_transformer(tmp_path / "everything.safetensors", dtype=jnp.float32)
+    theirs = mmdit.load_transformer(tmp_path / "a", dtype=jnp.float32)
     assert replace(cfg, out_channels=None) == theirs[0]
     jax.tree.map(np.testing.assert_array_equal, ours, theirs[1])
 
@@ -332,7 +333,7 @@ def test_one_file_with_everything(layout, prefix, tmp_path):
 def test_variants(tmp_path):
     """As diffusers writes them: one file or several, beside the plain one or alone."""
     folder, numbers = tmp_path / "a", {"fp16": 1, "bf16": 2, "": 0}
-    loaded = lambda path=folder, **options: flux.load_transformer(path, dtype=jnp.float32, **options)[1]["txt_in"]["b"]
+    loaded = lambda path=folder, **options: mmdit.load_transformer(path, dtype=jnp.float32, **options)[1]["txt_in"]["b"]
     models = {variant: random_transformer(GUIDED, seed) for variant, seed in numbers.items()}
     bias = {variant: state_of(model)["context_embedder.bias"] for variant, model in models.items()}
     models["fp16"].save_pretrained(folder, variant="fp16", max_shard_size="60KB")
@@ -401,12 +402,12 @@ def scan_lengths(jaxpr):
 def test_residual_matches_diffusers_and_needs_nothing_behind_it(case, tmp_path):
     model, inputs, grid = random_transformer(case), random_inputs(case), case[6]
     model.save_pretrained(tmp_path)
-    cfg, params = flux.load_transformer(tmp_path, dtype=jnp.float32)
+    cfg, params = mmdit.load_transformer(tmp_path, dtype=jnp.float32)
     expected, _ = hooked(model, inputs, grid)
     assert len(expected) == cfg.layers
     for layer, (txt, img) in enumerate(expected):
         def sites(p, layer=layer):
-            return {site: flux.residual(p, cfg, **inputs, grid=grid, layer=layer, site=site) for site in flux.SITES}
+            return {site: flux.residual(p, cfg, **inputs, grid=grid, layer=layer, site=site) for site in mmdit.SITES}
 
         ours = quick(sites)(poisoned(params, cfg, layer))
         for site, value in {"img": img, "txt": txt, "both": np.concatenate([txt, img], 1)}.items():
@@ -419,7 +420,7 @@ def test_residual_matches_diffusers_and_needs_nothing_behind_it(case, tmp_path):
 def test_reap_catches_the_residuals_of_all_layers(case, tmp_path):
     model, inputs, grid = random_transformer(case), random_inputs(case), case[6]
     model.save_pretrained(tmp_path)
-    cfg, params = flux.load_transformer(tmp_path, dtype=jnp.float32)
+    cfg, params = mmdit.load_transformer(tmp_path, dtype=jnp.float32)
     expected, velocity = hooked(model, inputs, grid)
     out, caught = quick(reap(lambda p: flux.velocity(p, cfg, **inputs, grid=grid)))(params)
     assert error(out, velocity) <= 1e-4
@@ -469,20 +470,20 @@ def plainly(params, cfg, inputs, grid, change, last=None):
     """The velocity, or {"img", "txt"} that leave block `last`: block after block, without a walk, a sow or a plant.
     change(layer, stream, x) → what stands in the place of what block `layer` puts out."""
     ends = {name: p for name, p in params.items() if name not in ("double", "single")}
-    (img, txt), vec, mod, rope = flux._begin(ends, cfg, *inputs.values(), grid=grid)
+    (img, txt), vec, mod, rope = mmdit._begin(ends, cfg, *inputs.values(), grid=grid)
     T = txt.shape[1]
     for layer in range(cfg.layers):
         n = layer - cfg.num_layers
         p = jax.tree.map(lambda w: w[layer if n < 0 else n], params["double" if n < 0 else "single"])
         if n < 0:
-            img, txt = flux._double_block(p, cfg, img, txt, mod, rope)
+            img, txt = mmdit._double_block(p, cfg, img, txt, mod, rope)
         else:
-            x = flux._single_block(p, cfg, jnp.concatenate([txt, img], 1), mod, rope, T)
+            x = mmdit._single_block(p, cfg, jnp.concatenate([txt, img], 1), mod, rope, T)
             txt, img = x[:, :T], x[:, T:]
         txt, img = change(layer, "txt", txt), change(layer, "img", img)
         if layer == last:
             return {"img": img, "txt": txt}
-    return flux._end(params["out"], img, vec)
+    return mmdit._end(params["out"], img, vec)
 
 
 def scaled(name, x, each, shared):
@@ -549,7 +550,7 @@ def test_edits_with_every_walk_compile_nothing_when_only_arrays_change(walk):
         ours = flux.velocity(params, cfg, **inputs, grid=case[6], walk=walk, edits=edits)
         expected = quick(lambda p: plainly(p, cfg, inputs, case[6], by_hand(edits)))(params)
         assert error(ours, np.asarray(expected)) <= 1e-5
-        sizes.append((flux._scan._cache_size(), shard.sliced().run._cache_size(), flux._block.cache_info().misses))
+        sizes.append((mmdit._scan._cache_size(), shard.sliced().run._cache_size(), mmdit._block.cache_info().misses))
     assert sizes[0] == sizes[1]
 
 
@@ -611,9 +612,9 @@ def test_edits_that_do_not_fit(edit, message):
 def test_attention_block_by_block():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, 70, 3, 8), dtype=np.float32)) for _ in range(3))
-    whole, blocks = flux._softmax_attention(q, k, v), flux._softmax_attention(q, k, v, block=16)
+    whole, blocks = mmdit._softmax_attention(q, k, v), mmdit._softmax_attention(q, k, v, block=16)
     np.testing.assert_allclose(blocks, whole, atol=1e-6)
-    jaxpr = jax.make_jaxpr(partial(flux._softmax_attention, block=16))(q, k, v)
+    jaxpr = jax.make_jaxpr(partial(mmdit._softmax_attention, block=16))(q, k, v)
     assert max(np.prod(var.aval.shape) for eqn in jaxpr.eqns for var in eqn.outvars) < 2 * 3 * 70 * 70
 
 
@@ -623,8 +624,8 @@ def test_flash_attention_is_attention():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, 256, 2, 128), dtype=np.float32)) for _ in range(3))
     with tpu.force_tpu_interpret_mode():
-        ours = flux._flash(q, k, v, tile=128)
-    np.testing.assert_allclose(ours, flux._softmax_attention(q, k, v), atol=1e-5)
+        ours = mmdit._flash(q, k, v, tile=128)
+    np.testing.assert_allclose(ours, mmdit._softmax_attention(q, k, v), atol=1e-5)
 
 
 # ---------------------------------------------------------------- errors

@@ -14,6 +14,7 @@ from test_flux import CASES as MODELS
 from test_flux import WEIGHTS, quick, random_inputs, random_transformer, run
 
 import flux
+import mmdit
 import quant
 import session
 import text
@@ -294,7 +295,7 @@ def test_velocity_of_random_models(case, tmp_path):
     for name in quant.FORMATS:
         # Quantized under the names that flux.load gives: those without a prefix stay as they are.
         put = quant.put(name)
-        cfg, params = flux.load_transformer(tmp_path, dtype=jnp.float32,
+        cfg, params = mmdit.load_transformer(tmp_path, dtype=jnp.float32,
                                             put=lambda path, array, put=put: put(f"transformer.{path}", array))
         assert (type(params["single"]["in"]["w"]) in (quant.NF4, quant.Int8)) == (name != "none")
         assert isinstance(params["img_in"]["w"], jax.Array)
@@ -343,7 +344,7 @@ def test_checkpoints_of_bitsandbytes(tmp_path, nested):
     loaded = {}
     for name in ("nf4", "none"):
         put = quant.put(name)
-        cfg, loaded[name] = flux.load_transformer(
+        cfg, loaded[name] = mmdit.load_transformer(
             tmp_path, dtype=jnp.float32, unpack=quant.unpack,
             put=lambda path, array, put=put: put(f"transformer.{path}", array))
     single = loaded["nf4"]["single"]
@@ -357,7 +358,7 @@ def test_checkpoints_of_bitsandbytes(tmp_path, nested):
     a, b = (run(params, cfg, **inputs, grid=case[6]) for params in loaded.values())
     assert relative(a, b) < 1e-5
     with pytest.raises(ValueError, match=r"unexpected tensors .*absmax"):
-        flux.load_transformer(tmp_path)
+        mmdit.load_transformer(tmp_path)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -13,6 +13,7 @@ import attribution
 import checkpoint
 import dash
 import flux
+import mmdit
 import pages
 import sae
 import score
@@ -54,14 +55,14 @@ def images(n=3):
     return np.random.default_rng(0).integers(0, 255, (n, 128, 128, 3), dtype=np.uint8)
 
 
-double, single = jax.jit(flux._double_block, static_argnums=1), jax.jit(flux._single_block, static_argnums=(1, 5))
+double, single = jax.jit(mmdit._double_block, static_argnums=1), jax.jit(mmdit._single_block, static_argnums=(1, 5))
 
 
 def by_hand(model, start, i, z, layer, change):
     """The velocity where the streams {"txt", "img"} that leave block `layer` become change(them)."""
     params, cfg = model.params, model.cfg
     ends = {name: p for name, p in params.items() if name not in ("double", "single")}
-    (img, txt), vec, mod, rope = flux._begin(ends, cfg, z, *flux.at(start, i), grid=start.grid)
+    (img, txt), vec, mod, rope = mmdit._begin(ends, cfg, z, *flux.at(start, i), grid=start.grid)
     for number in range(cfg.layers):
         kind, place = ("double", number) if number < cfg.num_layers else ("single", number - cfg.num_layers)
         p, T = jax.tree.map(lambda w: w[place], params[kind]), txt.shape[1]
@@ -73,7 +74,7 @@ def by_hand(model, start, i, z, layer, change):
         if number == layer:
             new = change({"txt": txt, "img": img})
             txt, img = new["txt"], new["img"]
-    return flux._end(params["out"], img, vec)
+    return mmdit._end(params["out"], img, vec)
 
 
 @pytest.mark.parametrize("layer, site, timesteps, groups", [(6, "both", 2, 4), (3, "txt", 1, 1)])
@@ -203,10 +204,10 @@ def test_what_cannot_harm_has_nothing_to_recover(model):
 
 def test_other_prompts_compile_nothing(model, scored):
     who = scored[0]
-    before = flux._scan._cache_size()
+    before = mmdit._scan._cache_size()
     score.score(model, who, score.dataset(model, ["a cone", "a ball", "an image of a white box"], None, steps=1),
                 levels=4, steps=2, tokens=1, batch=2)
-    assert flux._scan._cache_size() == before
+    assert mmdit._scan._cache_size() == before
 
 
 # ---- attribution
@@ -266,9 +267,9 @@ def test_attribution_of_a_linear_model_is_exact(model):
 def test_attribution_compiles_nothing_for_another_feature_or_prompt(model):
     source, target = subject(model, 2, "img"), subject(model, 4, "img")
     attribution.attribute(model, target, liveliest(model, target), PROMPTS[0], source)
-    before = attribution._read._cache_size(), attribution._gradient._cache_size(), flux._scan._cache_size()
+    before = attribution._read._cache_size(), attribution._gradient._cache_size(), mmdit._scan._cache_size()
     attribution.attribute(model, target, liveliest(model, target, "a big cone"), "a big cone", source)
-    assert before == (attribution._read._cache_size(), attribution._gradient._cache_size(), flux._scan._cache_size())
+    assert before == (attribution._read._cache_size(), attribution._gradient._cache_size(), mmdit._scan._cache_size())
 
 
 def test_a_feature_that_does_not_fire_says_so(model):
