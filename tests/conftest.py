@@ -2,6 +2,7 @@ import gc
 import importlib
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,6 +19,9 @@ OPTIONAL = ("torch", "diffusers", "transformers", "sae_lens", "bitsandbytes")   
 def pytest_configure(config):
     """Deprecation warnings of our own files are errors, also in the processes that tests start; others' are not."""
     config.addinivalue_line("filterwarnings", f"error::DeprecationWarning:({'|'.join(OURS)})$")
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:           # as nohup, or a shell's background, leaves them
+            signal.signal(number, handler)
     os.environ["PYTHONWARNINGS"] = ",".join(f"error::DeprecationWarning:{name}" for name in ("__main__", *OURS))
 
 

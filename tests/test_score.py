@@ -414,5 +414,5 @@ def test_padding_is_left_out_where_training_left_it_out(model):
 def test_sizes_of_runs(model, tmp_path, size):
     """A list in the file is height and width."""
     folder = save(tmp_path / "ckpt", run={"prompts": "scenes", "size": size})
-    score.main(folder, n=1, levels=1, steps=1, tokens=64)
-    assert json.loads((folder / "eval.json").read_text())["sae"]["tokens"] == (64 if size == 64 else 2 * 64) // 4 * 4
+    score.main(folder, n=1, levels=1, steps=1, tokens=65)        # in whole images, of 16 or of 32 tokens
+    assert json.loads((folder / "eval.json").read_text())["sae"]["tokens"] == (5 * 16 if size == 64 else 3 * 32)

@@ -917,7 +917,7 @@ def test_paths_are_kept_as_they_are_anywhere(start, nano, tmp_path, monkeypatch)
     (tmp_path / "elsewhere").mkdir()
     loaded, load, config = [], flux.load, flux.read_config
     monkeypatch.setattr(flux, "load", lambda name, **options: loaded.append((name, options)) or load(name))
-    monkeypatch.setattr(flux, "read_config", lambda name, transformer=None: config(name))
+    monkeypatch.setattr(flux, "read_config", lambda name, transformer=None, unpack=None: config(name))
     start(model="models/flux", transformer="models/flux/transformer")
     run = checkpoint.load_metadata("ckpt")["run"]
     paths = [str(tmp_path / "models" / "flux"), str(tmp_path / "models" / "flux" / "transformer")]
