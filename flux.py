@@ -30,7 +30,7 @@ from weights import Mistake, download
 REPOS = {"schnell": "black-forest-labs/FLUX.1-schnell", "dev": "black-forest-labs/FLUX.1-dev"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A whole pipeline. cfg, params: of the transformer; the others likewise; `source` is where it was loaded from."""
     cfg: Config
@@ -43,6 +43,9 @@ class Model:
     text_tokens: int                                             # T5's length where a call does not say
     size: int                                                    # pixels a side where a call does not say
     walk: Callable | None = None                                 # how blocks are run (see `scan_blocks`)
+
+    def __repr__(self):
+        return f"<FLUX.1 model of {self.source}: {self.cfg.layers} layers of width {self.cfg.width}>"
 
     def tokenize(self, prompts, text_tokens=None):
         """T5 ids [B, text_tokens] and CLIP ids [B, 77] (or as many as the model has positions)."""

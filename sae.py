@@ -151,6 +151,10 @@ class State(NamedTuple):
     step: Array  # int32
     spare: Params | None  # of a CPU: memory for the gradients of enc and dec, with the last ones; not in files
 
+    def __repr__(self):
+        features, width = self.params["enc"].shape
+        return f"<SAE in training: {features:,} features of width {width}>"
+
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
@@ -440,29 +444,22 @@ def _aux_loss_of_few(rows: Params, there: Array, x: Array, error: Array) -> Arra
 
 
 def _with_aux(grads: Params, params: Params, cfg: Config, u: Array, dead: Array, error: Array, mesh):
-    """Adds AuxK's gradient, but only while some feature is dead: it costs next to nothing otherwise, and the less the
-    fewer these are."""
+    """-> AuxK's loss, grads with its gradient. It costs nothing while no feature is dead, and little while few are."""
     count = jnp.sum(dead)
-    (places,) = jnp.nonzero(dead, size=cfg.k_aux, fill_value=0)
-    rows = {name: params[name][places] for name in ("enc", "b_enc", "dec")}
-    sizes = [0, *sorted({max(cfg.k_aux // part, 1) for part in (1, 2, 8)})]
 
-    def few(size, rows):
-        first, there = jax.tree.map(lambda row: row[:size], rows), jnp.arange(size) < count
-        loss, aux = jax.value_and_grad(_aux_loss_of_few)(first, there, _seen(params, cfg, u), error)
-        return loss, jax.tree.map(lambda row, a: jnp.zeros_like(row).at[:size].set(a), rows, aux)
+    def few(grads):
+        (places,) = jnp.nonzero(dead, size=cfg.k_aux, fill_value=0)
+        rows = {name: params[name][places] for name in ("enc", "b_enc", "dec")}
+        there = jnp.arange(cfg.k_aux) < count
+        loss, aux = jax.value_and_grad(_aux_loss_of_few)(rows, there, _seen(params, cfg, u), error)
+        return loss, grads | {name: grads[name].at[places].add(cfg.aux_coefficient * a) for name, a in aux.items()}
 
     def many(grads):
         loss, aux = jax.value_and_grad(_aux_loss)(params, cfg, u, dead, error, mesh)
         return loss, jax.tree.map(lambda g, a: g + cfg.aux_coefficient * a, grads, aux)
 
-    of_many, grads = lax.cond(count > cfg.k_aux, many, lambda grads: (jnp.zeros(()), grads), grads)
-    # Up to how many? More than k_aux are `many`, and leave nothing to these
-    size = jnp.searchsorted(jnp.asarray(sizes), jnp.where(count > cfg.k_aux, 0, count))
-    of_few, aux = lax.switch(size, [lambda rows: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, rows)),
-                                    *(partial(few, size) for size in sizes[1:])], rows)
-    added = {name: grads[name].at[places].add(cfg.aux_coefficient * a) for name, a in aux.items()}
-    return of_many + of_few, grads | added
+    none = lambda grads: (jnp.zeros(()), grads)
+    return lax.switch(jnp.int32(count > 0) + (count > cfg.k_aux), [none, few, many], grads)
 
 
 def step(

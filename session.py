@@ -202,7 +202,7 @@ def real_tokens(model, prompts, site, text_tokens, image_tokens):
 # ---------------------------------------------------------------- an SAE and its model
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Subject:
     """An SAE at its place in a model, as its metadata say, or flags.
 

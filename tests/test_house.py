@@ -5,7 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+
+import flux
+import sae
+import session
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(file for folder in (".", "bench", "nano", "tests") for file in (ROOT / folder).glob("*.py"))
@@ -27,6 +33,16 @@ def test_names_taken_from_our_modules_exist(file):
     missing = [f"{module}.{name}" for module, name in sorted(taken)
                if not hasattr(importlib.import_module(module), name)]
     assert not missing
+
+
+def test_what_prints_in_a_line(nano):
+    """A model, an SAE in training, an SAE at its place: not all of their arrays."""
+    cfg = sae.Config(d_in=16, features=32, k=4)
+    state = sae.init(jax.random.key(0), cfg, np.random.default_rng(0).standard_normal((64, 16)))
+    subject = session.Subject("ckpt", [sae.fold(state, cfg)], cfg, "nano", 3, "img", {})
+    for one, words in ((flux.load(nano, last=0), "12 layers of width 128"), (state, "32 features of width 16"),
+                       (subject, "32 features of layer 3 (img) of nano")):
+        assert words in repr(one) and "\n" not in repr(one) and len(repr(one)) < 200
 
 
 def test_importing_a_module_touches_no_device():
