@@ -60,6 +60,18 @@ def command(function):
             sys.exit(128 + signal.SIGINT)
 
 
+def with_flags(function, declared):
+    """The function, which takes keywords alone, with flags for some of them: fields of a dataclass, whose metadata hold
+    their `help`. Their defaults are only for --help: the function gets what was given."""
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    more = [inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for field in declared]
+    rest = inspect.Parameter("unknown", inspect.Parameter.VAR_KEYWORD)
+    function.__signature__ = inspect.Signature([*more, *own, rest])
+    function.__doc__ += "".join(f"    {field.name}: {field.metadata['help']}\n    " for field in declared)
+    return function
+
+
 def _parser(flag):
     """What makes a value of a flag's text. Words stay words: fire would read the prompt "1, 2" as a tuple."""
     from fire import parser
@@ -71,7 +83,8 @@ def _parser(flag):
 
     if isinstance(flag.default, bool) or flag.annotation == bool | None:
         return boolean
-    return str if isinstance(flag.default, str) else parser.DefaultParseValue
+    words = isinstance(flag.default, str) or flag.annotation in (str, str | None)
+    return str if words else parser.DefaultParseValue
 
 
 class _Lasting:

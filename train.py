@@ -17,7 +17,7 @@ import os
 import shutil
 import signal
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,44 +38,63 @@ import weights
 from session import Mistake
 
 
+def flag(help, default=None):
+    """A field of `Run` and a flag of the command line. Without a default it suits the model: see `defaults`."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class Run:
-    """Everything that decides what a run computes; kept in the checkpoint, and compared when it is resumed."""
-    model: str
-    layer: int
-    site: str
-    features: int
-    k: int
-    steps: int
-    batch: int                                                   # tokens a step
-    prompts: str
-    prompt_field: str | None
-    prompt_batch: int                                            # prompts a forward pass
-    seeds_per_prompt: int
-    timesteps: int
-    buffer: int                                                  # tokens harvested and shuffled together, at least
-    size: int | tuple                                            # pixels a side, or height and width; 0 until loaded
-    text_tokens: int                                             # a prompt; likewise
-    lr: float
-    seed: int
-    dtype: str
-    quant: str = "none"                                          # of the model's weights
-    activation: str = "topk"
-    matryoshka: tuple | None = None                              # ends of nested prefixes of the features
-    transcoder: int | None = None                                # the layer whose residuals are to be written
-    normalization: str = "std"
-    init: str | None = None                                      # an SAE to begin from: a folder, or owner/repo/folder
-    transformer: str | None = None                               # a file or folder to take it from
-    revision: str | None = None                                  # of a model on the hub
-    # What older checkpoints do not say, they did: padding was trained on, no prompt was held out.
-    padding: bool = True                                         # whether T5's padding counts as tokens
-    held_out: bool = False                                       # whether some prompts are held out
-    prompts_sha256: str | None = None                            # of a file
+    """All that decides what a run computes, as flags; kept in the checkpoint, and compared when it is resumed."""
+    model: str = flag("nano, schnell, dev, a folder or a repo id; auto: schnell if JAX sees an accelerator, else nano",
+                      "auto")
+    layer: int = flag("number of the block whose output is read; default: the last double block")
+    site: str = flag("which tokens: img, txt or both", "img")
+    features: int = flag("of the SAE; default: 16 times the width, at most 16384")
+    k: int = flag("active features of a token; default: an eighth of the width, at most 32; 32 for txt")
+    steps: int = flag("of training; default: 10000, 1000 for small models")
+    batch: int = flag("tokens a step", 2048)
+    prompts: str = flag("a file, hf:owner/dataset[/file] or scenes; default: scenes for nano, else the captions of the "
+                        "FLUX SAE paper")
+    prompt_field: str | None = flag("the prompts' field or column; default: prompt, caption or text")
+    prompt_batch: int = flag("prompts a forward pass; default: 4 a chip, 32 for small models")
+    seeds_per_prompt: int = flag("noises that each prompt is drawn from; default: 1, 4 for small models")
+    timesteps: int = flag("noise levels at which activations are taken, from pure noise on", 1)
+    buffer: int = flag("tokens harvested and shuffled together, at least; default: 65536, 131072 for small models")
+    size: int | tuple | None = flag("pixels: a side, or height,width; default: 256, or the model's own if smaller")
+    text_tokens: int = flag("of T5, a prompt; default: the model's own")
+    lr: float | None = flag("learning rate; default: by features and k")
+    seed: int = flag("of the noise, the order of training and the SAE", 0)
+    dtype: str = flag("float32, bfloat16 or float16; default: float32 on a CPU, else bfloat16")
+    quant: str = flag("of the model's weights: nf4, int8 or none; default: none for nano and on a CPU, else nf4")
+    activation: str = flag("topk, batchtopk or jumprelu; default: topk, batchtopk for a transcoder")
+    matryoshka: tuple | None = flag("ends of nested prefixes of the features, as in 512,2048")
+    transcoder: int | None = flag("the layer whose output is to be written, from that of --layer")
+    normalization: str = flag("pca (per dimension, then rotated to the principal axes), std (not rotated) or scale "
+                              "(one factor); default: pca, std for txt and transcoders")
+    init: str | None = flag("an SAE to begin from: a folder of ours, SAELens' or sparsify's, or owner/repo/folder")
+    transformer: str | None = flag("a file or folder to take the transformer from")
+    revision: str | None = flag("of a model on the hub")
+    padding: bool | None = flag("train on the padding of text too", False)
+    held_out: bool | None = flag("keep one prompt in twenty for the closing table; default: if there are enough")
+    prompts_sha256: str | None = flag("of a file of prompts; the run says which it was")
 
     def __post_init__(self):
         for name in ("matryoshka", "size"):
             if isinstance(getattr(self, name), list):            # a tuple in JSON
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+# What runs of older checkpoints did, which do not say it.
+OLD = {"padding": True, "held_out": False, "quant": "none", "activation": "topk", "normalization": "std"}
+
+
+def saved(out):
+    """The Run of the checkpoint in `out`. What older ones do not say, they did as in OLD. Raises Mistake."""
+    try:
+        return Run(**OLD | checkpoint.load_metadata(out)["run"])
+    except (KeyError, TypeError):
+        raise Mistake(f"--resume: {out} was not written by this train.py") from None
 
 
 # ---------------------------------------------------------------- activations
@@ -499,30 +518,26 @@ def trim_metrics(out, step):
 # ---------------------------------------------------------------- the command line
 
 
-def main(model="auto", layer=None, site="", features=None, k=None, steps=None, batch=None, prompts="",
-         prompt_field="", prompt_batch=None, seeds_per_prompt=None, timesteps=None, buffer=None, size=None,
-         text_tokens=None, lr=None, out="ckpt", resume=False, overwrite=False, seed=None, dtype="", quant="",
-         activation="", matryoshka=None, transcoder=None, normalization="", init="", transformer="", revision="",
-         padding: bool | None = None, held_out: bool | None = None, prompts_sha256="",
-         log_every=20, save_every=200, push="", distributed="", **unknown):
-    """Train a sparse autoencoder on the residual stream of one layer, and write it to the folder --out. A flag left out
-    takes what suits the model (see `defaults`) or, with --resume, what the checkpoint says.
+def main(*, out="ckpt", resume=False, overwrite=False, log_every=20, save_every=200, push="", distributed="", **flags):
+    """Train a sparse autoencoder on the residual stream of one layer, and write it to a folder.
 
-    --activation topk, batchtopk or jumprelu. --matryoshka 512,2048: nested prefixes of the features. --transcoder 7:
-    what is written is layer 7's residual. --normalization pca (per dimension, then turned to the principal axes), std
-    (not turned) or scale (one factor). --init: begin from an SAE, a folder of ours or SAELens', or owner/repo/folder on
-    the hub. --size 512 or 512,768 (height,width). --transformer: a file or folder to take the transformer from.
-    --padding: train on the padding of text too. --held_out: keep one prompt in twenty for the closing table.
-    --revision, --prompts_sha256: of a model on the hub, of a file of prompts; the run says which they were.
-    --push owner/repo: put it on the Hugging Face hub at the end; with --resume, a finished one at once.
-    --distributed: this process is one of several (of a TPU pod; elsewhere say which: host:port,processes,number).
-    SIGTERM, SIGHUP and Ctrl-C write a checkpoint first; a second one ends at once.
+    A flag left out takes what suits the model or, with --resume, what the checkpoint says. SIGTERM, SIGHUP and Ctrl-C
+    write a checkpoint first; a second one ends at once.
+
+    Args:
+        out: the checkpoint's folder
+        resume: go on from the checkpoint; only --steps may differ
+        overwrite: start anew where a checkpoint is
+        log_every: steps from a line of metrics.jsonl to the next
+        save_every: steps from a checkpoint to the next
+        push: owner/repo on the Hugging Face hub, where it goes at the end; with --resume, a finished one at once
+        distributed: this process is one of several (of a TPU pod; elsewhere: host:port,processes,number)
     """
-    names = {field.name for field in fields(Run)} - {"model"}
-    given = {name: value for name, value in locals().items() if name in names and value not in (None, "")}
-    if matryoshka is not None:
-        given["matryoshka"] = matryoshka if isinstance(matryoshka, tuple) else (matryoshka,)
-    session.no_unknown_flags(unknown)
+    given = {name: value for name, value in flags.items() if value not in (None, "")}
+    session.no_unknown_flags({name: value for name, value in flags.items() if name not in FLAGS})
+    if type(given.get("matryoshka")) is int:
+        given["matryoshka"] = (given["matryoshka"],)
+    model = given.pop("model", "auto")
     session.check_whole({"log_every": log_every, "save_every": save_every})
     out = Path(out)
     if distributed:
@@ -556,10 +571,14 @@ def main(model="auto", layer=None, site="", features=None, k=None, steps=None, b
             shard.together(publish, out, run, push)
 
 
+FLAGS = {field.name: field for field in fields(Run)}
+main = session.with_flags(main, FLAGS.values())
+
+
 def finished(out, run):
     """Whether the folder holds the end of this run, and not a step on the way."""
     about, state = checkpoint.load_metadata(out), checkpoint.load_state(out)[0]
-    return "evaluation" in about and Run(**about["run"]) == run and int(state.step) == run.steps
+    return "evaluation" in about and saved(out) == run and int(state.step) == run.steps
 
 
 def publish(out, run, repo):
@@ -631,13 +650,12 @@ def defaults(name, folder, cfg, given):
     source, field = ("scenes", None) if (folder / "scenes.py").is_file() else (sources.DATASET, sources.DATASET_FIELD)
     source = given.get("prompts", source)
     run = Run(**{
-        "model": name, "layer": max(cfg.num_layers - 1, 0), "site": "img", "features": min(16 * cfg.width, 16384),
-        "steps": 1000 if small else 10_000, "batch": 2048, "prompts": source,
+        "model": name, "layer": max(cfg.num_layers - 1, 0), "features": min(16 * cfg.width, 16384),
+        "steps": 1000 if small else 10_000, "prompts": source,
         "prompt_field": None if "prompts" in given else field,
         "prompt_batch": shard.batch(1, 32) if small else shard.batch(4),
-        "seeds_per_prompt": 4 if small else 1, "timesteps": 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0,
-        "text_tokens": 0, "lr": None, "seed": 0, "dtype": session.default_dtype(),
-        "quant": session.default_quant(folder), "activation": activation, "padding": False,
+        "seeds_per_prompt": 4 if small else 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0, "text_tokens": 0,
+        "dtype": session.default_dtype(), "quant": session.default_quant(folder), "activation": activation,
         "held_out": source == "scenes", "revision": session.revision_of(folder)}
         | recipe(given.get("site"), cfg.width, transcoder) | given)
     run = replace(run, matryoshka=prefixes(run.matryoshka, run.features))
@@ -680,7 +698,7 @@ def begun_from(init):
 
 
 def check_numbers(run):
-    session.check_whole({field.name: getattr(run, field.name) for field in fields(Run) if field.type is int})
+    session.check_whole({field.name: getattr(run, field.name) for field in FLAGS.values() if field.type is int})
     if run.lr is not None and not (isinstance(run.lr, (int, float)) and 0 < run.lr < float("inf")):
         raise Mistake(f"--lr {run.lr}: it must be a number above 0")
     session.check_dtype(run.dtype)
@@ -693,10 +711,7 @@ def check_numbers(run):
 
 def resumed(out, model, given):
     """The Run of the checkpoint in `out`; flags may repeat what it says, and only --steps may differ."""
-    try:
-        run = Run(**checkpoint.load_metadata(out)["run"])
-    except (KeyError, TypeError):
-        raise Mistake(f"--resume: {out} was not written by this train.py") from None
+    run = saved(out)
     given = given if model == "auto" else {"model": session.located(model)} | given
     given |= {"matryoshka": prefixes(given["matryoshka"], run.features)} if "matryoshka" in given else {}
     if "prompts" in given and sources.same(given["prompts"], run.prompts):
