@@ -228,7 +228,7 @@ READER = """
 import json, sys
 import numpy as np, sae_lens, huggingface_hub
 sys.path.insert(0, {root!r})
-import sae
+import checkpoint
 theirs = sae_lens.SAE.from_pretrained("me/saes", "layer10-img")
 params, cfg = checkpoint.load(huggingface_hub.snapshot_download("me/saes") + "/layer10-img")
 print(json.dumps([type(theirs).__name__, cfg.features, bool((theirs.W_dec.detach().numpy() == params["W_dec"]).all())]))

@@ -439,7 +439,7 @@ def test_resumed_run_is_bit_identical(tmp_path):
 
 
 SAVER = """
-import sys, itertools, jax, numpy as np, sae
+import checkpoint, sys, itertools, jax, numpy as np, sae
 folder, cfg = sys.argv[1], sae.Config(d_in=64, features=512, k=4)
 state = sae.init(jax.random.key(0), cfg, np.random.default_rng(0).standard_normal((64, 64)))
 for i in itertools.count(1):
@@ -547,13 +547,13 @@ def damaged(data, r):
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors", "state.safetensors"])
 def test_damage_is_an_error_or_does_not_matter(tmp_path, name):
-    """200 times: never another SAE, never an error of another kind than ValueError."""
+    """40 times: never another SAE, never an error of another kind than ValueError."""
     r, folder = np.random.default_rng(len(name)), tmp_path / "run"
     checkpoint.save_state(folder, trained(0), CFG, metadata={"layer": 3, "run": {"model": "nano"}})
     read = (lambda: (checkpoint.load_state(folder)[:2])) if name.startswith("state") else (
         lambda: (*checkpoint.load(folder), *map(checkpoint.load_metadata(folder).get, ("run", "layer"))))
     whole, expected, harmless = (folder / name).read_bytes(), read(), 0
-    for _ in range(200):
+    for _ in range(40):
         (folder / name).write_bytes(damaged(whole, r))
         try:
             found = read()
@@ -563,7 +563,7 @@ def test_damage_is_an_error_or_does_not_matter(tmp_path, name):
         harmless += 1
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
-    assert harmless < 40                                         # spaces, versions, names of what is not needed
+    assert harmless < 12                                         # spaces, versions, names of what is not needed
 
 
 def test_weights_of_another_run_are_refused(tmp_path):

@@ -209,7 +209,7 @@ def test_resume_refuses_another_run(trained, monkeypatch, capsys, flag):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import flux, sae, session, train
+import checkpoint, session, train
 original, written = os.replace, []
 
 def replace(a, b):
@@ -247,7 +247,7 @@ def test_kill_in_the_middle_of_a_save_leaves_a_checkpoint_that_resumes(start, na
 FORKED = """
 import json, os, pathlib, random, signal, sys, time
 sys.path.insert(0, {root!r})
-import fire, flux, optax, sae, safetensors.numpy, session, shard, text, train, vae
+import checkpoint, fire, flux, optax, sae, safetensors.numpy, session, shard, text, train, vae
 
 def run(*flags):
     if child := os.fork():
@@ -288,7 +288,7 @@ print(json.dumps([code, found]))
 
 def test_kills_at_random_moments_end_in_the_same_bytes(nano, tmp_path, environment):
     """kill -9 while loading, in the first harvest, in a step or a save; then --resume. KILLS=20 for as many."""
-    kills = int(os.environ.get("KILLS", 5))
+    kills = int(os.environ.get("KILLS", 3))
     flags = TINY | {"batch": 60, "steps": 10 * kills, "log_every": 3, "save_every": 1, "model": str(nano)}
     command = [sys.executable, "-c", FORKED.format(root=str(ROOT)), str(kills)]
     command += [f"--{name}={value}" for name, value in flags.items()]
@@ -376,18 +376,18 @@ def stopped(nano, model, tmp_path_factory):
 
 @pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.STATE, checkpoint.WEIGHTS, "metrics.jsonl"])
 def test_resume_from_damaged_files(start, stopped, trained, tmp_path, monkeypatch, name):
-    """50 times: an error that names the file, and nothing changed, or a run that ends as it should have."""
+    """6 times: an error that names the file, and nothing changed, or a run that ends as it should have."""
     folder, r, ended = tmp_path / "ckpt", np.random.default_rng(len(name)), 0
     whole = files(stopped)
     forward, answers = flux.capture, {}
 
-    def capture(model, start, **where):                          # the same few passes, 200 times
+    def capture(model, start, **where):                          # the same few passes each time
         key = np.asarray(start.latents).tobytes()
         answers[key] = answers[key] if key in answers else forward(model, start, **where)
         return answers[key]
 
     monkeypatch.setattr(flux, "capture", capture)
-    for _ in range(50):
+    for _ in range(6):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(stopped, folder)
         (folder / name).write_bytes(damaged(whole[name], r))
@@ -404,7 +404,7 @@ def test_resume_from_damaged_files(start, stopped, trained, tmp_path, monkeypatc
         assert checkpoint.load_metadata(folder)["evaluation"] == checkpoint.load_metadata(trained)["evaluation"]
         if name != "metrics.jsonl":
             assert metrics(folder) == metrics(trained)
-    assert ended == 50 if name in (checkpoint.WEIGHTS, "metrics.jsonl") else ended < 10     # these are not needed
+    assert ended == 6 if name in (checkpoint.WEIGHTS, "metrics.jsonl") else ended < 4      # these are not needed
 
 
 def test_files_of_another_run_in_between(start, stopped, tmp_path, monkeypatch, capsys):
