@@ -147,8 +147,12 @@ def hosts(nano, outs, devices=1, **flags):
 
 
 def finish(processes, timeout=300):
-    """(code, stdout, stderr) of each."""
-    said = [process.communicate(timeout=timeout) for process in processes]
+    """(code, stdout, stderr) of each; none goes on where one takes too long."""
+    try:
+        said = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [(process.returncode, *text) for process, text in zip(processes, said)]
 
 
