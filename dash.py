@@ -5,7 +5,7 @@
     python dash.py ckpt/ --pages_only                      # the pages once more, from what was collected before
     python dash.py ckpt/ --steer 20                        # and what images become with a feature ablated, doubled, …
 
-Copy it with `pages.py`, `templates/`, `prompts.py`, `flux.py`, `sae.py` and what these import. From Python,
+Copy it with `pages.py`, `templates/`, `session.py` and what these import. From Python,
 without pages:
 
     found = dash.collect(model, params, cfg, prompts, folder, layer=3, site="img")
@@ -36,9 +36,9 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import checkpoint as saved
+import data
 import flux
 import pages
-import prompts as prompt_sources
 import sae
 import session
 import shard
@@ -430,7 +430,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     layout = Layout(timesteps, text_tokens if site != "img" else 0, tuple(grid) if site != "txt" else (0, 0))
     labels = np.zeros((len(prompts), 0), bool) if labels is None else np.asarray(labels, bool)
     info = {**(info or {}), "kind": "fae dashboard", "layer": layer, "site": site, "layout": asdict(layout),
-            "size": size, "steps": steps, "seed": seed, "first_noise": session.DRAWN, "images": len(prompts),
+            "size": size, "steps": steps, "seed": seed, "first_noise": data.DRAWN, "images": len(prompts),
             "text_tokens": text_tokens, "padding": padding,
             "attributes": list(attributes), "prompts": prompts, "features": cfg.features, "edges": EDGES.tolist(),
             "words": model.words(prompts, text_tokens) if layout.text_tokens else []}
@@ -448,7 +448,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
     while done < len(prompts):
         part = prompts[done:done + batch]
         full = part + part[-1:] * (batch - len(part))            # one shape, one compile
-        noise = flux.draw_noise(seed, session.DRAWN + done + np.arange(batch), shape)
+        noise = flux.draw_noise(seed, data.DRAWN + done + np.arange(batch), shape)
         options = {"size": size, "noise": noise, "text_tokens": text_tokens}
         acts = flux.capture(model, flux.prepare(model, full, steps=timesteps, **options), layer=layer, site=site)
         if not bool(jnp.isfinite(acts).all()):
@@ -458,7 +458,7 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
         drawn = flux.generate(model, full, steps=steps, **options)
         real = [None] * len(part)
         if layout.text_tokens and not padding:
-            real = np.tile(session.real_tokens(model, part, site, text_tokens, layout.image_tokens), (1, timesteps))
+            real = np.tile(data.real_tokens(model, part, site, text_tokens, layout.image_tokens), (1, timesteps))
         for i, (values, indices, image, mask) in enumerate(zip(*codes, drawn, real), done):
             alive, peak = counts.add(i, values, indices, seed, mask)
             if labels.shape[1]:
@@ -697,8 +697,8 @@ def collect_from(checkpoint, load_model, subject, folder, source, field, n, step
 def captions(source, field, held_out, n):
     """(n prompts that no training step saw, where the source allows it; arguments of `collect` about their scenes)."""
     if source != "scenes":
-        return prompt_sources.take(source, field, n, held_out=held_out), {}
-    scenes, drawn = prompt_sources.scenes(), prompt_sources.held_out_scenes(n)
+        return data.take(source, field, n, held_out=held_out), {}
+    scenes, drawn = data.scenes(), data.held_out_scenes(n)
     labels = dict(zip(("attributes", "labels"), scene_attributes(scenes, drawn)))
     return [scenes.caption(scene) for scene in drawn], labels
 

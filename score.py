@@ -4,7 +4,7 @@
     python score.py sae/ --model schnell --layer 18 --site img --out eval.json      # an SAE that does not say where
     python score.py ckptB/ --attribute 123 --prompt "a red cube" --from ckptA/      # what makes feature 123 fire
 
-Copy it with `flux.py`, `sae.py`, `shard.py`, `quant.py`, `prompts.py` and what these import. From Python:
+Copy it with `attribution.py`, `session.py` and what these import. From Python:
 
     subject = session.subject(model, "ckpt")
     found = score.score(model, subject, score.dataset(model, captions, images))     # the contents of eval.json
@@ -30,8 +30,8 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoint as saved
+import data as sources
 import flux
-import prompts as prompt_sources
 import sae
 import session
 import shard
@@ -99,7 +99,7 @@ def score(model, subject, data, *, captions=None, levels=8, steps=4, tokens=EVAL
     starts = [(rows, replace(start, sigmas=drawn)) for rows, start in starts]
     return {
         "kind": KIND, "layer": subject.layer, "site": subject.site, "images": len(data.prompts), "data": data.origin,
-        "seed": seed, "first_noise": session.SCORED, "weights": saved.fingerprint(subject.params),
+        "seed": seed, "first_noise": sources.SCORED, "weights": saved.fingerprint(subject.params),
         "versions": {"jax": jax.__version__},
         "loss": summary(loss, change), "loss_where_trained": summary(loss[:, trained], change[:, trained]),
         "per_timestep": rows, "image": {"steps": steps} | distances(model, subject, starts, partial(tell, "images")),
@@ -209,7 +209,7 @@ def statistics(model, subject, captions, grid, tokens, seed, batch, text_tokens,
         texts = [captions[i % len(captions)] for i in numbers]
         start = session.beginning(model, texts, numbers, levels, grid, seed, text_tokens)
         acts = flux.capture(model, start, layer=subject.layer, site=subject.site)
-        real = session.real_tokens(model, texts, "txt", start.condition[0].shape[1], 0)
+        real = sources.real_tokens(model, texts, "txt", start.condition[0].shape[1], 0)
         for t, name, x in session.streams(subject, acts, start):
             rows = np.asarray(x, np.float32)
             rows = rows[real] if name.endswith("txt") and not subject.padding else rows
@@ -259,7 +259,7 @@ def dataset(model, prompts, images=None, *, size=None, steps=4, seed=0, batch=16
         if images is None:
             levels = flux.sigmas(model.scheduler, steps, grid[0] * grid[1])
             start = session.beginning(model, [prompts[i] for i in rows], rows, levels, grid, seed, text_tokens,
-                              session.SCORED + len(prompts))
+                              sources.SCORED + len(prompts))
             part = flux.sample(model, start)
         else:
             part = _encoded(model.vae[1], model.vae[0], np.stack([images[i] for i in rows]))
@@ -339,8 +339,8 @@ def captions(subject, folder, prompts, field, images, n):
         return *folder_of_images(images, n, size), f"images of {images}"
     source, field, held_out = session.prompts_of(subject, prompts, field)
     if source != "scenes":
-        return prompt_sources.take(source, field, many, held_out=held_out), None, ""
-    scenes, drawn = prompt_sources.scenes(), prompt_sources.held_out_scenes(many)
+        return sources.take(source, field, many, held_out=held_out), None, ""
+    scenes, drawn = sources.scenes(), sources.held_out_scenes(many)
     renders = None
     if (folder / "scenes.py").is_file() and isinstance(size, int):               # this model draws them, as squares
         renders = [scenes.render(scene, size).image for scene in drawn[:n]]

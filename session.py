@@ -1,6 +1,6 @@
 """What every tool does first: read flags, say which model runs and how, hold the output folder, end well on a signal.
 
-Copy it with `flux.py`, `prompts.py`, `quant.py`, `sae.py`, `shard.py`, and what these import.
+Copy it with `flux.py`, `data.py`, `quant.py`, `sae.py`, `shard.py`, and what these import.
 
     if __name__ == "__main__":
         session.command(main)                                    # main(*words, steps=4, overwrite=False, **unknown)
@@ -18,17 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import checkpoint
+import data
 import flux
-import prompts
 import quant
 import sae
 import shard
 from weights import Mistake
 
-MISTAKES = (Mistake, prompts.Mistake, quant.Mistake, sae.Mistake, shard.Mistake)
-# Numbers of noises. Training's begin at 0; no training step sees those of its closing table, of images that tools draw
-# (of the same prompts the same), and of scores.
-TABLE, DRAWN, SCORED = 1_000_000_000, 1_500_000_000, 1_750_000_000
+MISTAKES = (Mistake, quant.Mistake, sae.Mistake, shard.Mistake)
 DTYPES = ("float32", "bfloat16", "float16")
 
 # ---------------------------------------------------------------- the command line
@@ -204,14 +201,6 @@ def load_model(name, run=None, *, dtype="", quant="", transformer="", **options)
     return flux.load(name, dtype=jnp.dtype(dtype), transformer=transformer, **placed, **options)
 
 
-def real_tokens(model, prompts, site, text_tokens, image_tokens):
-    """Which tokens of a site are no padding of T5's: [B, N] bool, in the order of `flux.residual`."""
-    lengths = [len(words) for words in model.words(prompts, text_tokens)]
-    text = np.arange(text_tokens) < np.array(lengths)[:, None]
-    image = np.ones((len(prompts), image_tokens), bool)
-    return {"txt": text, "img": image, "both": np.concatenate([text, image], 1)}[site]
-
-
 # ---------------------------------------------------------------- an SAE and its model
 
 
@@ -321,7 +310,7 @@ def subject(model, folder, *, layer=None, site=""):
     return placed(found, model.source, model.cfg)
 
 
-def beginning(model, prompts, numbers, levels, grid, seed, text_tokens=None, first=SCORED):
+def beginning(model, prompts, numbers, levels, grid, seed, text_tokens=None, first=data.SCORED):
     """The `flux.Start` of images `numbers`, which have noise of their own, at these noise levels."""
     text, pooled = flux.encode_text(model, prompts, text_tokens)
     guidance = jnp.full(len(prompts), 3.5) if model.cfg.guidance_embeds else None
@@ -337,7 +326,7 @@ def streams(subject, acts, start):
 
 
 def prompts_of(subject, source="", field=""):
-    """(source, field, held_out) of the prompts to look at it with, for `prompts.take`: those that are asked for, or
+    """(source, field, held_out) of the prompts to look at it with, for `data.take`: those that are asked for, or
     those of its own source that no training step saw."""
     own = subject.run.get("prompts")
     if source and source != own:
@@ -346,7 +335,7 @@ def prompts_of(subject, source="", field=""):
         return own, field or subject.run.get("prompt_field"), True if subject.run.get("held_out") else None
     if (flux.read_config(subject.model)[0] / "scenes.py").is_file():
         return "scenes", None, None
-    return prompts.DATASET, field or prompts.DATASET_FIELD, None
+    return data.DATASET, field or data.DATASET_FIELD, None
 
 
 # ---------------------------------------------------------------- output folders and signals

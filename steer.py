@@ -13,7 +13,7 @@ typical activation, `123-2` takes two away, and `123*0+8` does both: its value v
 Typical is the mean of the feature's values above zero, on prompts like those that the SAE was trained on. Only decoder
 rows times what the values change by are added to the residual stream, so what the SAE leaves out of it stays.
 
-Copy it with `prompts.py`, `flux.py`, `sae.py`, `shard.py` and what these import.
+Copy it with `session.py` and what it imports.
 
 Letters: B images, I image tokens, T text tokens, N tokens of a stream, D width, F features, n changes.
 """
@@ -33,8 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+import data
 import flux
-import prompts as prompt_sources
 import sae
 import session
 import shard
@@ -72,8 +72,8 @@ def load(folder, model, *, layer=None, site="", prompts=64, seed=0):
 def examples(source, field, held_out, n):
     """The first n prompts of a source (see `session.prompts_of`); of nano's scenes, which never end, held-out ones."""
     if source == "scenes":
-        return list(map(prompt_sources.scenes().caption, prompt_sources.held_out_scenes(n)))
-    return prompt_sources.take(source, field, n, held_out=held_out)
+        return list(map(data.scenes().caption, data.held_out_scenes(n)))
+    return data.take(source, field, n, held_out=held_out)
 
 
 def calibrated(model, dictionary, prompts, *, seed=0, batch=16, progress=None):
@@ -86,12 +86,12 @@ def calibrated(model, dictionary, prompts, *, seed=0, batch=16, progress=None):
     for first in range(0, len(prompts), batch):
         some = prompts[first:first + batch]
         full = some + some[-1:] * (batch - len(some))            # one shape, one program
-        numbers, shape = session.DRAWN + first + np.arange(batch), (grid[0] * grid[1], model.cfg.in_channels)
+        numbers, shape = data.DRAWN + first + np.arange(batch), (grid[0] * grid[1], model.cfg.in_channels)
         start = flux.prepare(model, full, steps=timesteps, size=size, noise=flux.draw_noise(seed, numbers, shape),
                              text_tokens=tokens)
         acts = flux.capture(model, start, layer=dictionary.layer, site=site).astype(jnp.float32)
         groups = flux.token_groups(site, timesteps, tokens)
-        real = session.real_tokens(model, some, site, tokens, grid[0] * grid[1]) | dictionary.padding
+        real = data.real_tokens(model, some, site, tokens, grid[0] * grid[1]) | dictionary.padding
         for p, (_, t, part) in zip(itertools.cycle(dictionary.params), groups):
             values, indices = (np.asarray(a)[:len(some)][real[:, part]].ravel()
                                for a in sae.encode(p, cfg, acts[t, :, part]))

@@ -4,12 +4,11 @@
     python train.py --layer 10 --features 16384            # on a TPU: FLUX.1-schnell
     python train.py --model FOLDER --prompts captions.jsonl.gz --prompt_field text --resume
 
-Copy it with `flux.py`, `checkpoint.py`, `prompts.py`, what they import, and `nano/` for the bundled model. A run is
+Copy it with `flux.py`, `checkpoint.py`, `data.py`, what they import, and `nano/` for the bundled model. A run is
 a pure function of its flags. It works through the prompts in chunks: a chunk's activations are shuffled whole, then the
 SAE trains on them batch by batch, while the next chunk is harvested between the steps. The step number alone says where
 a run stands, so a resumed run harvests its chunk again and goes on bit for bit, and no activations are ever stored.
 """
-import collections
 import contextlib
 import itertools
 import json
@@ -20,17 +19,15 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 from tqdm import tqdm
 
 import checkpoint
+import data
 import flux
-import prompts as sources
 import sae
 import session
 import shard
@@ -97,172 +94,6 @@ def saved(out):
         raise Mistake(f"--resume: {out} was not written by this train.py") from None
 
 
-# ---------------------------------------------------------------- activations
-
-
-class Pass(NamedTuple):
-    """A forward pass of a chunk, before it is sent."""
-    prompts: list
-    first: int                                                   # number of its first prompt in the stream
-    taken: slice | np.ndarray                                    # which of its tokens are
-    end: int                                                     # tokens of all chunks up to its last one
-
-
-class Harvest:
-    """Batches of shuffled activations [batch, D], a step after the other; a step's are the same whenever asked for.
-
-    One chunk is in memory. Forward passes of the next one run between the steps on this one, and put their rows in the
-    place of rows that were trained on. A pass is sent a step before its rows are fetched: an accelerator then works
-    while the host tokenizes, copies and shuffles. Which passes go before a step follows from its number and the prompts
-    alone, so that several hosts send the same programs in the same order. Without padding passes differ in how many
-    tokens they give: a chunk is filled up, and what the last pass has more is left. mesh: of several devices, as for
-    `train`.
-    """
-
-    def __init__(self, run, model, prompts, mesh=None):
-        self.run, self.model, self.prompts, self.mesh, self.position = run, model, prompts, mesh, 0
-        self.grid = flux.token_grid(model, run.size)
-        img, txt = self.grid[0] * self.grid[1], run.text_tokens
-        tokens = {"img": img, "txt": txt, "both": img + txt}[run.site]
-        self.all_taken = run.padding or run.site == "img"
-        self.forward_tokens = tokens * run.seeds_per_prompt * run.timesteps * run.prompt_batch
-        self.forwards = -(-max(run.buffer, run.batch) // self.forward_tokens)            # of a chunk; if all are taken
-        self.tokens = self.forwards * self.forward_tokens        # of a chunk
-        self.batches = self.tokens // run.batch
-        self.chunks = -(-run.steps // self.batches)
-        self.layers = [run.layer] + ([run.transcoder] if run.transcoder is not None else [])
-        self.rows = np.empty((self.tokens, len(self.layers) * model.cfg.width), jnp.dtype(run.dtype))
-        parts = flux.token_groups(run.site, run.timesteps, txt)
-        self.groups = tuple(name for name, *_ in parts) if len(parts) > 1 else ()
-        self.pattern = np.zeros((run.timesteps, run.prompt_batch * run.seeds_per_prompt, tokens), np.int32)
-        for g, (_, t, part) in enumerate(parts):
-            self.pattern[t, :, part] = g                         # of the tokens of a pass
-        self.pattern = self.pattern.reshape(-1)
-        self.group = np.zeros(self.tokens, np.int32)             # of the tokens in rows
-        self.order, self.free = None, np.arange(self.tokens)     # places in rows: of this chunk's, as trained; to fill
-        self.next, self.under_way = None, collections.deque()    # the Pass to send; (Pass, what is sent) of others
-        self.stored, self.sent = 0, 0                            # tokens of all chunks, with those that were skipped
-        self.starts = {}                                         # chunk → number of its first prompt
-        self.flatten = jax.jit(partial(flat_and_finite, dtype=self.rows.dtype),
-                               out_shardings=shard.everywhere(mesh) if mesh else None)
-
-    def ready(self, step, stop=lambda: False, bar=None):
-        """Fetch what `step` trains on, and send the passes that shall run beside it. False where stop() came first.
-        The prompts are a stream: steps must be asked for in rising order."""
-        chunk = step // self.batches
-        if self.order is None and not self.starts:
-            self.seek(chunk)
-        wanted, ahead = (min(self.tokens + n * self.tokens // self.batches, self.chunks * self.tokens)
-                         for n in (step, step + 1))
-        while self.sent < ahead and self.upcoming().end <= ahead:
-            if stop():
-                return False
-            of, done = divmod(self.sent, self.tokens)
-            if bar and of == chunk:
-                bar.set_description(f"harvest {done / self.tokens:.0%}")
-            coming, self.next = self.next, None
-            first = coming.first * self.run.seeds_per_prompt
-            self.under_way.append((coming, self.send(coming.prompts, first, session.TABLE,
-                                                     f"for step {of * self.batches} on")))
-            self.sent = coming.end
-            self.store(wanted, leave=1)                          # not the one just sent
-        self.store(wanted)
-        return True
-
-    def batch(self, step):
-        """Activations [batch, columns] of a step for which all is `ready`."""
-        return self.rows[self.places(step)]
-
-    def groups_of(self, places):
-        """The group of the tokens there, or None where all are alike."""
-        return self.group[places] if self.groups else None
-
-    def places(self, step):
-        first = step % self.batches * self.run.batch
-        return self.order[first:first + self.run.batch]
-
-    def store(self, wanted, leave=0):
-        """Fetch passes under way, but for the last `leave`, up to the token `wanted`, into rows that are free; the last
-        pass of a chunk gives its order of training."""
-        while len(self.under_way) > leave and self.under_way[0][0].end <= wanted:
-            pass_, sent = self.under_way.popleft()
-            chunk, done = divmod(self.stored, self.tokens)
-            places = self.free[done:done + pass_.end - self.stored]
-            self.rows[places], self.group[places] = self.fetch(sent)[pass_.taken], self.pattern[pass_.taken]
-            self.stored = pass_.end
-            if self.stored == (chunk + 1) * self.tokens:
-                self.order = self.free[np.random.default_rng((self.run.seed, chunk)).permutation(self.tokens)]
-                left = self.tokens - self.batches * self.run.batch               # what no batch takes, first
-                self.free = np.roll(self.order, left)
-
-    def seek(self, chunk, first=None):
-        """Skip prompts up to the first one of a chunk: the number `first`, which has to be said where padding is left
-        out."""
-        first = chunk * self.forwards * self.run.prompt_batch if first is None else first
-        collections.deque(itertools.islice(self.prompts, first), 0)
-        self.position, self.starts = first, {chunk: first}
-        self.stored = self.sent = chunk * self.tokens
-
-    def upcoming(self):
-        """The next `Pass`."""
-        if self.next is None:
-            first, prompts = self.position, list(itertools.islice(self.prompts, self.run.prompt_batch))
-            self.position += len(prompts)
-            chunk, done = divmod(self.sent, self.tokens)
-            taken, count = self.tokens_of(prompts, self.tokens - done)
-            self.next = Pass(prompts, first, taken, self.sent + count)
-            if self.next.end == (chunk + 1) * self.tokens:
-                self.starts[chunk + 1] = self.position
-                self.starts = {c: start for c, start in self.starts.items() if c >= chunk - 1}
-        return self.next
-
-    def place(self, step):
-        """What a checkpoint before that step has to keep."""
-        return {"position": np.array(self.starts[step // self.batches])}
-
-    def tokens_of(self, prompts, room):
-        """(which of the tokens of a pass are taken, how many): the first ones, as many as there is room for."""
-        if self.all_taken:
-            return slice(room), min(room, self.forward_tokens)
-        real = session.real_tokens(self.model, prompts, self.run.site, self.run.text_tokens,
-                                   self.grid[0] * self.grid[1]).repeat(self.run.seeds_per_prompt, 0)
-        taken = np.flatnonzero(np.broadcast_to(real, (self.run.timesteps, *real.shape)))[:room]
-        return taken, len(taken)
-
-    def send(self, prompts, first, end=session.DRAWN, purpose="that were asked for"):
-        """A forward pass over prompts, for `fetch`, which alone waits for it. first: number of the first noise; those
-        from `end` on are not for it."""
-        run, model = self.run, self.model
-        encoded = flux.encode_text(model, prompts, run.text_tokens)
-        text, pooled = (jnp.repeat(x, run.seeds_per_prompt, 0) for x in encoded)
-        shape = (self.grid[0] * self.grid[1], model.cfg.in_channels)
-        if first + len(text) > end:
-            raise Mistake(f"noise number {first + len(text):,} is not for activations {purpose}, but those up to "
-                          f"{end - 1:,}: take fewer --steps or --seeds_per_prompt")
-        guidance = jnp.full(len(text), 3.5) if model.cfg.guidance_embeds else None
-        start = flux.Start(flux.draw_noise(run.seed, first + np.arange(len(text)), shape), (text, pooled, guidance),
-                           flux.sigmas(model.scheduler, run.timesteps, shape[0]), self.grid)
-        acts = [flux.capture(model, start, layer=layer, site=run.site) for layer in self.layers]
-        acts, finite = shard.wait(self.mesh, self.flatten(acts))
-        acts.copy_to_host_async()
-        return prompts, purpose, acts, finite
-
-    def fetch(self, sent):
-        """Activations [forward_tokens, columns] of a pass. Raises Mistake, with the prompt, for NaN or Inf."""
-        prompts, purpose, acts, finite = sent
-        if not (finite := np.asarray(finite)).all():
-            prompt = prompts[int(np.argmin(finite)) // self.run.seeds_per_prompt]
-            raise Mistake(f"activations {purpose} hold NaN or Inf, at the prompt {prompt!r}; none were trained on")
-        return np.asarray(acts)
-
-
-def flat_and_finite(acts, dtype):
-    """[timesteps, prompts x seeds, N, D] of each layer → rows [..., layers x D], and whether all is finite, [prompts x
-    seeds]."""
-    acts = jnp.concatenate(acts, -1).astype(dtype)
-    return acts.reshape(-1, acts.shape[-1]), jnp.isfinite(acts).all((0, 2, 3))
-
-
 # ---------------------------------------------------------------- the run
 
 
@@ -270,38 +101,40 @@ def train(run, model, prompts, out, *, mesh=None, resume, log_every, save_every,
     """Train to `run.steps`; checkpoints into the folder `out`. Returns rows of the closing table. mesh: of several
     devices, over which the SAE's features are split. Of several hosts the first one writes. stop(step): whether to
     end before that step; then a checkpoint is written, and None returned."""
-    harvest = Harvest(run, model, prompts, mesh)
-    count = f", from {harvest.forwards * run.prompt_batch:,} prompts each" if harvest.all_taken else " without padding"
-    print(f"data: chunks of {harvest.tokens:,} tokens{count}, shuffled whole ({harvest.batches} batches of "
+    activations = data.Activations(run, model, prompts, mesh)
+    prompts_each = f", from {activations.forwards * run.prompt_batch:,} prompts each"
+    count = prompts_each if activations.all_taken else " without padding"
+    print(f"data: chunks of {activations.tokens:,} tokens{count}, shuffled whole ({activations.batches} batches of "
           f"{run.batch:,})")
     metadata, window = describe(run, model), []
     with tqdm(total=run.steps, unit="step", dynamic_ncols=True, disable=not shard.first()) as bar:
         if resume:
             state, cfg, unlogged = load_state(out, run)
             step, first = int(state.step), unlogged.pop("position", None)
-            harvest.seek(step // harvest.batches, None if first is None else int(first))
+            activations.seek(step // activations.batches, None if first is None else int(first))
             window = [dict(zip(unlogged, values)) for values in zip(*unlogged.values())]
             if shard.first():
                 trim_metrics(out, step)
         else:
-            if not harvest.ready(0, partial(stop, 0), bar):
+            if not activations.ready(0, partial(stop, 0), bar):
                 return None
-            first, cfg = harvest.order[:65536], config(run, model.cfg.width, harvest.groups)
-            state = sae.init(jax.random.key(run.seed), cfg, harvest.rows[first].astype(np.float32),
-                             harvest.groups_of(first))
+            half, order = activations.order(0)
+            first, cfg = (half, order[:65536]), config(run, model.cfg.width, activations.groups)
+            state = sae.init(jax.random.key(run.seed), cfg, activations.rows[first].astype(np.float32),
+                             activations.groups_of(first))
             if run.init:
                 state = sae.unfold(checkpoint.load(begun_from(run.init))[0], cfg, state)
             if shard.first():
                 begin(out, state, cfg, metadata)
         bar.initial = bar.n = bar.last_print_n = int(state.step)         # or the time left would count old steps
-        state = loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop)
+        state = loop(run, activations, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop)
         if int(state.step) < run.steps:
             return None
         bar.set_description("evaluating")
         state = shard.whole(state._replace(spare=None))
-        rows = evaluate(run, harvest, state, cfg, partial(stop, run.steps))
+        rows = evaluate(run, activations, state, cfg, partial(stop, run.steps))
     if rows:
-        save(out, state, cfg, metadata | {"evaluation": rows}, harvest.place(run.steps))
+        save(out, state, cfg, metadata | {"evaluation": rows}, activations.place(run.steps))
     return rows
 
 
@@ -344,12 +177,12 @@ def stepper(mesh, form, *leaves):
                    out_shardings=jax.tree.unflatten(form, leaves))
 
 
-def loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop):
+def loop(run, activations, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop):
     """Steps from where `state` stands to the end, or until stop(step), and then a checkpoint. `window`: metrics of the
     steps that are not in metrics.jsonl yet."""
     def keep():
         unlogged = {name: np.array([m[name] for m in window]) for name in (window or [{}])[0]}
-        save(out, shard.whole(state._replace(spare=None)), cfg, metadata, unlogged | harvest.place(int(state.step)))
+        save(out, shard.whole(state._replace(spare=None)), cfg, metadata, unlogged | activations.place(int(state.step)))
 
     state = shard.split(mesh, state, run.features) if mesh else state
     where = (jax.tree.map(lambda leaf: leaf.sharding, state), shard.everywhere(mesh)) if mesh else None
@@ -357,11 +190,11 @@ def loop(run, harvest, state, cfg, mesh, window, out, metadata, bar, log_every, 
     step_fn = stepper(shard.tensor(mesh or shard.mesh()), form, *leaves)
     since, old = time.monotonic(), len(window)
     for step in range(int(state.step), run.steps):
-        if stop(step) or not harvest.ready(step, partial(stop, step), bar):
+        if stop(step) or not activations.ready(step, partial(stop, step), bar):
             keep()
             break
-        groups = harvest.groups_of(harvest.places(step))
-        state, metrics = shard.wait(mesh, step_fn(state, cfg, harvest.batch(step), groups))
+        groups = activations.groups_of(activations.places(step))
+        state, metrics = shard.wait(mesh, step_fn(state, cfg, activations.batch(step), groups))
         window.append(metrics)
         bar.update()
         if (step + 1) % log_every == 0 or step + 1 == run.steps:
@@ -385,19 +218,19 @@ def summary(step, batch, window, speed):
     return {"step": step, "tokens": step * batch, **means, "dead": float(window[-1]["dead"]), "tokens_per_s": speed}
 
 
-def evaluate(run, harvest, state, cfg, stop=lambda: False):
+def evaluate(run, activations, state, cfg, stop=lambda: False):
     """Rows of the closing table, on activations of prompts that are held out (or of seen ones, where none are) and of
     new noise: the SAE, PCA with k components fitted on these very activations (which flatters it), and random features
     (an SAE before any step). None where stop() came first."""
-    prompts = sources.stream(run.prompts, run.prompt_field, run.held_out or None)
-    x, group, number = [], [], session.TABLE
-    while sum(map(len, x)) < min(harvest.tokens, 65536):
+    prompts = data.stream(run.prompts, run.prompt_field, run.held_out or None)
+    x, group, number = [], [], data.TABLE
+    while sum(map(len, x)) < min(activations.tokens, 65536):
         if stop():
             return None
         some = list(itertools.islice(prompts, run.prompt_batch))
-        taken, _ = harvest.tokens_of(some, harvest.forward_tokens)
-        x.append(harvest.fetch(harvest.send(some, number, session.DRAWN, "of the evaluation"))[taken])
-        group.append(harvest.pattern[taken])
+        taken, _ = activations.tokens_of(some, activations.forward_tokens)
+        x.append(activations.fetch(activations.send(some, number, data.DRAWN, "of the evaluation"))[taken])
+        group.append(activations.pattern[taken])
         number += len(some) * run.seeds_per_prompt
     x, group = np.concatenate(x).astype(np.float32), np.concatenate(group)
     parts = [x[group == g] for g in range(max(len(cfg.groups), 1))]
@@ -621,7 +454,7 @@ def prepare(model, given, out, resume, overwrite):
         run = identified(run, given)
     if mesh := shard.several():
         shard.check(mesh, run.features)
-    stream = sources.stream(run.prompts, run.prompt_field, False if run.held_out else None)
+    stream = data.stream(run.prompts, run.prompt_field, False if run.held_out else None)
     return run, itertools.chain([next(stream)], stream)          # a bad source of prompts fails here
 
 
@@ -632,13 +465,13 @@ def absolute(path):
 
 def identified(run, given):
     """The Run with what identifies its prompts, and whether some can be held out."""
-    held_out = given.get("held_out", True) and sources.divisible(run.prompts, run.prompt_field)
+    held_out = given.get("held_out", True) and data.divisible(run.prompts, run.prompt_field)
     if given.get("held_out") and not held_out:
         raise Mistake(f"--held_out: {run.prompts} has less than a hundred different prompts, or none to hold out")
-    found = sources.fingerprint(run.prompts)
+    found = data.fingerprint(run.prompts)
     if run.prompts_sha256 not in (None, found):
         raise Mistake(f"--prompts_sha256 {run.prompts_sha256}: that of {run.prompts} is {found}")
-    return replace(run, prompts=sources.located(run.prompts), prompts_sha256=found, held_out=held_out)
+    return replace(run, prompts=data.located(run.prompts), prompts_sha256=found, held_out=held_out)
 
 
 def defaults(name, folder, cfg, given):
@@ -647,7 +480,7 @@ def defaults(name, folder, cfg, given):
     transcoder = given.get("transcoder") is not None
     activation = "batchtopk" if transcoder else "topk"           # SAELens has no TopK transcoder
     given = inherited(given, cfg.width) if "init" in given else given
-    source, field = ("scenes", None) if (folder / "scenes.py").is_file() else (sources.DATASET, sources.DATASET_FIELD)
+    source, field = ("scenes", None) if (folder / "scenes.py").is_file() else (data.DATASET, data.DATASET_FIELD)
     source = given.get("prompts", source)
     run = Run(**{
         "model": name, "layer": max(cfg.num_layers - 1, 0), "features": min(16 * cfg.width, 16384),
@@ -714,7 +547,7 @@ def resumed(out, model, given):
     run = saved(out)
     given = given if model == "auto" else {"model": session.located(model)} | given
     given |= {"matryoshka": prefixes(given["matryoshka"], run.features)} if "matryoshka" in given else {}
-    if "prompts" in given and sources.same(given["prompts"], run.prompts):
+    if "prompts" in given and data.same(given["prompts"], run.prompts):
         given["prompts"] = run.prompts
     known = {"steps"} | ({"prompts"} if run.prompts_sha256 else set())           # a moved file has the same contents
     same = {"model": session.located, "init": absolute, "transformer": absolute}           # old runs kept them as typed
@@ -726,7 +559,7 @@ def resumed(out, model, given):
     check_numbers(run)
     if (done := step_of(out)) > run.steps:
         raise Mistake(f"--resume: {out} has {done:,} steps, more than --steps {run.steps:,}")
-    if run.prompts_sha256 not in (None, sources.fingerprint(run.prompts)):
+    if run.prompts_sha256 not in (None, data.fingerprint(run.prompts)):
         raise Mistake(f"--resume: {run.prompts} is not the file that {out} was trained on: its contents are others")
     print(f"model: {run.model} (as in {out})")
     return run

@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 import synthetic
 
+import data
 import flux
 import mmdit
-import prompts
 import sae
 import text
 import train
@@ -60,7 +60,7 @@ def nano(rounds=5):
     run = train.defaults("nano", folder, cfg, {"layer": 3, "steps": 10 ** 6})
     model = flux.load("nano", dtype=jnp.float32, last=run.layer)
     run = train.replace(run, size=min(256, model.size), text_tokens=model.text_tokens)
-    make = lambda: train.Harvest(run, model, prompts.stream("scenes"))
+    make = lambda: data.Activations(run, model, data.stream("scenes"))
     overlapped, apart = Loop(run, make()), Loop(run, make())
     rows = []
     for _ in range(rounds + 1):
@@ -80,8 +80,8 @@ class Loop:
     def __init__(self, run, harvest):
         self.harvest, self.number = harvest, 0
         harvest.ready(0)
-        self.cfg = train.config(run, harvest.rows.shape[1], harvest.groups)
-        self.state = sae.init(jax.random.key(0), self.cfg, harvest.rows.astype(np.float32)[:65536])
+        self.cfg = train.config(run, harvest.rows.shape[-1], harvest.groups)
+        self.state = sae.init(jax.random.key(0), self.cfg, harvest.rows[0, :65536].astype(np.float32))
         self.step = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
 
     def chunk(self):
@@ -138,7 +138,7 @@ def host_work(folder, rounds=20):
     and moves their rows into a chunk and out of it)."""
     synthetic.tokenizers(folder)
     model, begun = skeleton(folder), time.perf_counter()
-    captions = list(itertools.islice(prompts.stream("scenes"), B))
+    captions = list(itertools.islice(data.stream("scenes"), B))
     model.tokenize(captions, T)
     opening = time.perf_counter() - begun
     rows, places = np.zeros((2 ** 16, D), jnp.bfloat16), np.random.default_rng(0).permutation(2 ** 16)[:TOKENS]

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import attribution
+import data as sources
 import flux
-import prompts
 import sae
 import score
 import session
@@ -39,7 +39,7 @@ def train(folder, layers, steps):
 
 
 def loss_table(model, folder, layers, n, drawn):
-    scenes = prompts.scenes()
+    scenes = sources.scenes()
     some = [scenes.sample(i) for i in range(n)]
     data = score.dataset(model, [scenes.caption(s) for s in some], [scenes.render(s, 128).image for s in some])
     found = {}
@@ -67,7 +67,7 @@ def show(x):
 
 
 def attribution_table(model, folder, captions=4, targets=4, most=128):
-    scenes = prompts.scenes()
+    scenes = sources.scenes()
     texts = [scenes.caption(scenes.sample(i)) for i in range(captions)]
     print("| from layer | to layer | targets | Pearson | least | Spearman | slope | of the 10 largest, Pearson | "
           "text tokens, Pearson |\n|--:|--:|" + "--:|" * 7)

@@ -28,9 +28,9 @@ import numpy as np
 from PIL import Image
 
 import dash
+import data
 import flux
 import mmdit
-import prompts
 import sae
 import session
 import steer
@@ -95,7 +95,7 @@ class Directions:
     feature's decoder row times its typical activation."""
 
     def __init__(self, model, folder, n):
-        world = prompts.scenes()
+        world = data.scenes()
         drawn = [world.sample(i) for i in range(n)]
         texts = [world.caption(scene) for scene in drawn]
         loaded = steer.load(folder, model, prompts=texts[:128])
@@ -126,7 +126,7 @@ def activations(model, loaded, texts):
     place = layer if double else layer - cfg.num_layers
     rows, ends = [], {k: v for k, v in model.params.items() if k not in ("double", "single")}
     for i in range(0, len(texts), BATCH):
-        noise = flux.draw_noise(0, session.DRAWN + i + np.arange(BATCH), (64, cfg.in_channels))
+        noise = flux.draw_noise(0, data.DRAWN + i + np.arange(BATCH), (64, cfg.in_channels))
         start = flux.prepare(model, texts[i:i + BATCH], steps=1, size=SIZE, noise=noise)
         _, caught = flux.catch(model.params, cfg, start.latents, *flux.at(start, 0), grid=start.grid, layer=layer,
                                names=(stream, name))
@@ -166,7 +166,7 @@ class Pictures:
     """Captions of one object that state colour and shape, and how the judge sees them steered and unsteered."""
 
     def __init__(self, model, first, n, steps):
-        world, self.model, self.judge = prompts.scenes(), model, evaluate.load_judge()
+        world, self.model, self.judge = data.scenes(), model, evaluate.load_judge()
         self.captions, self.said = [], []
         for scene in (world.sample(i, objects=1) for i in range(first, first + 20 * n)):
             caption = world.caption(scene)

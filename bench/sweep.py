@@ -37,8 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import checkpoint
+import data
 import flux
-import prompts
 import sae
 import session
 import train
@@ -74,7 +74,7 @@ def harvest(folder, passes):
     """Run nano as train.py does, 4 noises of each of 32 prompts a pass, and keep the streams of all layers and sites in
     float16: `passes` to train on, shuffled 16 at a time, then FIT and TEST, with noise that training never sees."""
     model = flux.load("nano", dtype=jnp.float32)
-    stream, position = prompts.stream("scenes"), itertools.count()
+    stream, position = data.stream("scenes"), itertools.count()
 
     def caught(passes, neurons=False, first=0):
         """{site: [L, N, D]} of the next prompts, and of "neurons" [L, N, 4D]."""
@@ -92,7 +92,7 @@ def harvest(folder, passes):
                 if start == 0:
                     files[path] = np.lib.format.open_memmap(path, "w+", rows.dtype, (passes * size, rows.shape[2]))
                 files[path][start * size:(start + n) * size] = of_layer[order]
-    for name, passes, first in (("fit", FIT, 0), ("test", TEST, session.TABLE // 4)):
+    for name, passes, first in (("fit", FIT, 0), ("test", TEST, data.TABLE // 4)):
         for site, rows in caught(passes, True, first).items():
             for layer, of_layer in enumerate(rows):
                 np.save(folder / f"{name}.{site}.{layer}.npy", of_layer)

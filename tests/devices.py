@@ -17,8 +17,8 @@ import numpy as np
 
 import attribution
 import checkpoint
+import data as sources
 import flux
-import prompts as sources
 import sae
 import session
 import shard

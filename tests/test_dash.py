@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 import checkpoint
 import dash
+import data
 import flux
 import pages
-import prompts
 import sae
 import session
 
@@ -168,7 +168,7 @@ def test_the_random_examples_are_a_uniform_sample():
 
 def test_noise_of_tools_is_none_of_trainings():
     """Numbers are int32: 250 million for each tool, behind those of training and its closing table."""
-    starts = [session.TABLE, session.DRAWN, session.SCORED, 2 ** 31]
+    starts = [data.TABLE, data.DRAWN, data.SCORED, 2 ** 31]
     assert np.diff(starts).min() >= 250_000_000
     numbers = np.array([starts[0], *(n - 1 for n in starts[1:])])
     assert len(np.unique(flux.draw_noise(0, numbers, (1,)))) == len(numbers)
@@ -244,7 +244,7 @@ def test_pages_hold_what_raw_activations_say(built, model):
     found = dash.load(folder / "collect")
     with safe_open(ckpt / "sae_weights.safetensors", "np") as file:
         W_enc, b_enc = file.get_tensor("W_enc"), file.get_tensor("b_enc")
-    noise = flux.draw_noise(0, session.DRAWN + np.arange(40), (16, 64))
+    noise = flux.draw_noise(0, data.DRAWN + np.arange(40), (16, 64))
     acts = np.asarray(flux.residuals(model, found.info["prompts"], layer=2, site="img", size=64, text_tokens=12,
                                      noise=noise))
     dense = np.maximum(acts @ W_enc + b_enc, 0)
@@ -273,7 +273,7 @@ def test_thresholds_and_groups_of_tokens(model, tmp_path):
     checkpoint.save_state(tmp_path / "ckpt", state, cfg)
     params, cfg = checkpoint.load_groups(tmp_path / "ckpt")
     found = dash.collect(model, params, cfg, HOSTILE, tmp_path / "dash", timesteps=2, steps=1, **where)
-    noise = flux.draw_noise(0, session.DRAWN + np.arange(len(HOSTILE)), (16, 64))
+    noise = flux.draw_noise(0, data.DRAWN + np.arange(len(HOSTILE)), (16, 64))
     acts = np.asarray(flux.residuals(model, HOSTILE, steps=2, noise=noise, **where))
     fired = np.zeros(96)
     for p, (_, t, part) in zip(params, groups):
@@ -287,7 +287,7 @@ def test_images_are_those_of_generate(built, model):
     from PIL import Image
     folder, _ = built
     prompts = dash.load(folder / "collect").info["prompts"]
-    noise = flux.draw_noise(0, session.DRAWN + np.arange(40), (16, 64))
+    noise = flux.draw_noise(0, data.DRAWN + np.arange(40), (16, 64))
     drawn = flux.generate(model, prompts, steps=1, size=64, noise=noise, text_tokens=12)
     for i in (0, 17, 39):
         stored = np.asarray(Image.open(folder / "images" / f"{i}.webp").convert("RGB"), float)
@@ -296,10 +296,10 @@ def test_images_are_those_of_generate(built, model):
 
 def test_the_scene_truth(built):
     import scenes
-    found, drawn = dash.load(built[0] / "collect"), prompts.held_out_scenes(40)
+    found, drawn = dash.load(built[0] / "collect"), data.held_out_scenes(40)
     names, table = dash.scene_attributes(scenes, drawn)
     assert found.info["attributes"] == names and found.info["prompts"][3] == scenes.caption(drawn[3])
-    assert all(map(prompts.is_held_out, found.info["prompts"]))
+    assert all(map(data.is_held_out, found.info["prompts"]))
     for i in range(40):
         row = dict(zip(names, table[i]))
         solids = drawn[i].solids
@@ -510,7 +510,7 @@ def test_strips_are_drawn_once_and_stay(built, model, visit, tmp_path, monkeypat
     edit = flux.Edit(2, ("double.img",), scaled)
     image = int(found.top_image[f, 0])
     expected = flux.generate(model, [found.info["prompts"][image]], steps=1, size=64, text_tokens=12, edits=lambda i: [
-        edit], noise=flux.draw_noise(0, session.DRAWN + np.array([image]), (16, 64)))[0]
+        edit], noise=flux.draw_noise(0, data.DRAWN + np.array([image]), (16, 64)))[0]
     stored = np.asarray(Image.open(out / "steer" / f"{f}-4.webp").convert("RGB"), float)
     assert np.abs(stored - expected).mean() < 6
     page = (out / "feature" / f"{f}.html").read_text()
@@ -658,7 +658,7 @@ def test_every_dot_of_the_scatter_links_to_its_feature(built, visit):
     folder, _ = built
     page = visit(folder / "index.html", viewport={"width": 1280, "height": 900})
     page.locator("#scatter").scroll_into_view_if_needed()
-    dots = page.evaluate("dots.map(([x, y, i]) => [x, y, DATA.feature[i]])")
+    dots = page.evaluate("dots.map(([x, y, i]) => [x, y, data.feature[i]])")
     assert sorted(d[2] for d in dots) == np.flatnonzero(dash.load(folder / "collect").fired).tolist()
     alone = max(dots, key=lambda a: min((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 for b in dots if b is not a))
     box = page.locator("#scatter").bounding_box()
@@ -773,7 +773,7 @@ def test_hostile_prompts_appear_as_typed_and_run_nothing(hostile, visit):
     folder, found = hostile
     page = visit(folder / "index.html")
     assert page.evaluate("window.hacked") is None and "<img src=x" in page.inner_text("h1")
-    assert page.evaluate("DATA.prompts") == HOSTILE
+    assert page.evaluate("data.prompts") == HOSTILE
     seen = set()
     for f in np.flatnonzero(found.fired)[:12]:
         page.goto((folder / "feature" / f"{f}.html").as_uri())

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import checkpoint
+import data
 import flux
-import prompts
 import sae
 import session
 import shard
@@ -88,7 +88,7 @@ def test_words_stay_words(monkeypatch):
 
 
 @pytest.mark.parametrize("error, code", [
-    (session.Mistake("no"), 2), (prompts.Mistake("no"), 2), (shard.Mistake("no"), 2), (FileNotFoundError("no"), 2),
+    (session.Mistake("no"), 2), (data.Mistake("no"), 2), (shard.Mistake("no"), 2), (FileNotFoundError("no"), 2),
     (KeyboardInterrupt(), 130), (ValueError("a bug"), None), (TypeError("a bug"), None)])
 def test_a_mistake_is_one_line_and_a_bug_shows_itself(monkeypatch, capsys, error, code):
     def main(**unknown):
@@ -107,7 +107,7 @@ def test_several_hosts_let_bugs_be_bugs(monkeypatch):
 
     monkeypatch.setattr(shard.jax, "process_count", lambda: 2)
     monkeypatch.setattr(shard, "of_all", lambda x: np.stack([np.full_like(x, ord(" ")), x]))
-    for error in (prompts.Mistake("no"), flux.Mistake("no"), OSError("no")):
+    for error in (data.Mistake("no"), flux.Mistake("no"), OSError("no")):
         with pytest.raises(shard.Mistake, match="host 1: no"):
             shard.together(fails, error)
     with pytest.raises(ValueError, match=r"^a bug$"):
@@ -151,7 +151,7 @@ def test_real_tokens_are_those_of_transformers(nano):
     model = flux.load(nano, last=0)
     texts = ["a red cube", "", "a small blue sphere left of a large green cone, seen from above, on grey ground " * 3]
     expected = tokenizer(texts, padding="max_length", truncation=True, max_length=32)["attention_mask"]
-    text, image, both = (session.real_tokens(model, texts, site, 32, 5) for site in ("txt", "img", "both"))
+    text, image, both = (data.real_tokens(model, texts, site, 32, 5) for site in ("txt", "img", "both"))
     np.testing.assert_array_equal(text, np.array(expected, bool))
     assert 0 < text[0].sum() < 32 and text[2].all() and image.all() and image.shape == (3, 5)
     np.testing.assert_array_equal(both, np.concatenate([text, image], 1))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import checkpoint
+import data
 import flux
 import mmdit
 import sae
@@ -68,7 +69,7 @@ def dense(params, x, k=6):
 
 
 def test_typical_is_the_mean_of_what_is_above_zero(model, built, loaded):
-    noise = flux.draw_noise(0, session.DRAWN + np.arange(2), (16, 64))
+    noise = flux.draw_noise(0, data.DRAWN + np.arange(2), (16, 64))
     for name in ("img", "both"):
         place = loaded[name]
         acts = flux.residuals(model, PROMPTS, layer=2, site=place.site, steps=place.timesteps, noise=noise, **WHERE)

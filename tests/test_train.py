@@ -19,6 +19,7 @@ from huggingface_hub import errors
 
 import checkpoint
 import dash
+import data
 import flux
 import sae
 import session
@@ -669,7 +670,7 @@ def test_mistakes_about_other_saes(monkeypatch, capsys, tmp_path, nano, trained,
 
 def harvest(nano, model, **flags):
     run = run_of(nano, **flags)
-    return train.Harvest(run, model, iter(itertools.cycle(PROMPTS)))
+    return data.Activations(run, model, iter(itertools.cycle(PROMPTS)))
 
 
 def chunk(h, c):
@@ -730,25 +731,31 @@ def test_harvesting_between_steps_gives_the_batches_of_whole_chunks(nano, model,
     for start in (0, 1, 3, 4, 5, 10):
         h = make()
         for step in range(start, 11):
-            assert h.ready(step) and h.rows.shape[0] == 256
+            assert h.ready(step) and h.rows.shape[1] == 256
             np.testing.assert_array_equal(h.batch(step), expected[step])
-        assert h.position == plain.chunks * plain.forwards * 2 and not h.under_way
+        assert h.starts[h.chunks] == plain.chunks * plain.forwards * 2
 
 
-def test_passes_of_the_next_chunk_are_sent_between_steps(nano, model):
-    """Two a step at most, fetched a step later; none beyond the last chunk; stop() is asked before each."""
-    h, asked, seen = harvest(nano, model, steps=7, batch=32), [], []
-    for step in range(7):
-        assert h.ready(step, lambda: asked.append(step))
-        seen.append((h.stored // h.forward_tokens, len(h.under_way)))
+def test_passes_of_the_next_chunk_are_sent_between_steps(nano, model, monkeypatch):
+    """A step's share, and one more, which is under way; none beyond the last chunk; stop() is asked before each."""
+    def passes(steps, **flags):
+        h, asked, sent, fetched = harvest(nano, model, steps=steps, **flags), [], [], []
+        send, fetch = h.send, h.fetch
+        monkeypatch.setattr(h, "send", lambda *args: sent.append(args) or send(*args))
+        monkeypatch.setattr(h, "fetch", lambda one: fetched.append(one) or fetch(one))
+        seen = []
+        for step in range(steps):
+            assert h.ready(step, lambda: asked.append(step))
+            seen.append((len(fetched), len(sent) - len(fetched)))
+        return h, seen, asked
+
+    h, seen, asked = passes(7, batch=32)
     assert (h.forwards, h.batches, h.chunks) == (4, 8, 1) and seen == [(4, 0)] * 7 and asked == [0] * 4
-    h, asked, seen = harvest(nano, model, steps=10), [], []
-    for step in range(10):
-        assert h.ready(step, lambda: asked.append(step))
-        seen.append((h.stored // h.forward_tokens, len(h.under_way)))
-    assert seen == [(4 + n, 1) for n in range(8)] + [(12, 0)] * 2 and asked == [0] * 5 + [*range(1, 8)]
+    h, seen, asked = passes(10)
+    assert (h.forwards, h.batches, h.chunks) == (4, 4, 3)
+    assert seen == [(4 + n, 1) for n in range(8)] + [(12, 0)] * 2 and asked == [0] * 4 + [*range(1, 9)]
     h = harvest(nano, model, steps=10)
-    assert h.ready(0) and not h.ready(1, lambda: True) and len(h.under_way) == 1
+    assert h.ready(0) and not h.ready(1, lambda: True)
 
 
 @pytest.mark.parametrize("layer, site, timesteps, N", [(2, "img", 1, 16), (5, "both", 2, 32)])
@@ -797,7 +804,7 @@ def test_padding_is_left_out(nano, model, site, timesteps):
     again = harvest(nano, model, **options)
     again.ready(0)
     if site == "both":
-        np.testing.assert_array_equal(again.groups_of(again.order), group)
+        np.testing.assert_array_equal(again.groups_of(again.order(0)), group)
     assert again.starts == {0: 0, 1: i}
 
 
@@ -810,7 +817,7 @@ def test_a_chunk_without_padding_starts_where_the_one_before_it_ended(nano, mode
         assert h.ready(step)
         expected.append(h.batch(step))
         places.append(int(h.place(step)["position"]))
-    assert h.chunks == 5 and h.sent == h.stored == 5 * h.tokens and not h.under_way
+    assert h.chunks == 5 and h.stored == 5 * h.tokens
     assert len(set(places)) == 5 and places == sorted(places)
     for start in (1, 5, 6, 11, 13, 29):
         h = harvest(nano, model, **options)
@@ -853,16 +860,16 @@ def test_noise_of_the_closing_table_is_never_that_of_training(nano, model, monke
     monkeypatch.setattr(train, "mean_score", lambda _: {})
     monkeypatch.setattr(sae, "init", lambda *_, **__: None)
     run = run_of(nano, seeds_per_prompt=seeds, prompt_batch=1, steps=2, batch=16 * seeds, buffer=16 * seeds)
-    h = train.Harvest(run, model, iter(itertools.cycle(PROMPTS)))
+    h = data.Activations(run, model, iter(itertools.cycle(PROMPTS)))
     assert h.ready(0) and h.ready(1)
     np.testing.assert_array_equal(np.concatenate(asked), np.arange(2 * seeds))
     asked.clear()
     train.evaluate(run, h, None, train.config(run, 128, ()))
     numbers = np.concatenate(asked)
-    assert numbers.min() == session.TABLE and numbers.max() < session.DRAWN and len(set(numbers)) == len(numbers)
+    assert numbers.min() == data.TABLE and numbers.max() < data.DRAWN and len(set(numbers)) == len(numbers)
     with pytest.raises(ValueError, match="noise number 1,000,000,"):
-        h.send(PROMPTS[:1], session.TABLE - seeds + 1, session.TABLE)
-    a, b = (h.send(PROMPTS[:1], n) for n in (0, session.DRAWN - seeds))
+        h.send(PROMPTS[:1], data.TABLE - seeds + 1, data.TABLE)
+    a, b = (h.send(PROMPTS[:1], n) for n in (0, data.DRAWN - seeds))
     assert a and b
 
 
@@ -963,7 +970,7 @@ def test_a_checkpoint_from_before_goes_on_as_it_began(start, tmp_path, monkeypat
     new = ("transformer", "revision", "padding", "held_out", "prompts_sha256")
     with monkeypatch.context() as patch:
         patch.setattr(train, "asdict", lambda run: {k: v for k, v in vars(run).items() if k not in new})
-        patch.setattr(train.Harvest, "place", lambda *_: {})
+        patch.setattr(data.Activations, "place", lambda *_: {})
         stop_after(patch, 2)
         with pytest.raises(Stop):
             start(site="txt", **old)

@@ -1,14 +1,16 @@
-"""Prompts, streamed from files, from datasets on the Hugging Face hub, or from the scenes that nano draws.
+"""What an SAE trains on: prompts, and the shuffled stream of a layer's activations while a model draws them.
 
-Stands alone: copy this one file (with `nano/scenes.py` for the source "scenes").
+Copy it with `flux.py` and `shard.py`, and with `nano/scenes.py` for the source "scenes". Prompts come from files, from
+datasets on the Hugging Face hub, or from the scenes that nano draws:
 
-    for prompt in prompts.read("captions.jsonl.gz", "text"): ...
-    for prompt in prompts.stream("hf:opendiffusionai/cc12m-cleaned", "caption_llava_short"): ...   # never ends
-    unseen = prompts.take("captions.tsv", None, 100, held_out=True)      # train.py has not trained on these
+    for prompt in data.read("captions.jsonl.gz", "text"): ...
+    for prompt in data.stream("hf:opendiffusionai/cc12m-cleaned", "caption_llava_short"): ...      # never ends
+    unseen = data.take("captions.tsv", None, 100, held_out=True)         # train.py has not trained on these
 
 One prompt in twenty is held out of training. A hash of the prompt decides which, so a caption that comes twice, also in
 another file, is on one side only. A source of few prompts holds none out (see `divisible`).
 """
+import collections
 import csv
 import gzip
 import hashlib
@@ -17,7 +19,17 @@ import itertools
 import json
 import os
 import zlib
+from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import flux
+import shard
+from weights import Mistake
 
 DATASET, DATASET_FIELD = "hf:opendiffusionai/cc12m-cleaned", "caption_llava_short"     # the FLUX SAE paper's prompts
 FIELDS = ("prompt", "caption", "text", DATASET_FIELD)            # tried in this order where no field is named
@@ -25,10 +37,6 @@ SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 HELD_OUT_SCENES = 10_000                                         # the first ones are for evaluation
 SHARE = 20                                                       # one prompt of so many is held out
 UNREADABLE = (gzip.BadGzipFile, zlib.error, EOFError, csv.Error)                  # from there on, a file
-
-
-class Mistake(ValueError):
-    """What the caller can put right; its message is one line that names the value and what would be right."""
 
 
 # ---------------------------------------------------------------- sources
@@ -312,3 +320,164 @@ def _hub(call, repo, *file, **at):
     except Exception as error:                                   # or whatever the hub's HTTP library raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Mistake(f"cannot fetch {'/'.join((repo, *file))} from the hub: {reason}") from None
+
+
+# ---------------------------------------------------------------- activations
+
+# Numbers of noises. Training's begin at 0; no training step sees those of its closing table, of images that tools draw
+# (of the same prompts the same), and of scores.
+TABLE, DRAWN, SCORED = 1_000_000_000, 1_500_000_000, 1_750_000_000
+
+
+class Activations:
+    """Batches of shuffled activations [batch, columns], step after step; those of a step are always the same.
+
+    Two chunks are in memory: steps train on one, and forward passes fill the other between them. The pass after next is
+    sent before the next one is fetched, so that an accelerator works while the host tokenizes, copies and shuffles.
+    Which passes go before a step follows from its number and the prompts alone: several hosts send the same programs
+    in the same order. Without padding passes differ in how many tokens they give: a chunk is filled up, and what the
+    last pass has more is left. run: a `train.Run`. mesh: of several devices, as for `train.train`.
+    """
+
+    def __init__(self, run, model, prompts, mesh=None):
+        self.run, self.model, self.prompts, self.mesh = run, model, prompts, mesh
+        self.grid = flux.token_grid(model, run.size)
+        img, txt = self.grid[0] * self.grid[1], run.text_tokens
+        images, tokens = run.prompt_batch * run.seeds_per_prompt, {"img": img, "txt": txt, "both": img + txt}[run.site]
+        self.all_taken = run.padding or run.site == "img"
+        self.forward_tokens = run.timesteps * images * tokens
+        self.forwards = -(-max(run.buffer, run.batch) // self.forward_tokens)            # of a chunk; if all are taken
+        self.tokens = self.forwards * self.forward_tokens        # of a chunk
+        self.batches = self.tokens // run.batch
+        self.chunks = -(-run.steps // self.batches)
+        self.layers = [run.layer] + ([run.transcoder] if run.transcoder is not None else [])
+        parts = flux.token_groups(run.site, run.timesteps, txt)
+        self.groups = tuple(name for name, *_ in parts) if len(parts) > 1 else ()
+        pattern = np.zeros((run.timesteps, images, tokens), np.int32)
+        for g, (_, t, part) in enumerate(parts):
+            pattern[t, :, part] = g
+        self.pattern = pattern.reshape(-1)                       # the group of each token of a pass
+        self.rows = np.empty((2, self.tokens, len(self.layers) * model.cfg.width), jnp.dtype(run.dtype))
+        self.group = np.zeros((2, self.tokens), np.int32)        # of the tokens in rows
+        self.flatten = jax.jit(partial(flat_and_finite, dtype=self.rows.dtype),
+                               out_shardings=shard.everywhere(mesh) if mesh else None)
+        self.stored, self.passes = 0, None                       # tokens of all chunks; a generator that stores more
+        self.starts = {}                                         # chunk → number of its first prompt
+
+    def seek(self, chunk, first=None):
+        """Begin with a chunk: at the prompt number `first`, which has to be said where padding is left out."""
+        first = chunk * self.forwards * self.run.prompt_batch if first is None else first
+        collections.deque(itertools.islice(self.prompts, first), 0)
+        self.stored, self.passes = chunk * self.tokens, self._fetched(self._sent(chunk, first))
+
+    def ready(self, step, stop=lambda: False, bar=None):
+        """Fetch what `step` trains on, and its share of the next chunk. False where stop() came first. Steps must be
+        asked for in rising order: the prompts are a stream."""
+        if self.passes is None:
+            self.seek(step // self.batches)
+        wanted = min(self.tokens + step * self.tokens // self.batches, self.chunks * self.tokens)
+        while self.stored < wanted:
+            if stop():
+                return False
+            if bar and step % self.batches == 0:
+                bar.set_description(f"harvest {self.stored % self.tokens / self.tokens:.0%}")
+            self.stored += next(self.passes)
+        return True
+
+    def batch(self, step):
+        """Activations [batch, columns] of a step that is `ready`."""
+        return self.rows[self.places(step)]
+
+    def groups_of(self, places):
+        """The group of the tokens there, or None where all are alike."""
+        return self.group[places] if self.groups else None
+
+    def places(self, step):
+        """Where the tokens of a step lie in `rows`."""
+        first = step % self.batches * self.run.batch
+        half, order = self.order(step // self.batches)
+        return half, order[first:first + self.run.batch]
+
+    def order(self, chunk):
+        """(which half of `rows`, places there [tokens]) of a chunk, in the order of training."""
+        return chunk % 2, shuffled(self.run.seed, chunk, self.tokens)
+
+    def place(self, step):
+        """What a checkpoint before that step has to keep, for `seek`."""
+        return {"position": np.array(self.starts[step // self.batches])}
+
+    def _sent(self, chunk, first):
+        """Send the passes of the chunks from this one on, whose first prompt has the number `first`: yields (places in
+        rows, which tokens of the pass, what `send` gave)."""
+        for number in range(chunk, self.chunks):
+            self.starts[number], done = first, 0
+            while done < self.tokens:
+                some = list(itertools.islice(self.prompts, self.run.prompt_batch))
+                taken, count = self.tokens_of(some, self.tokens - done)
+                sent = self.send(some, first * self.run.seeds_per_prompt, TABLE, f"for step {number * self.batches} on")
+                yield (number % 2, slice(done, done + count)), taken, sent
+                first, done = first + len(some), done + count
+        self.starts[self.chunks] = first                         # of a longer run
+
+    def _fetched(self, passes):
+        """Store what was sent, a pass at a time: yields how many tokens it has."""
+        for (places, taken, sent), _ in pairwise(itertools.chain(passes, [None])):
+            rows = self.fetch(sent)[taken]
+            self.rows[places], self.group[places] = rows, self.pattern[taken]
+            yield len(rows)
+
+    def tokens_of(self, prompts, room):
+        """(which of the tokens of a pass are taken, how many): the first ones, as many as there is room for."""
+        if self.all_taken:
+            return slice(room), min(room, self.forward_tokens)
+        real = real_tokens(self.model, prompts, self.run.site, self.run.text_tokens, self.grid[0] * self.grid[1])
+        real = real.repeat(self.run.seeds_per_prompt, 0)
+        taken = np.flatnonzero(np.broadcast_to(real, (self.run.timesteps, *real.shape)))[:room]
+        return taken, len(taken)
+
+    def send(self, prompts, first, end=None, purpose="that were asked for"):
+        """A forward pass over prompts, for `fetch`, which alone waits for it. first: number of the first noise; those
+        from `end` on (other tools') are not for it."""
+        run, model, end = self.run, self.model, end or DRAWN
+        encoded = flux.encode_text(model, prompts, run.text_tokens)
+        text, pooled = (jnp.repeat(x, run.seeds_per_prompt, 0) if run.seeds_per_prompt > 1 else x for x in encoded)
+        shape = (self.grid[0] * self.grid[1], model.cfg.in_channels)
+        if first + len(text) > end:
+            raise Mistake(f"noise number {first + len(text):,} is not for activations {purpose}, but those up to "
+                          f"{end - 1:,}: take fewer --steps or --seeds_per_prompt")
+        guidance = jnp.full(len(text), 3.5) if model.cfg.guidance_embeds else None
+        start = flux.Start(flux.draw_noise(run.seed, first + np.arange(len(text)), shape), (text, pooled, guidance),
+                           flux.sigmas(model.scheduler, run.timesteps, shape[0]), self.grid)
+        acts = [flux.capture(model, start, layer=layer, site=run.site) for layer in self.layers]
+        acts, finite = shard.wait(self.mesh, self.flatten(acts))
+        acts.copy_to_host_async()
+        return prompts, purpose, acts, finite
+
+    def fetch(self, sent):
+        """Activations [forward_tokens, columns] of a pass. Raises Mistake, with the prompt, for NaN or Inf."""
+        prompts, purpose, acts, finite = sent
+        if not (finite := np.asarray(finite)).all():
+            prompt = prompts[int(np.argmin(finite)) // self.run.seeds_per_prompt]
+            raise Mistake(f"activations {purpose} hold NaN or Inf, at the prompt {prompt!r}; none were trained on")
+        return np.asarray(acts)
+
+
+@lru_cache(2)
+def shuffled(seed, chunk, tokens):
+    """The places of a chunk's tokens, in the order of training."""
+    return np.random.default_rng((seed, chunk)).permutation(tokens)
+
+
+def flat_and_finite(acts, dtype):
+    """[timesteps, prompts x seeds, N, D] of each layer → rows [..., layers x D], and whether all is finite, [prompts x
+    seeds]."""
+    acts = jnp.concatenate(acts, -1).astype(dtype)
+    return acts.reshape(-1, acts.shape[-1]), jnp.isfinite(acts).all((0, 2, 3))
+
+
+def real_tokens(model, prompts, site, text_tokens, image_tokens):
+    """Which tokens of a site are no padding of T5's: [B, N] bool, in the order of `flux.residual`."""
+    lengths = [len(words) for words in model.words(prompts, text_tokens)]
+    text = np.arange(text_tokens) < np.array(lengths)[:, None]
+    image = np.ones((len(prompts), image_tokens), bool)
+    return {"txt": text, "img": image, "both": np.concatenate([text, image], 1)}[site]

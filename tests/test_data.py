@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-import prompts
+import data
 
 CAPTIONS = ["a red cube", "ein grüner Würfel, 立方体", "a \"quoted\", comma"]
 
@@ -35,27 +35,27 @@ def write(path, field="caption"):
 
 @pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl", "p.txt.gz", "p.csv.gz", "p.jsonl.gz"])
 def test_prompt_files(tmp_path, name):
-    assert list(prompts.read(str(write(tmp_path / name)))) == CAPTIONS
+    assert list(data.read(str(write(tmp_path / name)))) == CAPTIONS
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p.jsonl.gz"])
 def test_prompt_fields(tmp_path, name):
     path = str(write(tmp_path / name, field="legend"))
-    assert list(prompts.read(path, "legend")) == CAPTIONS
+    assert list(data.read(path, "legend")) == CAPTIONS
     for field in (None, "title"):
         with pytest.raises(ValueError, match=r"no field .*id, legend.*--prompt_field"):
-            list(prompts.read(path, field))
+            list(data.read(path, field))
 
 
 def test_fields_are_tried_in_order_and_json_lines_may_be_strings(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"caption": "b", "prompt": "a"}\n"c"\n{"caption_llava_short": "d"}\n')
-    assert list(prompts.read(str(tmp_path / "p.jsonl"))) == ["a", "c", "d"]
+    assert list(data.read(str(tmp_path / "p.jsonl"))) == ["a", "c", "d"]
 
 
 def test_byte_order_marks_of_spreadsheets(tmp_path):
     (tmp_path / "p.csv").write_bytes("caption\r\na red cube\r\n".encode("utf-8-sig"))
     (tmp_path / "p.txt").write_bytes("a red cube\r\n".encode("utf-8-sig"))
-    assert [list(prompts.read(str(tmp_path / f"p.{kind}"))) for kind in ("csv", "txt")] == [["a red cube"]] * 2
+    assert [list(data.read(str(tmp_path / f"p.{kind}"))) for kind in ("csv", "txt")] == [["a red cube"]] * 2
 
 
 GZ = gzip.compress(b"a red cube\n" * 1000, mtime=0)         # else a test's name were another one every second
@@ -83,8 +83,8 @@ def test_prompt_files_that_do_not_fit(tmp_path, nano, name, data, message):
     """Said at the first row: before any training."""
     path = tmp_path / name
     path.write_bytes(data)
-    with pytest.raises(prompts.Mistake, match=message) as error:
-        next(prompts.stream(str(path)))
+    with pytest.raises(data.Mistake, match=message) as error:
+        next(data.stream(str(path)))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     str(error.value).encode()
 
@@ -101,18 +101,18 @@ def test_prompt_files_that_do_not_fit(tmp_path, nano, name, data, message):
 def test_bad_rows_in_the_middle_are_skipped_and_counted(tmp_path, capsys, name, data, said):
     """Also when the file starts anew, but told once."""
     (tmp_path / name).write_bytes(data)
-    assert list(itertools.islice(prompts.stream(str(tmp_path / name)), 5)) == ["a", "b", "a", "b", "a"]
+    assert list(itertools.islice(data.stream(str(tmp_path / name)), 5)) == ["a", "b", "a", "b", "a"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines)), lines
 
 
 def test_json_arrays_and_tsv(tmp_path):
-    for name, data in (("p.json", json.dumps([CAPTIONS[0], {"text": CAPTIONS[1]}, {"caption": CAPTIONS[2]}], indent=1)),
+    for name, text in (("p.json", json.dumps([CAPTIONS[0], {"text": CAPTIONS[1]}, {"caption": CAPTIONS[2]}], indent=1)),
                        ("q.json", "\n".join(json.dumps({"text": c}) for c in CAPTIONS)),
                        ("p.tsv", "".join(f'{i}\t"{c.replace(chr(34), 2 * chr(34))}"\n'
                                          for i, c in zip(["id", *range(3)], ["text", *CAPTIONS])))):
-        (tmp_path / name).write_text(data, encoding="utf-8")
-        assert list(prompts.read(str(tmp_path / name))) == CAPTIONS
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert list(data.read(str(tmp_path / name))) == CAPTIONS
 
 
 # ---------------------------------------------------------------- held out
@@ -125,44 +125,44 @@ def numbered(path, n):
 
 def test_held_out_and_training_prompts_share_none(tmp_path):
     source = numbered(tmp_path / "p.txt", 2000)
-    held, rest = (set(itertools.islice(prompts.stream(source, None, part), 5000)) for part in (True, False))
+    held, rest = (set(itertools.islice(data.stream(source, None, part), 5000)) for part in (True, False))
     assert not held & rest and len(held | rest) == 2000 and 0.03 < len(held) / 2000 < 0.07
     for prompt in held:
-        assert prompts.is_held_out(f"  {prompt.upper()} ".replace(" ", "  "))
-    assert list(prompts.read(source)) == [f"a red cube, number {i}" for i in range(2000)]
+        assert data.is_held_out(f"  {prompt.upper()} ".replace(" ", "  "))
+    assert list(data.read(source)) == [f"a red cube, number {i}" for i in range(2000)]
 
 
 def test_held_out_captions_of_scenes():
-    scenes = prompts.held_out_scenes(20)
-    captions = [prompts.scenes().caption(scene) for scene in scenes]
-    assert captions == list(itertools.islice(prompts.stream("scenes", None, True), 20))
-    assert not set(captions) & set(itertools.islice(prompts.stream("scenes", None, False), 1000))
-    assert all(map(prompts.is_held_out, captions)) and prompts.divisible("scenes")
+    scenes = data.held_out_scenes(20)
+    captions = [data.scenes().caption(scene) for scene in scenes]
+    assert captions == list(itertools.islice(data.stream("scenes", None, True), 20))
+    assert not set(captions) & set(itertools.islice(data.stream("scenes", None, False), 1000))
+    assert all(map(data.is_held_out, captions)) and data.divisible("scenes")
 
 
 def test_few_prompts_are_not_divided(tmp_path, capsys):
     few, many = numbered(tmp_path / "few.txt", 99), numbered(tmp_path / "many.txt", 1000)
     (tmp_path / "same.txt").write_text("a red cube\na blue cube\n" * 500)
-    assert [prompts.divisible(s) for s in (few, many, str(tmp_path / "same.txt"))] == [False, True, False]
-    taken = prompts.take(many, None, 100, held_out=True)
-    held = list(map(prompts.is_held_out, taken))
+    assert [data.divisible(s) for s in (few, many, str(tmp_path / "same.txt"))] == [False, True, False]
+    taken = data.take(many, None, 100, held_out=True)
+    held = list(map(data.is_held_out, taken))
     assert len(set(taken)) == 100 and held == sorted(held, reverse=True) and 30 < sum(held) < 70
     assert f"{sum(held)} of {many} were held out of training, {100 - sum(held)} were not" in capsys.readouterr().out
-    assert all(map(prompts.is_held_out, prompts.take(many, None, 10, held_out=True))) and not capsys.readouterr().out
+    assert all(map(data.is_held_out, data.take(many, None, 10, held_out=True))) and not capsys.readouterr().out
 
 
 def test_what_makes_a_source_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    absolute = prompts.located(numbered(tmp_path / "p.txt", 3) and "p.txt")
-    assert absolute == str(tmp_path / "p.txt") and prompts.located("scenes") == "scenes"
-    assert prompts.same("./p.txt", absolute) and not prompts.same("q.txt", absolute)
-    assert prompts.same("hf:o/d/f.csv", "hf:o/d@12/f.csv") and prompts.same("hf:o/d@12", "hf:o/d@12")
-    assert not prompts.same("hf:o/d@13", "hf:o/d@12") and not prompts.same("hf:o/d", "hf:o/d@12/f.csv")
-    first = prompts.fingerprint("p.txt")
+    absolute = data.located(numbered(tmp_path / "p.txt", 3) and "p.txt")
+    assert absolute == str(tmp_path / "p.txt") and data.located("scenes") == "scenes"
+    assert data.same("./p.txt", absolute) and not data.same("q.txt", absolute)
+    assert data.same("hf:o/d/f.csv", "hf:o/d@12/f.csv") and data.same("hf:o/d@12", "hf:o/d@12")
+    assert not data.same("hf:o/d@13", "hf:o/d@12") and not data.same("hf:o/d", "hf:o/d@12/f.csv")
+    first = data.fingerprint("p.txt")
     numbered(tmp_path / "p.txt", 4)
-    assert first != prompts.fingerprint("p.txt") and prompts.fingerprint("scenes") is None
-    with pytest.raises(prompts.Mistake, match=r"no prompt file 'absent.txt'"):
-        prompts.located("absent.txt")
+    assert first != data.fingerprint("p.txt") and data.fingerprint("scenes") is None
+    with pytest.raises(data.Mistake, match=r"no prompt file 'absent.txt'"):
+        data.located("absent.txt")
 
 
 def test_parquet(tmp_path):
@@ -170,41 +170,41 @@ def test_parquet(tmp_path):
     from pyarrow import parquet
     path = tmp_path / "p.parquet"
     parquet.write_table(pyarrow.table({"id": [0, 1, 2, 3], "text": [*CAPTIONS, None]}), path)
-    assert list(prompts.read(str(path))) == CAPTIONS
+    assert list(data.read(str(path))) == CAPTIONS
     with pytest.raises(ValueError, match="has no field 'legend', but id, text"):
-        list(prompts.read(str(path), "legend"))
+        list(data.read(str(path), "legend"))
     with pytest.raises(ValueError, match="prompt 1 is 0, not a string"):
-        list(prompts.read(str(path), "id"))
+        list(data.read(str(path), "id"))
     path.write_bytes(b"garbage")
     with pytest.raises(ValueError):
-        list(prompts.read(str(path)))
+        list(data.read(str(path)))
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "p.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="pip install pyarrow"):
-        list(prompts.read(str(tmp_path / "p.parquet")))
+        list(data.read(str(tmp_path / "p.parquet")))
 
 
 def test_a_finite_source_starts_anew_and_is_streamed(tmp_path, nano):
     path = write(tmp_path / "p.txt")
-    stream = prompts.stream(str(path))
+    stream = data.stream(str(path))
     assert list(itertools.islice(stream, 7)) == (CAPTIONS * 3)[:7]
     pipe = tmp_path / "huge.txt"
     pipe.write_text("a red cube\n" * 500_000)                    # 5 MB, of which little may be held
     import tracemalloc
     tracemalloc.start()
-    assert len(list(itertools.islice(prompts.read(str(pipe)), 5))) == 5
+    assert len(list(itertools.islice(data.read(str(pipe)), 5))) == 5
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 300_000
 
 
 def test_scene_captions_are_not_the_held_out_ones():
-    scenes = prompts.scenes()
+    scenes = data.scenes()
     held_out = {scenes.caption(scenes.sample(seed)) for seed in range(100)}
-    drawn = list(itertools.islice(prompts.stream("scenes"), 100))
+    drawn = list(itertools.islice(data.stream("scenes"), 100))
     assert drawn == [scenes.caption(scenes.sample(seed)) for seed in range(10_000, 10_100)] and set(drawn) != held_out
 
 
@@ -241,17 +241,17 @@ def test_hub_datasets_are_fetched_file_by_file(hub):
     write(folder / "sub" / "b.jsonl", "caption_llava_short")
     for name in ("README.md", "info.json", "license.txt", ".gitattributes"):
         (folder / name).write_text("not prompts")
-    stream = prompts.read(prompts.DATASET, prompts.DATASET_FIELD)
+    stream = data.read(data.DATASET, data.DATASET_FIELD)
     assert fetched == []
     assert list(itertools.islice(stream, 3)) == CAPTIONS and fetched == ["a.jsonl.gz"]
     assert list(stream) == CAPTIONS and fetched == ["a.jsonl.gz", "sub/b.jsonl"]
     fetched.clear()
-    assert list(prompts.read(f"{prompts.DATASET}/sub/b.jsonl")) == CAPTIONS and fetched == ["sub/b.jsonl"]
-    assert prompts.located(prompts.DATASET) == f"{prompts.DATASET}@12"
-    pinned = prompts.located(f"{prompts.DATASET}/sub/b.jsonl")
-    assert pinned == f"{prompts.DATASET}@12/sub/b.jsonl" and list(prompts.read(pinned)) == CAPTIONS
+    assert list(data.read(f"{data.DATASET}/sub/b.jsonl")) == CAPTIONS and fetched == ["sub/b.jsonl"]
+    assert data.located(data.DATASET) == f"{data.DATASET}@12"
+    pinned = data.located(f"{data.DATASET}/sub/b.jsonl")
+    assert pinned == f"{data.DATASET}@12/sub/b.jsonl" and list(data.read(pinned)) == CAPTIONS
     (folder / "sub" / "b.jsonl").write_text('{"legend": "no such field"}\n')     # a later file that does not fit
-    assert list(prompts.read(prompts.DATASET)) == CAPTIONS
+    assert list(data.read(data.DATASET)) == CAPTIONS
 
 
 def test_hub_datasets_that_do_not_fit(hub, monkeypatch):
@@ -260,7 +260,7 @@ def test_hub_datasets_that_do_not_fit(hub, monkeypatch):
     for source, message in (("hf:o/empty", "o/empty holds no csv, tsv, jsonl"), ("hf:o", "write hf:owner/dataset"),
                             ("hf:o/", "write hf:owner/dataset"), ("hf:o/empty/no.csv", "cannot fetch o/empty/no.csv")):
         with pytest.raises(ValueError, match=message) as error:
-            list(prompts.read(source))
+            list(data.read(source))
         assert "\n" not in str(error.value)
 
     def broken(error):
@@ -268,7 +268,7 @@ def test_hub_datasets_that_do_not_fit(hub, monkeypatch):
             raise error
         monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
         with pytest.raises(ValueError) as caught:
-            list(prompts.read("hf:o/d"))
+            list(data.read("hf:o/d"))
         return str(caught.value)
 
     gated = errors.GatedRepoError.__new__(errors.GatedRepoError)
