@@ -368,6 +368,7 @@ class Activations:
         """Begin with a chunk: at the prompt number `first`, which has to be said where padding is left out."""
         first = chunk * self.forwards * self.run.prompt_batch if first is None else first
         collections.deque(itertools.islice(self.prompts, first), 0)
+        self.starts = {chunk: first}
         self.stored, self.passes = chunk * self.tokens, self._fetched(self._sent(chunk, first))
 
     def ready(self, step, stop=lambda: False, bar=None):

@@ -28,9 +28,7 @@ PROMPTS = [f"prompt {i}" for i in range(8)]
 
 
 def main(folder, work):
-    devices = jax.devices()
-    meshes = {"one device": None, "fsdp 4": shard.mesh(devices[:4]), "fsdp 8": shard.mesh(),
-              "data 2 x fsdp 4": shard.mesh(data=2)}
+    meshes = {"one device": None, "fsdp 8": shard.mesh(), "data 2 x fsdp 4": shard.mesh(data=2)}
 
     def load(name, walk=None, mesh=None):
         options = shard.arguments(mesh, session.quantized(name))
@@ -56,17 +54,16 @@ def main(folder, work):
         np.asarray(flux.residuals(m, PROMPTS[:3], layer=5, site="img")) for m in (model, plain)]))
     tell("examples a device", [examples(shard.sliced(shard.mesh()), B) for B in (1, 3, 8, 12)])
     tell("batches", [shard.batch(4), shard.batch(1, 32), shard.batch(1, 33), shard.batch(4, 16)])
-    one, eight = (attributed(m) for m in (plain, model))
-    tell("attribution", [error(a, b) for a, b in zip(eight[0], one[0])])
-    tell("scans of an attribution", [one[1], eight[1]])
     counts = []
     for layer in [*range(model.cfg.layers)] * 2:
         flux.residuals(model, PROMPTS, layer=layer, site="img")
         counts.append(model.walk.run._cache_size())
     tell("compilations", counts)
-    exact = load("none")
-    tell("fsdp 8, not quantized", [error(a, b) for a, b in zip(answers(load("none", mesh=meshes["fsdp 8"])),
-                                                              answers(exact))])
+    exact, split = load("none"), load("none", mesh=meshes["fsdp 8"])
+    tell("fsdp 8, not quantized", [error(a, b) for a, b in zip(answers(split), answers(exact))])
+    one, eight = (attributed(m) for m in (exact, split))
+    tell("attribution", [error(a, b) for a, b in zip(eight[0], one[0])])
+    tell("scans of an attribution", [one[1], eight[1]])
 
 
 def answers(model):

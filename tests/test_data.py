@@ -28,8 +28,8 @@ def write(path, field="caption"):
                        for i, c in enumerate([*CAPTIONS, "", None]))
     else:
         text = "\r\n".join(["", *CAPTIONS, "   ", ""])
-    data = text.encode()
-    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    content = text.encode()
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     return path
 
 
@@ -61,7 +61,7 @@ def test_byte_order_marks_of_spreadsheets(tmp_path):
 GZ = gzip.compress(b"a red cube\n" * 1000, mtime=0)         # else a test's name were another one every second
 
 
-@pytest.mark.parametrize("name, data, message", [
+@pytest.mark.parametrize("name, content, message", [
     ("p.jsonl", b'{"text": \n{"text": "a"}\n', r"line 1 is not JSON"),
     ("p.jsonl", b'\n[1]\n"a"\n', r"line 2 is \[1\], not a string"),
     ("p.jsonl", b'{"text": 5}\n', r"line 1 is 5, not a string"),
@@ -79,17 +79,17 @@ GZ = gzip.compress(b"a red cube\n" * 1000, mtime=0)         # else a test's name
     ("p.md", b"a red cube\n", r"unknown suffix '.md'.*known are .txt, .csv, .tsv"),
     ("p", b"a red cube\n", r"unknown suffix ''"), ("p.xz", b"", r"unknown suffix '.xz'"),
 ])
-def test_prompt_files_that_do_not_fit(tmp_path, nano, name, data, message):
+def test_prompt_files_that_do_not_fit(tmp_path, nano, name, content, message):
     """Said at the first row: before any training."""
     path = tmp_path / name
-    path.write_bytes(data)
+    path.write_bytes(content)
     with pytest.raises(data.Mistake, match=message) as error:
         next(data.stream(str(path)))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     str(error.value).encode()
 
 
-@pytest.mark.parametrize("name, data, said", [
+@pytest.mark.parametrize("name, content, said", [
     ("p.jsonl", b'"a"\n{"text": \n[1]\n{"txt": "b"}\n{"text": 5}\n"\\ud83d"\n"\xff"\n"b"\n',
      ["line 2 is not JSON", "skipped 6 rows"]),
     ("p.json", b'["a", 5, {"x": "y"}, "", "b"]', ["prompt 2 is 5, not a string", "skipped 2 rows"]),
@@ -98,9 +98,9 @@ def test_prompt_files_that_do_not_fit(tmp_path, nano, name, data, message):
     ("p.tsv", b"id\ttext\n0\ta\n1\t\xff\n3\tb\n", ["line 3 is no UTF-8"]),
     ("p.txt.gz", gzip.compress(b"a\nb\n", mtime=0) + b"garbage", ["cannot be read as .txt, or not to its end"]),
 ])
-def test_bad_rows_in_the_middle_are_skipped_and_counted(tmp_path, capsys, name, data, said):
+def test_bad_rows_in_the_middle_are_skipped_and_counted(tmp_path, capsys, name, content, said):
     """Also when the file starts anew, but told once."""
-    (tmp_path / name).write_bytes(data)
+    (tmp_path / name).write_bytes(content)
     assert list(itertools.islice(data.stream(str(tmp_path / name)), 5)) == ["a", "b", "a", "b", "a"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines)), lines

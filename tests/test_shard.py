@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 import checkpoint
 import shard
 
-MESHES = ("fsdp 4", "fsdp 8", "data 2 x fsdp 4")
+MESHES = ("fsdp 8", "data 2 x fsdp 4")
 
 
 @pytest.fixture(scope="module")

@@ -882,7 +882,7 @@ def test_some_prompts_of_a_file_are_held_out(start, tmp_path, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "one in twenty held out" in printed and "\nheld-out  " in printed
     trained, table = seen[:-8], seen[-8:]
-    assert not any(map(train.sources.is_held_out, trained)) and all(map(train.sources.is_held_out, table))
+    assert not any(map(data.is_held_out, trained)) and all(map(data.is_held_out, table))
     seen.clear()
     start(prompts="few.txt", out="few")
     assert "\nseen prompts, new noise " in capsys.readouterr().out and set(seen) == set(PROMPTS)
@@ -1090,7 +1090,7 @@ def test_activations_that_are_not_finite_are_never_trained_on(start, monkeypatch
 
     monkeypatch.setattr(flux, "capture", capture)
     # A forward pass has two prompts; capture spoils the first image, of the first prompt's first seed.
-    prompt = next(itertools.islice(train.sources.stream("scenes", None, False), 2 * (call - 1), None))
+    prompt = next(itertools.islice(data.stream("scenes", None, False), 2 * (call - 1), None))
     with pytest.raises(ValueError, match=f"step {step} .*NaN.*{re.escape(repr(prompt))}"):
         start()
     assert (tmp_path / "ckpt").exists() == (step > 0)
