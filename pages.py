@@ -1,6 +1,6 @@
 """Write the pages of a dashboard: what `dash.py` collected, through the templates, into files that open from disk.
 
-Copy `templates/` with this file; it needs jinja2, numpy, tqdm. `found` is a `dash.Collected`: arrays over F features.
+Copy `templates/` with this file; it needs jinja2, numpy, tqdm. `found` is a `stats.Collected`: arrays over F features.
 
     index.html        headline numbers, training curves, a scatter plot, and the table of all features
     feature/7.html    a feature: examples under their heatmaps, statistics, neighbours

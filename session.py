@@ -23,9 +23,10 @@ import flux
 import quant
 import sae
 import shard
+import stats
 from weights import Mistake
 
-MISTAKES = (Mistake, quant.Mistake, sae.Mistake, shard.Mistake)
+MISTAKES = (Mistake, quant.Mistake, sae.Mistake, shard.Mistake, stats.Mistake)
 DTYPES = ("float32", "bfloat16", "float16")
 
 # ---------------------------------------------------------------- the command line

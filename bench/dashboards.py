@@ -8,6 +8,7 @@ pages: random statistics of 1,000 images: 64 image tokens a picture, every featu
 which a fifth of the tokens fire; real features fire at fewer. First paint and sorting are medians of nine in Chromium,
 from disk, with a cold cache.
 """
+import dataclasses
 import resource
 import shutil
 import statistics
@@ -26,6 +27,7 @@ from test_dash import large
 
 import dash
 import pages
+import stats
 
 
 def build(features, folder, images=1000):
@@ -86,8 +88,8 @@ def memory_table(features):
 
 
 def memory_row(features, timesteps, text, images=1000, k=32, width=1024):
-    layout, rng = dash.Layout(timesteps, text, (16, 16)), np.random.default_rng(0)
-    counts, popularity = dash.Counts(features, layout), 2 * np.log(rng.exponential(size=features))
+    layout, rng = stats.Layout(timesteps, text, (16, 16)), np.random.default_rng(0)
+    counts, popularity = stats.Counts(features, layout), 2 * np.log(rng.exponential(size=features))
     before, took, state = peak(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         for i in range(images):
@@ -101,8 +103,9 @@ def memory_row(features, timesteps, text, images=1000, k=32, width=1024):
                 state = (Path(folder) / "partial.safetensors").stat().st_size
         pairs, start = len(counts.a["pair"]), time.perf_counter()
         found = counts.finish(rng.standard_normal((features, 64), np.float32), np.zeros((images, 0), bool),
-                              np.zeros((0, features), np.float32), {"images": images, "layout": dash.asdict(layout)})
-        dash.save(Path(folder) / "collect", found)
+                              np.zeros((0, features), np.float32),
+                              {"images": images, "layout": dataclasses.asdict(layout)})
+        stats.save(Path(folder) / "collect", found)
         seconds = time.perf_counter() - start
         size = (Path(folder) / "collect" / "stats.safetensors").stat().st_size
     what = f"both streams, {timesteps} steps" if text else "image tokens, one step"

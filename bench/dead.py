@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import recipe as recipes
 import sae
 import session
-import train
 
 BATCH, HELD_OUT = 2048, range(10 ** 6, 10 ** 6 + 32)             # tokens; numbers of batches of twice as many
 SHARE = 0.58                                                     # of the variance, along one direction
@@ -88,8 +88,8 @@ def run(world, kind, features, steps, k=32):
     """Cells of the table's row."""
     since, width, normalization = time.monotonic(), len(world.scale), kind.split()[-1]
     plain = {"aux_coefficient": 0.0, "restraint": float("inf")} if kind.startswith("plain") else {}
-    cfg = sae.Config(d_in=width, features=features, k=k, lr=train.rate(features, k, width, "img", small=True),
-                     normalization=normalization, **plain, **train.schedule(steps))
+    cfg = sae.Config(d_in=width, features=features, k=k, lr=recipes.rate(features, k, width, "img", small=True),
+                     normalization=normalization, **plain, **recipes.schedule(steps))
     state = sae.init(jax.random.key(0), cfg, np.asarray(world.batch(0, 65536)))
     for i in range(1, steps + 1):
         state, metrics = STEP(state, cfg, world.batch(i, BATCH))

@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def nano(rounds=5):
     folder, cfg = flux.read_config("nano")
     run = train.defaults("nano", folder, cfg, {"layer": 3, "steps": 10 ** 6})
     model = flux.load("nano", dtype=jnp.float32, last=run.layer)
-    run = train.replace(run, size=min(256, model.size), text_tokens=model.text_tokens)
+    run = replace(run, size=min(256, model.size), text_tokens=model.text_tokens)
     make = lambda: data.Activations(run, model, data.stream("scenes"))
     overlapped, apart = Loop(run, make()), Loop(run, make())
     rows = []

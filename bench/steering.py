@@ -33,6 +33,7 @@ import flux
 import mmdit
 import sae
 import session
+import stats
 import steer
 
 COLORS, SHAPES, SIZE, BATCH = evaluate.COLORS, evaluate.SHAPES, evaluate.SIZE, 32
@@ -103,7 +104,7 @@ class Directions:
         names, labels = dash.scene_attributes(world, drawn)
         labels = labels[:, [names.index(name) for name, *_ in TARGETS]]
         features, neurons, means, gate = activations(model, loaded, texts)
-        tell = [dash.auroc(values, labels) for values in (features, neurons)]      # [F, targets], [4 D, targets]
+        tell = [stats.auroc(values, labels) for values in (features, neurons)]      # [F, targets], [4 D, targets]
         self.features, self.neurons = (a.argmax(0) for a in tell)
         self.aurocs, self.neuron_aurocs = (a.max(0) for a in tell)
         alive = np.flatnonzero(loaded.fired)

@@ -39,6 +39,7 @@ import numpy as np
 import checkpoint
 import data
 import flux
+import recipe as recipes
 import sae
 import session
 import train
@@ -135,8 +136,8 @@ def batch(x, i, dtype=np.float32):
 
 def config(width, steps, features, k, **options):
     """train.py's recipe at small models."""
-    lr = train.rate(features, k, width, "img", small=True)
-    recipe = train.recipe("img", width) | train.schedule(steps) | {"k": k, "lr": lr}
+    lr = recipes.rate(features, k, width, "img", small=True)
+    recipe = recipes.recipe("img", width) | recipes.schedule(steps) | {"k": k, "lr": lr}
     return sae.Config(**{"d_in": width, "features": features} | recipe | options)
 
 
@@ -270,8 +271,8 @@ def plan(what, layers, steps):
         return [job | {"layer": layer} for layer in layers]
 
     if what == "sites":
-        text = {"site": "txt"} | train.recipe("txt", 128)
-        text |= {"lr": train.rate(2048, text["k"], 128, "txt", small=True)}
+        text = {"site": "txt"} | recipes.recipe("txt", 128)
+        text |= {"lr": recipes.rate(2048, text["k"], 128, "txt", small=True)}
         kinds = [{"trainer": "fae"}, {"trainer": "fae"} | text, {"trainer": "fae", "site": "both"}]
     elif what == "sweep":
         sizes = [(2048, k) for k in (8, 16, 32, 64)] + list(itertools.product((1024, 4096, 16384), (8, 16)))
@@ -281,7 +282,7 @@ def plan(what, layers, steps):
     elif what == "beside":
         kinds = []
         for k in (8, 16, 32):
-            lr = train.rate(2048, k, 128, "img", small=True)
+            lr = recipes.rate(2048, k, 128, "img", small=True)
             theirs = [{"trainer": "fae"}, {"trainer": "SAELens"}, {"trainer": "SAELens", "lr": lr},
                       {"trainer": "sparsify"}, {"trainer": "sparsify", "optimizer": "adam", "lr": lr}]
             kinds += [kind | {"k": k} for kind in theirs]

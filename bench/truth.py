@@ -41,6 +41,7 @@ import flux
 import sae
 import score
 import session
+import stats
 from harvest import reap
 
 BATCH, GRID, FIRST = 2048, (8, 8), 20_000                        # tokens of a step; first scene to train on
@@ -162,10 +163,10 @@ def chunks(function, x, size=4096):
 
 def best(scores, labels, half):
     """[A]: AUROC on the rows not in `half` of the column (with its sign) that is best on those in it."""
-    chosen = dash.auroc(scores[half], labels[half])
+    chosen = stats.auroc(scores[half], labels[half])
     at = np.nan_to_num(np.abs(chosen - 0.5), nan=-1).argmax(0)
     sign = np.sign(chosen[at, np.arange(len(at))] - 0.5)
-    held = np.array([dash.auroc(scores[~half][:, [c]], labels[~half][:, [a]])[0, 0] for a, c in enumerate(at)])
+    held = np.array([stats.auroc(scores[~half][:, [c]], labels[~half][:, [a]])[0, 0] for a, c in enumerate(at)])
     return 0.5 + sign * (held - 0.5)
 
 
@@ -176,7 +177,7 @@ def probe(x, labels, half):
         a, b = x[half & y], x[half & ~y]
         within = (np.cov(a, rowvar=False) * len(a) + np.cov(b, rowvar=False) * len(b)) / (len(a) + len(b))
         w = np.linalg.solve(within + 1e-3 * np.trace(within) / len(within) * np.eye(len(within)), a.mean(0) - b.mean(0))
-        out.append(dash.auroc((x[~half] @ w)[:, None], y[~half, None])[0, 0])
+        out.append(stats.auroc((x[~half] @ w)[:, None], y[~half, None])[0, 0])
     return np.array(out)
 
 

@@ -1,4 +1,5 @@
 """Dashboards: statistics against brute force, pages in a real Chromium, hostile prompts, and errors of one line."""
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import flux
 import pages
 import sae
 import session
+import stats
 
 ROOT = Path(dash.__file__).parent
 HOSTILE = [
@@ -44,7 +46,7 @@ def dense_of(values, indices, F):
     return dense
 
 
-LAYOUTS = [dash.Layout(1, 0, (3, 4)), dash.Layout(2, 5, (2, 3)), dash.Layout(3, 7, (0, 0)), dash.Layout(1, 0, (1, 1))]
+LAYOUTS = [stats.Layout(*shape) for shape in ((1, 0, (3, 4)), (2, 5, (2, 3)), (3, 7, (0, 0)), (1, 0, (1, 1)))]
 
 
 @pytest.mark.parametrize("layout, F, batched", [*((layout, 40, 2 ** 22) for layout in LAYOUTS), (LAYOUTS[1], 41, 50),
@@ -55,7 +57,7 @@ def test_statistics_are_those_of_the_raw_activations(layout, F, batched, monkeyp
     values, indices = random_codes(rng, n, layout.positions, F, k)
     labels = rng.random((n, 3)) < 0.4
     W_dec = rng.standard_normal((F, 9))
-    counts = dash.Counts(F, layout)
+    counts = stats.Counts(F, layout)
     maxima = np.zeros((n, F), np.float32)
     for i in range(n):
         alive, peak = counts.add(i, values[i], indices[i], seed=0)
@@ -69,10 +71,10 @@ def test_statistics_are_those_of_the_raw_activations(layout, F, batched, monkeyp
     np.testing.assert_array_equal(found.maximum, flat.max(0))
     np.testing.assert_allclose(found.density, (flat > 0).mean(0))
     np.testing.assert_allclose(found.total, flat.sum(0, dtype=np.float64), rtol=1e-6)
-    edges = [*dash.EDGES, np.inf]
+    edges = [*stats.EDGES, np.inf]
     for f in range(F):
         np.testing.assert_array_equal(found.histogram[f], np.histogram(flat[flat[:, f] > 0, f], edges)[0])
-        assert found.top_image[f].tolist() == top(dense[:, :, f].max(1), dash.KEPT)
+        assert found.top_image[f].tolist() == top(dense[:, :, f].max(1), stats.KEPT)
         for image, value, values_map in zip(found.top_image[f], found.top_value[f], found.top_map[f]):
             if image >= 0:
                 np.testing.assert_array_equal(values_map, dense[image, :, f])
@@ -151,19 +153,19 @@ def test_nearest_features_of_blocks_that_do_not_divide():
     for F in (3, 2897):                                          # 2 ** 23 // 2897 = 2895 rows, then 2
         unit = rng.standard_normal((F, 5))
         unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-        index, value = dash._nearest(unit)
+        index, value = stats._nearest(unit)
         check_neighbours(index[-4:], value[-4:], (unit @ unit.T)[-4:], first=F - 4 if F > 4 else 0)
 
 
 def test_the_random_examples_are_a_uniform_sample():
     """Every image of a feature that fires on 200 is drawn about equally often."""
-    layout, drawn = dash.Layout(1, 0, (1, 1)), np.zeros(200)
-    counts = dash.Counts(400, layout)
+    layout, drawn = stats.Layout(1, 0, (1, 1)), np.zeros(200)
+    counts = stats.Counts(400, layout)
     for i in range(200):                                         # 400 features that all fire, with equal values
         counts.add(i, np.ones((1, 400), np.float32), np.arange(400)[None], seed=1)
     np.add.at(drawn, counts.a["some_image"].ravel(), 1)
-    expected = 400 * dash.RESERVOIR / 200
-    assert drawn.sum() == 400 * dash.RESERVOIR and abs(drawn - expected).max() < 5 * np.sqrt(expected)
+    expected = 400 * stats.RESERVOIR / 200
+    assert drawn.sum() == 400 * stats.RESERVOIR and abs(drawn - expected).max() < 5 * np.sqrt(expected)
 
 
 def test_noise_of_tools_is_none_of_trainings():
@@ -177,7 +179,7 @@ def test_noise_of_tools_is_none_of_trainings():
 def test_auroc_without_both_sides_is_nan():
     scores = np.array([[0.0], [1.0], [2.0]])
     labels = np.array([[True, False, False], [True, False, True], [True, False, True]])
-    np.testing.assert_array_equal(dash.auroc(scores, labels), [[np.nan, np.nan, 1.0]])
+    np.testing.assert_array_equal(stats.auroc(scores, labels), [[np.nan, np.nan, 1.0]])
 
 
 @pytest.mark.parametrize("text, expected", [("", range(8)), ("2", [2]), ("0:3", [0, 1, 2]), ("6:", [6, 7]),
@@ -348,7 +350,7 @@ def test_a_stopped_run_leaves_the_old_pages_and_goes_on(built, model, nano, tmp_
     out = tmp_path / "dash"
     shutil.copytree(folder, out)
     (out / "index.html").write_text("old")
-    original, calls = dash.Counts.add, []
+    original, calls = stats.Counts.add, []
 
     class Stop(Exception):
         pass
@@ -360,7 +362,7 @@ def test_a_stopped_run_leaves_the_old_pages_and_goes_on(built, model, nano, tmp_
         return original(self, number, *args, **kwargs)
 
     monkeypatch.setattr(dash.Partial.__init__, "__defaults__", (0,))         # saves after every batch
-    monkeypatch.setattr(dash.Counts, "add", add)
+    monkeypatch.setattr(stats.Counts, "add", add)
     monkeypatch.setattr(flux, "load", lambda *a, **k: model)
     flags = {"out": str(out), "n": 40, "steps": 1, "batch": 8}
     with pytest.raises(Stop):
@@ -423,7 +425,7 @@ def test_a_folder_that_cannot_be_renamed_is_written_in_place(built, tmp_path, mo
 def test_a_signal_saves_what_was_collected(built, model, tmp_path, monkeypatch, name):
     import signal
     folder, ckpt = built
-    original, calls, number = dash.Counts.add, [], getattr(signal, name)
+    original, calls, number = stats.Counts.add, [], getattr(signal, name)
 
     def add(self, image, *args):
         calls.append(image)
@@ -431,7 +433,7 @@ def test_a_signal_saves_what_was_collected(built, model, tmp_path, monkeypatch, 
             os.kill(os.getpid(), number)
         return original(self, image, *args)
 
-    monkeypatch.setattr(dash.Counts, "add", add)
+    monkeypatch.setattr(stats.Counts, "add", add)
     monkeypatch.setattr(flux, "load", lambda *a, **k: model)
     flags = {"out": str(tmp_path / "dash"), "n": 40, "steps": 1, "batch": 8}
     with pytest.raises(SystemExit) as end:
@@ -446,8 +448,8 @@ def test_a_signal_saves_what_was_collected(built, model, tmp_path, monkeypatch, 
 
 def test_maps_take_the_room_of_what_fires():
     """Of 3,000 features 4 fire at a position: dense maps would take [3000, 48, 64] floats."""
-    rng, layout = np.random.default_rng(0), dash.Layout(1, 0, (8, 8))
-    counts = dash.Counts(3000, layout)
+    rng, layout = np.random.default_rng(0), stats.Layout(1, 0, (8, 8))
+    counts = stats.Counts(3000, layout)
     for i in range(200):
         indices = np.stack([rng.choice(3000, 4, replace=False) for _ in range(64)])
         counts.add(i, rng.random((64, 4), np.float32) + 0.1, indices, seed=0)
@@ -826,20 +828,21 @@ def test_a_large_dashboard_paints_and_sorts_quickly_enough(tmp_path, visit):
 def large(F, n=20):
     """A `Collected` of random numbers."""
     rng = np.random.default_rng(0)
-    layout = dash.Layout(1, 0, (8, 8))
-    top = rng.integers(0, n, (F, dash.KEPT)).astype(np.int32)
-    maps = np.zeros((F, dash.KEPT, 64), np.float32)
+    layout = stats.Layout(1, 0, (8, 8))
+    top = rng.integers(0, n, (F, stats.KEPT)).astype(np.int32)
+    maps = np.zeros((F, stats.KEPT, 64), np.float32)
     maps[:, 0] = rng.random((F, 64)) * (rng.random((F, 64)) < 0.2)
-    none = np.full((F, dash.QUANTILES, dash.SHOWN), -1, np.int32)
-    info = {"prompts": [f"prompt {i}" for i in range(n)], "layout": dash.asdict(layout), "layer": 3, "site": "img",
-            "images": n, "tokens": 64 * n, "attributes": [], "edges": dash.EDGES.tolist(), "size": 128, "steps": 4,
+    none = np.full((F, stats.QUANTILES, stats.SHOWN), -1, np.int32)
+    info = {"prompts": [f"prompt {i}" for i in range(n)], "layout": dataclasses.asdict(layout), "layer": 3,
+            "site": "img", "images": n, "tokens": 64 * n, "attributes": [], "edges": stats.EDGES.tolist(), "size": 128,
+            "steps": 4,
             "seed": 0, "first_noise": 0, "model": "random"}
     ones, maximum = np.ones(F), rng.lognormal(size=F).astype(np.float32)
-    histogram = np.zeros((F, len(dash.EDGES)), np.int64)
+    histogram = np.zeros((F, len(stats.EDGES)), np.int64)
     histogram[:, 40] = 3
     neighbours = np.zeros((F, 10), np.int32), np.ones((F, 10), np.float32)
-    return dash.Collected(rng.integers(1, 64 * n, F), rng.integers(1, n, F), ones, maximum, histogram,
+    return stats.Collected(rng.integers(1, 64 * n, F), rng.integers(1, n, F), ones, maximum, histogram,
                           rng.random((F, 64)).astype(np.float32), ones, ones, rng.random(F),
-                          np.sort(rng.random((F, dash.KEPT)).astype(np.float32))[:, ::-1], top, maps,
+                          np.sort(rng.random((F, stats.KEPT)).astype(np.float32))[:, ::-1], top, maps,
                           np.zeros(none.shape, np.float32), none, np.zeros((*none.shape, 64), np.float32), *neighbours,
                           *neighbours, np.zeros((F, 0), np.float32), info)

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import checkpoint
+import recipe
 import sae
-import train
 from sae import Mistake
 
 D, F, K = 9, 31, 5
@@ -309,7 +309,7 @@ def test_init_takes_them(tmp_path):
     write(tmp_path / "sparsify", sparsify(), unit(sparsify_weights()), "sae.safetensors")
     write(tmp_path / "gated", old(architecture="gated"), gated)
     for name, expected in {"old": ("topk", K, F), "sparsify": ("topk", K, F), "gated": ("jumprelu", F, F)}.items():
-        found = train.inherited({"init": str(tmp_path / name)}, D)
+        found = recipe.inherited({"init": str(tmp_path / name)}, D)
         assert (found["activation"], found["k"], found["features"]) == expected
         cfg = sae.Config(d_in=D, features=F, k=found["k"], activation=found["activation"], normalization="scale")
         params, state = checkpoint.load(tmp_path / name)[0], sae.init(jax.random.key(0), cfg, normal(200, D))
