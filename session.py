@@ -281,8 +281,8 @@ def opened(folder, *, model="", layer=None, site="", writes=True):
     for flag, value in (("layer", layer), ("site", site or None)):
         if value is not None and about.get(flag, value) != value:
             raise Mistake(f"--{flag} {value}: {folder} was trained at {flag} {about[flag]}")
-    said = {"model": model or about.get("model"), "layer": about.get("layer", layer),
-            "site": about.get("site", site or None)}
+    said = {"layer": about.get("layer", layer), "site": about.get("site", site or None),
+            "model": model or about.get("model")}
     if missing := [f"--{flag}" for flag, value in said.items() if value is None]:
         raise Mistake(f"{folder} does not say where it belongs (it was not written by train.py): give "
                       f"{' and '.join(missing)}")

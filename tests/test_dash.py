@@ -52,7 +52,7 @@ LAYOUTS = [stats.Layout(*shape) for shape in ((1, 0, (3, 4)), (2, 5, (2, 3)), (3
 @pytest.mark.parametrize("layout, F, batched", [*((layout, 40, 2 ** 22) for layout in LAYOUTS), (LAYOUTS[1], 41, 50),
                                                 (LAYOUTS[0], 307, 999)], ids=str)
 def test_statistics_are_those_of_the_raw_activations(layout, F, batched, monkeypatch):
-    monkeypatch.setattr(dash, "BATCHED", batched)                # small: what waits joins the rest many times
+    monkeypatch.setattr(stats, "BATCHED", batched)                # small: what waits joins the rest many times
     rng, n, k = np.random.default_rng(0), 60, 4
     values, indices = random_codes(rng, n, layout.positions, F, k)
     labels = rng.random((n, 3)) < 0.4
@@ -465,7 +465,7 @@ def test_maps_take_the_room_of_what_fires():
     (["{ckpt}", "--features=96"], "from 0 to 95"), (["{ckpt}", "--colour=1"], "unknown flag --colour"),
     (["{ckpt}", "--out={tmp}"], "exists and is not a dashboard"),
     (["{ckpt}", "--pages_only"], "there is no dashboard"), (["{half}"], "sae_weights.safetensors is"),
-    (["{ckpt}", "--model=schnelll"], "unknown model 'schnelll'"), (["{foreign}"], "does not say its model"),
+    (["{ckpt}", "--model=schnelll"], "unknown model 'schnelll'"), (["{foreign}"], "does not say where it belongs"),
     (["{ckpt}", "--n=2.5"], "--n 2.5"), (["{gated}"], "'temporal'"), (["{wide}"], "width")])
 def test_mistakes_end_in_one_line(built, model, tmp_path, flags, message):
     """As commands; only those that load nothing, so that each takes a second or two."""
@@ -660,7 +660,7 @@ def test_every_dot_of_the_scatter_links_to_its_feature(built, visit):
     folder, _ = built
     page = visit(folder / "index.html", viewport={"width": 1280, "height": 900})
     page.locator("#scatter").scroll_into_view_if_needed()
-    dots = page.evaluate("dots.map(([x, y, i]) => [x, y, data.feature[i]])")
+    dots = page.evaluate("dots.map(([x, y, i]) => [x, y, DATA.feature[i]])")
     assert sorted(d[2] for d in dots) == np.flatnonzero(dash.load(folder / "collect").fired).tolist()
     alone = max(dots, key=lambda a: min((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 for b in dots if b is not a))
     box = page.locator("#scatter").bounding_box()
@@ -775,7 +775,7 @@ def test_hostile_prompts_appear_as_typed_and_run_nothing(hostile, visit):
     folder, found = hostile
     page = visit(folder / "index.html")
     assert page.evaluate("window.hacked") is None and "<img src=x" in page.inner_text("h1")
-    assert page.evaluate("data.prompts") == HOSTILE
+    assert page.evaluate("DATA.prompts") == HOSTILE
     seen = set()
     for f in np.flatnonzero(found.fired)[:12]:
         page.goto((folder / "feature" / f"{f}.html").as_uri())

@@ -325,8 +325,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("about, flags, message", [
     ({}, {"strength": 3}, "unknown flag --strength"),
     ({}, {"n": 0}, "--n 0: it must be a whole number from 1"),
-    ({}, {"layer": 5}, "--layer 5: the SAE in CKPT is of layer 3"),
-    ({"layer": None, "site": None}, {}, "CKPT does not say its layer or site: give --layer --site"),
+    ({}, {"layer": 5}, "--layer 5: CKPT was trained at layer 3"),
+    ({"layer": None, "site": None}, {}, "(it was not written by train.py): give --layer and --site"),
     ({"layer": 12}, {}, "unknown layer 12"),
     ({"site": "image"}, {}, "unknown site 'image'"),
     ({"width": 96}, {}, "is for width 96, but nano has width 128"),
@@ -335,9 +335,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     ({}, {"images": "nowhere"}, "--images nowhere: there is no folder"),
     ({}, {"prompts": "nowhere.txt"}, "no prompt file 'nowhere.txt'"),
     ({}, {"attribute": 3}, "--attribute needs a prompt"),
-    ({}, {"attribute": 48, "prompt": "a cube"}, "--attribute 48: the SAE has features 0 to 47"),
-    ({}, {"attribute": -1, "prompt": "a cube"}, "--attribute -1: the SAE has"),
-    ({}, {"attribute": "x", "prompt": "a cube"}, "--attribute x"),
+    ({}, {"attribute": 48, "prompt": "a cube"}, "feature 48: ckpt has features 0 to 47"),
+    ({}, {"attribute": -1, "prompt": "a cube"}, "feature -1: ckpt has"),
+    ({}, {"attribute": "x", "prompt": "a cube"}, "feature x: ckpt has"),
     ({}, {"attribute": 1, "prompt": "a cube", "from": "CKPT"}, "needs one before layer 3"),
     ({}, {"from": "CKPT"}, "--attribute needs a prompt"),
     ({"run": {"timesteps": 2}, "site": "both"}, {"features": "1"}, "unknown flag --features"),
@@ -405,7 +405,7 @@ def test_padding_is_left_out_where_training_left_it_out(model):
     """Of text tokens only the words count: as many as the tokenizer makes of the captions."""
     counted = {}
     for padding in (True, False):
-        of = replace(subject(model, 3, "both", groups=2), padding=padding)
+        of = replace(subject(model, 3, "both", groups=2), run={"padding": padding})
         counted[padding] = score.statistics(model, of, PROMPTS, (8, 8), 1, 0, 3, 32, lambda share: None)["tokens"]
     words = sum(len(words) for words in model.words(PROMPTS, 32))
     assert counted == {True: 3 * (64 + 32), False: 3 * 64 + words}

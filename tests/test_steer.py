@@ -135,9 +135,8 @@ def test_an_edit_of_nothing_changes_no_bit_of_nano(model, loaded):
     for name, dtype in (("img", jnp.float32), ("late", jnp.bfloat16)):
         params = jax.tree.map(lambda w: w.astype(dtype), model.params)
         ours = loaded[name]
-        shared = {"img": {**steer._padded(ours.params[0], [(3, 1.0, 0.0)]), "where": np.ones(16, bool)}}
-        edit = flux.Edit(ours.layer, flux.residual_names(model.cfg, ours.layer, "img"),
-                         steer._changing(ours.cfg), shared=shared)
+        shared = {ours.names[0]: {**steer._padded(ours.params[0], [(3, 1.0, 0.0)]), "where": np.ones(16, bool)}}
+        edit = flux.Edit(ours.layer, ours.names, steer._changing(ours.cfg), shared=shared)
         plain, edited = (flux.velocity(params, model.cfg, start.latents, *flux.at(start, 0), grid=start.grid, edits=e)
                          for e in ((), [edit]))
         np.testing.assert_array_equal(np.asarray(edited), np.asarray(plain))
@@ -312,4 +311,4 @@ def test_nothing_imports_steer():
     for path in ROOT.glob("*.py"):
         assert path.name == "steer.py" or not re.search(r"^\s*(import|from) steer\b", path.read_text(), re.M), path
     imported = set(re.findall(r"^import (\w+)$", Path(steer.__file__).read_text(), re.M))
-    assert imported & {p.stem for p in ROOT.glob("*.py")} == {"flux", "sae", "session", "shard"}
+    assert imported & {p.stem for p in ROOT.glob("*.py")} == {"data", "flux", "sae", "session", "shard"}
