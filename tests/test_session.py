@@ -249,7 +249,8 @@ def test_a_second_signal_ends_at_once():
     process = child("""
         with session.stopping() as stop:
             print("ready", flush=True)
-            time.sleep(60)
+            for _ in range(600):                                 # a signal just before one long sleep would wait for it
+                time.sleep(0.1)
         """)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
