@@ -11,7 +11,7 @@ command line.
 
 Letters: B batch, T text tokens, I image tokens, C latent channels, D width, L layers (see `mmdit.py`).
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 import mmdit
 import text as text_encoders
 import vae
 import weights as tensor_files
-from mmdit import Config, Edit, catch, residual, residual_names, scan_blocks, token_groups, velocity  # noqa: F401 (API)
+from mmdit import Config, Edit, catch, residual, residual_names, scan_blocks, velocity  # noqa: F401 (API)
 from weights import Mistake, download
 
 REPOS = {"schnell": "black-forest-labs/FLUX.1-schnell", "dev": "black-forest-labs/FLUX.1-dev"}
@@ -47,12 +48,12 @@ class Model:
     def __repr__(self):
         return f"<FLUX.1 model of {self.source}: {self.cfg.layers} layers of width {self.cfg.width}>"
 
-    def tokenize(self, prompts, text_tokens=None):
+    def tokenize(self, prompts: Sequence[str], text_tokens: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """T5 ids [B, text_tokens] and CLIP ids [B, 77] (or as many as the model has positions)."""
         length = self.text_tokens if text_tokens is None else text_tokens
         return tuple(encode(prompts) for encode in _tokenizers(self.source, length, self.t5[0], self.clip[0]))
 
-    def words(self, prompts, length):
+    def words(self, prompts: Sequence[str], length: int) -> list[list[str]]:
         """For each prompt its T5 tokens as they stand in the text, at most `length`, without the padding."""
         return text_encoders.t5_words(self.source / "tokenizer_2", prompts, length)
 
@@ -63,7 +64,8 @@ def _tokenizers(folder, length, t5, clip):
             text_encoders.clip_tokenizer(folder / "tokenizer", clip.max_position_embeddings, clip.vocab_size))
 
 
-def read_config(model, transformer=None, unpack=None):
+def read_config(model: str | Path, transformer: str | Path | None = None, unpack: Callable | None = None
+                ) -> tuple[Path, Config]:
     """(folder, transformer Config) of `model`, without its weights: enough to check flags before a long load. Raises
     ValueError where it is no FLUX.1 pipeline. transformer, unpack: as for `load`."""
     folder = resolve(model, ["model_index.json", *(f"{part}/*.json" for part in (
@@ -97,12 +99,14 @@ def _check_parts(folder, cfg):
     return t5, clip, image, scheduler
 
 
-def read_scheduler(folder):
+def read_scheduler(folder: Path) -> dict:
     """The fields of scheduler_config.json, for `sigmas`."""
     return tensor_files.read_json(folder / "scheduler" / "scheduler_config.json")
 
 
-def load(model, *, put=None, dtype=jnp.bfloat16, transformer=None, unpack=None, walk=None, last=None, variant=None):
+def load(model: str | Path, *, put: Callable | None = None, dtype=jnp.bfloat16, transformer: str | Path | None = None,
+         unpack: Callable | None = None, walk: Callable | None = None, last: int | None = None,
+         variant: str | None = None) -> Model:
     """A `Model` from "nano", "schnell", "dev", a diffusers folder or a Hugging Face repo id.
 
     put(name, array), unpack: see `load_transformer`; names start with transformer., t5., clip. or vae. here.
@@ -135,7 +139,7 @@ PARTS = ["model_index.json", *(f"{part}/*" for part in (
     "transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler"))]
 
 
-def resolve(model, files=PARTS):
+def resolve(model: str | Path, files: Sequence[str] = PARTS) -> Path:
     """The folder of `model` (see `load`); of a repo, `files` are fetched. Raises ValueError that says what is wrong."""
     if str(model) == "nano" and not Path("nano/model_index.json").exists():
         model = Path(__file__).parent / "nano"
@@ -152,7 +156,7 @@ def resolve(model, files=PARTS):
 # ---------------------------------------------------------------- sampling
 
 
-def sigmas(scheduler, steps, tokens):
+def sigmas(scheduler: dict, steps: int, tokens: int) -> np.ndarray:
     """The noise levels 1 … 0 [steps + 1] of flow-match Euler sampling, float32.
 
     scheduler: the fields of scheduler_config.json. With `use_dynamic_shifting` (dev) they shift toward 1 with the
@@ -178,8 +182,9 @@ def sigmas(scheduler, steps, tokens):
     return np.append(s, 0).astype(np.float32)
 
 
-def generate(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, text_tokens=None, progress=None,
-             edits=None):
+def generate(model: Model, prompts: Sequence[str], *, steps: int, size: int | tuple[int, int], seed: int = 0,
+             noise=None, guidance: float | None = None, text_tokens: int | None = None, progress: Callable | None = None,
+             edits: Callable | None = None) -> np.ndarray:
     """Draw one image per prompt: uint8 [B, H, W, 3].
 
     size: pixels, an int or (height, width). noise: packed initial latents [B, I, C]; without it they are drawn from
@@ -192,7 +197,7 @@ def generate(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, 
     return decode(model, sample(model, start, progress=progress, edits=edits), start.grid)
 
 
-def sample(model, start, *, progress=None, edits=None):
+def sample(model: Model, start: "Start", *, progress: Callable | None = None, edits: Callable | None = None) -> Array:
     """The packed latents [B, I, C] in which sampling ends that begins at `start` (see `generate`)."""
     latents = start.latents
     for i in range(len(start.sigmas) - 1):
@@ -205,7 +210,9 @@ def sample(model, start, *, progress=None, edits=None):
     return latents
 
 
-def residuals(model, prompts, *, layer, site, seed=0, steps=1, size=None, noise=None, guidance=None, text_tokens=None):
+def residuals(model: Model, prompts: Sequence[str], *, layer: int, site: str, seed: int = 0, steps: int = 1,
+              size: int | tuple[int, int] | None = None, noise=None, guidance: float | None = None,
+              text_tokens: int | None = None) -> Array:
     """The residual stream at one layer while `model` draws `prompts`: [B, N, D], or [steps, B, N, D] where steps > 1.
 
     N is I, T or T + I for site "img", "txt", "both" (see `residual`). It is taken at every sampling step, the first at
@@ -218,7 +225,7 @@ def residuals(model, prompts, *, layer, site, seed=0, steps=1, size=None, noise=
     return acts[0] if steps == 1 else acts
 
 
-def capture(model, start, *, layer, site):
+def capture(model: Model, start: "Start", *, layer: int, site: str) -> Array:
     """The residual stream at one layer in every sampling step from `start`: [steps, B, N, D] (see `residuals`)."""
     latents, caught, where = start.latents, [], {"grid": start.grid, "layer": layer, "walk": model.walk}
     names = residual_names(model.cfg, layer, site)
@@ -230,6 +237,16 @@ def capture(model, start, *, layer, site):
     return jnp.stack(caught)
 
 
+def token_groups(site: str, timesteps: int, text_tokens: int) -> list[tuple[str, int, slice]]:
+    """[(name, timestep, slice of the site's tokens)]: the groups of tokens whose residuals differ in mean and spread,
+    by timestep and stream, in the order of `capture`'s axes. A single one has no name."""
+    both = [("txt", slice(0, text_tokens)), ("img", slice(text_tokens, None))]
+    streams = both if site == "both" else [("", slice(None))]
+    times = [f"t{t}" for t in range(timesteps)] if timesteps > 1 else [""]
+    return [("-".join(filter(None, (stream, time))), t, part)
+            for t, time in enumerate(times) for stream, part in streams]
+
+
 @dataclass(frozen=True)
 class Start:
     """What sampling starts from: latents [B, I, C] float32, (text, pooled, guidance or None), sigmas, token grid."""
@@ -239,13 +256,14 @@ class Start:
     grid: tuple[int, int]
 
 
-def at(start, i):
+def at(start: Start, i: int) -> tuple[Array, Array, Array, Array | None]:
     """What `velocity` wants to know at sampling step i besides the latents: text, pooled, timestep, guidance."""
     text, pooled, guidance = start.condition
     return text, pooled, jnp.full(len(text), start.sigmas[i]), guidance
 
 
-def prepare(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, text_tokens=None):
+def prepare(model: Model, prompts: str | Sequence[str], *, steps: int, size: int | tuple[int, int], seed: int = 0,
+            noise=None, guidance: float | None = None, text_tokens: int | None = None) -> Start:
     """Check the arguments of `generate`, encode the prompts and draw the noise."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
@@ -270,7 +288,7 @@ def prepare(model, prompts, *, steps, size, seed=0, noise=None, guidance=None, t
 
 
 @partial(jax.jit, static_argnames="shape")
-def draw_noise(seed, numbers, shape):
+def draw_noise(seed: int, numbers: Array, shape: tuple[int, ...]) -> Array:
     """Initial latents [B, *shape] of images `numbers` [B]: the same noise whatever is drawn beside them."""
     key = jax.random.key(seed)
     return jax.vmap(lambda n: jax.random.normal(jax.random.fold_in(key, n), shape))(numbers)
@@ -282,18 +300,18 @@ def _check_number(name, value, low=-np.inf, high=np.inf, kinds=(int, np.integer)
         raise Mistake(f"{name} is {value!r}; it must be {kind}")
 
 
-def token_grid(model, size):
+def token_grid(model: Model, size: int | tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) of packed tokens of an image of `size` pixels: 8 by the VAE, 2 by packing, for FLUX.1."""
     return _grid(model.vae[0], size)
 
 
-def check_size(folder, size):
+def check_size(folder: Path, size: int | tuple[int, int]) -> tuple[int, int]:
     """`token_grid`, and its ValueError for a size that does not fit, from the folder of `read_config`, before a long
     load."""
     return _grid(vae.config(folder / "vae"), size)
 
 
-def default_size(folder):
+def default_size(folder: Path) -> int:
     """Pixels a side of the model in that folder where nobody says."""
     return tensor_files.read_json(folder / "vae" / "config.json").get("sample_size", 1024)
 
@@ -305,26 +323,26 @@ def _grid(cfg, size):
     return sides[0] // pixels, sides[1] // pixels
 
 
-def encode_text(model, prompts, text_tokens=None):
+def encode_text(model: Model, prompts: Sequence[str], text_tokens: int | None = None) -> tuple[Array, Array]:
     """T5 states [B, T, joint_attention_dim] and CLIP's pooled vector [B, pooled_projection_dim]."""
     t5_ids, clip_ids = model.tokenize(prompts, text_tokens)
     text = text_encoders.t5(model.t5[1], model.t5[0], t5_ids, walk=model.walk or scan_blocks)
     return text, _clip(model.clip[1], model.clip[0], clip_ids)
 
 
-def decode(model, latents, grid):
+def decode(model: Model, latents: Array, grid: tuple[int, int]) -> np.ndarray:
     """Packed latents [B, I, C] → images uint8 [B, H, W, 3]."""
     images = np.asarray(_decode(model.vae[1], model.vae[0], latents, grid=tuple(grid)))
     return np.round(np.clip(images / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
-def pack(latents):
+def pack(latents: Array) -> Array:
     """[B, h, w, c] → [B, h/2 * w/2, 4c]: each token holds a 2x2 patch, channel by channel, as FLUX.1 packs it."""
     B, h, w, c = latents.shape
     return latents.reshape(B, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4).reshape(B, h * w // 4, 4 * c)
 
 
-def unpack(latents, grid):
+def unpack(latents: Array, grid: tuple[int, int]) -> Array:
     """The inverse of `pack`: [B, I, C] → [B, 2 rows, 2 columns, C/4]."""
     B, (h, w), c = latents.shape[0], grid, latents.shape[-1] // 4
     return latents.reshape(B, h, w, c, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(B, 2 * h, 2 * w, c)

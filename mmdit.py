@@ -11,7 +11,7 @@ A layer is one number: the double blocks come first, then the single blocks. The
 `double.img`, `double.txt`, `single.img`, `single.txt` and their MLP neurons as `double.img.neurons`,
 `double.txt.neurons`, `single.neurons`, each stacked over the layers of its kind (see `harvest.py`).
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 import weights as tensor_files
 from harvest import plant, reap, sow
@@ -73,7 +74,9 @@ class Edit:
     shared: Any = None
 
 
-def velocity(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, walk=None, edits=()):
+def velocity(params: dict, cfg: Config, latents: Array, text: Array, pooled: Array, timestep: Array,
+             guidance: Array | None = None, *, grid: tuple[int, int], walk: Callable | None = None,
+             edits: Sequence[Edit] = ()) -> Array:
     """The flow's velocity [B, I, C] at packed `latents` [B, I, C]; d latents / d timestep, as FLUX.1 predicts it.
 
     text [B, T, joint_attention_dim]: T5 states. pooled [B, pooled_projection_dim]: CLIP's vector. timestep [B] in 0…1
@@ -85,8 +88,9 @@ def velocity(params, cfg, latents, text, pooled, timestep, guidance=None, *, gri
     return _run(params, cfg, inputs, grid, walk, edits=edits)[0]
 
 
-def residual(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, layer, site, walk=None,
-             edits=()):
+def residual(params: dict, cfg: Config, latents: Array, text: Array, pooled: Array, timestep: Array,
+             guidance: Array | None = None, *, grid: tuple[int, int], layer: int, site: str,
+             walk: Callable | None = None, edits: Sequence[Edit] = ()) -> Array:
     """The residual stream that leaves block `layer`, and nothing computed after it: [B, I, D] for site "img",
     [B, T, D] for "txt", [B, T + I, D] for "both" (text first). Other arguments as for `velocity`."""
     inputs, names = (latents, text, pooled, timestep, guidance), residual_names(cfg, layer, site)
@@ -94,13 +98,15 @@ def residual(params, cfg, latents, text, pooled, timestep, guidance=None, *, gri
     return jnp.concatenate(list(caught.values()), 1)
 
 
-def catch(params, cfg, latents, text, pooled, timestep, guidance=None, *, grid, layer, names, walk=None, edits=()):
+def catch(params: dict, cfg: Config, latents: Array, text: Array, pooled: Array, timestep: Array,
+          guidance: Array | None = None, *, grid: tuple[int, int], layer: int, names: Sequence[str],
+          walk: Callable | None = None, edits: Sequence[Edit] = ()) -> tuple[Array, dict[str, Array]]:
     """(`velocity`, {name: what block `layer` sows under it}), for example of "double.img.neurons" or "single.txt"."""
     inputs = latents, text, pooled, timestep, guidance
     return _run(params, cfg, inputs, grid, walk, None, layer, tuple(names), edits)
 
 
-def residual_names(cfg, layer, site):
+def residual_names(cfg: Config, layer: int, site: str) -> tuple[str, ...]:
     """Under which names block `layer` sows its residual stream at `site`. Raises ValueError for unknown ones."""
     if site not in SITES:
         raise Mistake(f"unknown site {site!r}: it is one of {', '.join(SITES)}")
@@ -109,16 +115,6 @@ def residual_names(cfg, layer, site):
                          f"({cfg.num_layers} double, {cfg.num_single_layers} single)")
     kind = "double" if layer < cfg.num_layers else "single"
     return tuple(f"{kind}.{s}" for s in (("txt", "img") if site == "both" else (site,)))
-
-
-def token_groups(site, timesteps, text_tokens):
-    """[(name, timestep, slice of the site's tokens)]: the groups of tokens whose residuals differ in mean and spread,
-    by timestep and stream, in the order of `capture`'s axes. A single one has no name."""
-    both = [("txt", slice(0, text_tokens)), ("img", slice(text_tokens, None))]
-    streams = both if site == "both" else [("", slice(None))]
-    times = [f"t{t}" for t in range(timesteps)] if timesteps > 1 else [""]
-    return [("-".join(filter(None, (stream, time))), t, part)
-            for t, time in enumerate(times) for stream, part in streams]
 
 
 def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=(), edits=()):
@@ -314,7 +310,7 @@ def _rope_tables(cfg, text_tokens, grid):
     return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
 
 
-def scan_blocks(block, x, stack, layers, *context):
+def scan_blocks(block: Callable, x, stack: dict, layers: range, *context):
     """x through the `layers` (a range) of the stacked blocks as one `lax.scan`: compile time does not grow with depth.
 
     The default of every `walk` argument. block: (x, parameters of one layer, *context) → (x, {name: value}). x: a
@@ -389,7 +385,7 @@ def _names(layout):
             for ours, (prefix, part) in layout.items() for k, v in part.items()}
 
 
-def table(cfg, layout=DIFFUSERS):
+def table(cfg: Config, layout: dict = DIFFUSERS) -> dict:
     """Every tensor of the transformer, once (see `weights.Tensor`), under the names of one file layout."""
     D, C, K, names = cfg.width, cfg.in_channels, cfg.attention_head_dim, _names(layout)
     depth = {"double": cfg.num_layers, "single": cfg.num_single_layers}
@@ -423,7 +419,9 @@ def table(cfg, layout=DIFFUSERS):
     }
 
 
-def load_transformer(path, *, put=None, dtype=jnp.bfloat16, unpack=None, last=None, variant=None):
+def load_transformer(path: str | Path, *, put: Callable | None = None, dtype=jnp.bfloat16,
+                     unpack: Callable | None = None, last: int | None = None, variant: str | None = None
+                     ) -> tuple[Config, dict]:
     """(Config, params) from a diffusers `transformer/` folder, or from a single safetensors file with diffusers' names
     or Black Forest Labs', which may hold a whole pipeline.
 
