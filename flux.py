@@ -183,8 +183,8 @@ def sigmas(scheduler: dict, steps: int, tokens: int) -> np.ndarray:
 
 
 def generate(model: Model, prompts: Sequence[str], *, steps: int, size: int | tuple[int, int], seed: int = 0,
-             noise=None, guidance: float | None = None, text_tokens: int | None = None, progress: Callable | None = None,
-             edits: Callable | None = None) -> np.ndarray:
+             noise=None, guidance: float | None = None, text_tokens: int | None = None,
+             progress: Callable | None = None, edits: Callable | None = None) -> np.ndarray:
     """Draw one image per prompt: uint8 [B, H, W, 3].
 
     size: pixels, an int or (height, width). noise: packed initial latents [B, I, C]; without it they are drawn from

@@ -28,6 +28,7 @@ from harvest import plant, reap, sow
 from weights import Mistake
 
 SITES = ("img", "txt", "both")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")        # of the transformer in files with everything
 
 
 @dataclass(frozen=True)
@@ -438,9 +439,6 @@ def load_transformer(path: str | Path, *, put: Callable | None = None, dtype=jnp
                    else part for name, part in tensors.items() if name != "out"}
         weights = {name: weights[name] for name in tensor_files.file_shapes(tensors)}
     return cfg, tensor_files.load_tensors(tensors, weights, put=put, dtype=dtype)
-
-
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")        # of the transformer in files with everything
 
 
 def open_transformer(path, unpack=None, variant=None):
