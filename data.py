@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import zlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +43,7 @@ UNREADABLE = (gzip.BadGzipFile, zlib.error, EOFError, csv.Error)                
 # ---------------------------------------------------------------- sources
 
 
-def read(source, field=None, held_out=None, say=print):
+def read(source: str, field: str | None = None, held_out: bool | None = None, say: Callable = print) -> Iterator[str]:
     """Prompts, streamed: from a text file (one a line), CSV, TSV, JSON (lines, or one array; all plain or .gz), parquet
     (with pyarrow), `hf:owner/dataset[@revision][/file]`, or "scenes", which never end. Blank ones are skipped.
 
@@ -67,7 +68,7 @@ def read(source, field=None, held_out=None, say=print):
             say(f"prompts: skipped {bad:,} rows of {file}")
 
 
-def stream(source, field=None, held_out=None):
+def stream(source: str, field: str | None = None, held_out: bool | None = None) -> Iterator[str]:
     """`read` without end: a finite source starts anew. Raises Mistake where there is nothing to read."""
     say = print
     while True:
@@ -79,7 +80,7 @@ def stream(source, field=None, held_out=None):
         say = _silent                                            # it was said once
 
 
-def take(source, field, n, held_out=None):
+def take(source: str, field: str | None, n: int, held_out: bool | None = None) -> list[str]:
     """The first n prompts of a source, or all where it has fewer. Raises Mistake where it has none.
 
     held_out: True for those that no training has seen and, where these are fewer than n, then the others.
@@ -94,19 +95,19 @@ def take(source, field, n, held_out=None):
     return first
 
 
-def is_held_out(prompt):
+def is_held_out(prompt: str) -> bool:
     """Whether a prompt is among those that are held out, whatever its case and spaces."""
     words = " ".join(prompt.casefold().split())
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) % SHARE == 0
 
 
-def divisible(source, field=None):
+def divisible(source: str, field: str | None = None) -> bool:
     """Whether prompts of a source can be held out: there are a hundred different ones, and one of them is."""
     first = set(itertools.islice(read(source, field, say=_silent), 1000))
     return len(first) >= 100 and any(map(is_held_out, first))
 
 
-def located(source):
+def located(source: str) -> str:
     """The source with what makes it the same anywhere: a file's absolute path, the revision of a dataset on the hub."""
     if source == "scenes":
         return source
@@ -119,7 +120,7 @@ def located(source):
     return f"hf:{'/'.join([f'{repo}@{revision}', *file])}"
 
 
-def same(given, source):
+def same(given: str, source: str) -> bool:
     """Whether `given`, as a user types it, means `source`, which is `located`."""
     if given.startswith("hf:") and source.startswith("hf:"):
         (repo, revision, file), whole = _hub_name(given[3:]), _hub_name(source[3:])
@@ -127,7 +128,7 @@ def same(given, source):
     return given == source or os.path.abspath(given) == os.path.abspath(source)
 
 
-def fingerprint(source):
+def fingerprint(source: str) -> str | None:
     """SHA-256 of a file's bytes; None for what is no file."""
     if source == "scenes" or source.startswith("hf:"):
         return None
@@ -163,7 +164,7 @@ def scenes():
     return module
 
 
-def held_out_scenes(n):
+def held_out_scenes(n: int) -> list:
     """The first n scenes whose captions are held out."""
     world = scenes()
     drawn = (world.sample(i) for i in itertools.count())
@@ -364,14 +365,14 @@ class Activations:
         self.stored, self.passes = 0, None                       # tokens of all chunks; a generator that stores more
         self.starts = {}                                         # chunk → number of its first prompt
 
-    def seek(self, chunk, first=None):
+    def seek(self, chunk: int, first: int | None = None) -> None:
         """Begin with a chunk: at the prompt number `first`, which has to be said where padding is left out."""
         first = chunk * self.forwards * self.run.prompt_batch if first is None else first
         collections.deque(itertools.islice(self.prompts, first), 0)
         self.starts = {chunk: first}
         self.stored, self.passes = chunk * self.tokens, self._fetched(self._sent(chunk, first))
 
-    def ready(self, step, stop=lambda: False, bar=None):
+    def ready(self, step: int, stop: Callable = lambda: False, bar=None) -> bool:
         """Fetch what `step` trains on, and its share of the next chunk. False where stop() came first. Steps must be
         asked for in rising order: the prompts are a stream."""
         if self.passes is None:
@@ -385,7 +386,7 @@ class Activations:
             self.stored += next(self.passes)
         return True
 
-    def batch(self, step):
+    def batch(self, step: int) -> np.ndarray:
         """Activations [batch, columns] of a step that is `ready`."""
         return self.rows[self.places(step)]
 
@@ -403,7 +404,7 @@ class Activations:
         """(which half of `rows`, places there [tokens]) of a chunk, in the order of training."""
         return chunk % 2, shuffled(self.run.seed, chunk, self.tokens)
 
-    def place(self, step):
+    def place(self, step: int) -> dict[str, np.ndarray]:
         """What a checkpoint before that step has to keep, for `seek`."""
         return {"position": np.array(self.starts[step // self.batches])}
 
@@ -476,7 +477,8 @@ def flat_and_finite(acts, dtype):
     return acts.reshape(-1, acts.shape[-1]), jnp.isfinite(acts).all((0, 2, 3))
 
 
-def real_tokens(model, prompts, site, text_tokens, image_tokens):
+def real_tokens(model: flux.Model, prompts: Sequence[str], site: str, text_tokens: int,
+                image_tokens: int) -> np.ndarray:
     """Which tokens of a site are no padding of T5's: [B, N] bool, in the order of `flux.residual`."""
     lengths = [len(words) for words in model.words(prompts, text_tokens)]
     text = np.arange(text_tokens) < np.array(lengths)[:, None]

@@ -111,14 +111,14 @@ class _Lasting:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def no_unknown_flags(flags):
+def no_unknown_flags(flags: dict) -> None:
     """Raise Mistake where a command got flags that it does not know."""
     if flags:
         names = ", ".join(f"--{name}" for name in flags)
         raise Mistake(f"unknown flag{'s' * (len(flags) > 1)} {names} (see --help)")
 
 
-def check_whole(flags):
+def check_whole(flags: dict) -> None:
     """Raise Mistake for one of `flags` {name: value} that is not a whole number from 1 (0 where that fits)."""
     for name, value in flags.items():
         least = 0 if name in ("layer", "size", "text_tokens", "seed") else 1
@@ -129,7 +129,7 @@ def check_whole(flags):
 # ---------------------------------------------------------------- which model, and in which format
 
 
-def announce(model):
+def announce(model: str) -> str:
     """Print which model runs, and why it was chosen; "auto" becomes a name, a folder its absolute path."""
     name, why = default_model() if model == "auto" else (model, "as asked")
     name = located(name)
@@ -137,39 +137,39 @@ def announce(model):
     return name
 
 
-def located(model):
+def located(model: str) -> str:
     """A model's name as it is the same anywhere: of a folder the absolute path; else what is bundled or on the hub."""
     bundled = model == "nano" and flux.resolve(model).samefile(Path(flux.__file__).parent / "nano")
     return os.path.abspath(model) if Path(model).is_dir() and not bundled else model
 
 
-def revision_of(folder):
+def revision_of(folder: Path) -> str | None:
     """The revision of a model in a folder of the hub's cache; None elsewhere."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def default_model():
+def default_model() -> tuple[str, str]:
     """What "auto" stands for on this machine, and why: ("schnell" or "nano", reason)."""
     kind = jax.devices()[0].platform
     return ("nano", "JAX sees only a CPU") if kind == "cpu" else ("schnell", f"JAX sees a {kind.upper()}")
 
 
-def default_dtype():
+def default_dtype() -> str:
     """The type of a model's numbers where nobody says: float32 on a CPU, else bfloat16."""
     return "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
 
 
-def default_quant(folder):
+def default_quant(folder: Path) -> str:
     """The format of the weights where nobody says: nf4 where JAX sees an accelerator, none for nano and on a CPU."""
     return "none" if jax.devices()[0].platform == "cpu" or (folder / "scenes.py").is_file() else "nf4"
 
 
-def quantized(name):
+def quantized(name: str) -> dict:
     """Arguments of `flux.load` for weights in the format `name`: nf4, int8 or none. Raises Mistake for another."""
     return {"put": quant.put(name), "unpack": quant.unpack}
 
 
-def precision(folder, run=None, dtype="", quant=""):
+def precision(folder: Path, run: dict | None = None, dtype: str = "", quant: str = "") -> tuple[str, str]:
     """(dtype, quant) in which a tool loads the model in `folder`, also printed: the flags --dtype and --quant, else
     what the checkpoint's `run` says, else what train.py would choose. Raises Mistake for unknown ones."""
     run, said = run or {}, []
@@ -184,12 +184,13 @@ def precision(folder, run=None, dtype="", quant=""):
     return dtype, quant
 
 
-def check_dtype(dtype):
+def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise Mistake(f"--dtype {dtype}: it is one of {', '.join(DTYPES)}")
 
 
-def load_model(name, run=None, *, dtype="", quant="", transformer="", **options):
+def load_model(name: str, run: dict | None = None, *, dtype: str = "", quant: str = "", transformer: str = "",
+               **options) -> flux.Model:
     """`flux.load` as `precision` says, over all devices. transformer: a file or folder to take the transformer from;
     default: the one of the checkpoint's `run`, or the model's own. A model on the hub has the run's revision."""
     run, unpack = run or {}, quantized("none")["unpack"]
@@ -253,21 +254,22 @@ class Subject:
         if type(feature) is not int or not 0 <= feature < self.cfg.features:
             raise Mistake(f"feature {feature}: {self.name} has features 0 to {self.cfg.features - 1}")
 
-    def nearest(self, level):
+    def nearest(self, level: float) -> int:
         """The number of the noise level of training that is nearest to this one."""
         return int(np.abs(self.levels - level).argmin())
 
-    def of(self, t):
+    def of(self, t: int) -> dict[str, sae.Params]:
         """{name of the stream: parameters} of the noise level of training number t. One SAE is for all."""
         n = len(self.names)
         return dict(zip(self.names, self.params * n if len(self.params) == 1 else self.params[t * n:(t + 1) * n]))
 
-    def at(self, level):
+    def at(self, level: float) -> dict[str, sae.Params]:
         """{name of the stream: parameters} at a noise level: those of the nearest one of training."""
         return self.of(self.nearest(level))
 
 
-def opened(folder, *, model="", layer=None, site="", writes=True):
+def opened(folder: str | Path, *, model: str = "", layer: int | None = None, site: str = "",
+           writes: bool = True) -> Subject:
     """The `Subject` in a checkpoint's folder, before any model is looked at: without names and levels.
 
     model, layer, site: of an SAE that does not say. writes: whether it has to write what it reads, which a transcoder
@@ -289,7 +291,7 @@ def opened(folder, *, model="", layer=None, site="", writes=True):
     return Subject(folder.resolve().name, params, cfg, **said, run=about.get("run") or {})
 
 
-def placed(subject, folder, cfg):
+def placed(subject: Subject, folder: Path, cfg: flux.Config) -> Subject:
     """The `Subject` with names and levels, for the model in `folder` with the transformer Config `cfg` (as
     `flux.read_config` gives them). Raises Mistake where it does not fit."""
     names = flux.residual_names(cfg, subject.layer, subject.site)
@@ -304,7 +306,7 @@ def placed(subject, folder, cfg):
     return replace(subject, names=names, levels=levels)
 
 
-def subject(model, folder, *, layer=None, site=""):
+def subject(model: flux.Model, folder: str | Path, *, layer: int | None = None, site: str = "") -> Subject:
     """The `Subject` in a checkpoint's folder, in a model of `flux.load`. layer, site: of an SAE that does not say.
     Raises Mistake where it does not fit."""
     found = opened(folder, model=str(model.source), layer=layer, site=site)
@@ -326,7 +328,7 @@ def streams(subject, acts, start):
         yield t, name, acts[t, :, part]
 
 
-def prompts_of(subject, source="", field=""):
+def prompts_of(subject: Subject, source: str = "", field: str = "") -> tuple[str, str | None, bool | None]:
     """(source, field, held_out) of the prompts to look at it with, for `data.take`: those that are asked for, or
     those of its own source that no training step saw."""
     own = subject.run.get("prompts")
