@@ -444,22 +444,25 @@ def _aux_loss_of_few(rows: Params, there: Array, x: Array, error: Array) -> Arra
 
 
 def _with_aux(grads: Params, params: Params, cfg: Config, u: Array, dead: Array, error: Array, mesh):
-    """-> AuxK's loss, grads with its gradient. It costs nothing while no feature is dead, and little while few are."""
+    """-> AuxK's loss, grads with its gradient. It costs nothing while no feature is dead, and little while few are:
+    their gradients leave the conditional as a few rows, for all of grads would be copied there."""
     count = jnp.sum(dead)
+    (places,) = jnp.nonzero(dead, size=cfg.k_aux, fill_value=0)
+    rows = {name: params[name][places] for name in ("enc", "b_enc", "dec")}
 
-    def few(grads):
-        (places,) = jnp.nonzero(dead, size=cfg.k_aux, fill_value=0)
-        rows = {name: params[name][places] for name in ("enc", "b_enc", "dec")}
+    def few(rows):
         there = jnp.arange(cfg.k_aux) < count
-        loss, aux = jax.value_and_grad(_aux_loss_of_few)(rows, there, _seen(params, cfg, u), error)
-        return loss, grads | {name: grads[name].at[places].add(cfg.aux_coefficient * a) for name, a in aux.items()}
+        return jax.value_and_grad(_aux_loss_of_few)(rows, there, _seen(params, cfg, u), error)
 
     def many(grads):
         loss, aux = jax.value_and_grad(_aux_loss)(params, cfg, u, dead, error, mesh)
         return loss, jax.tree.map(lambda g, a: g + cfg.aux_coefficient * a, grads, aux)
 
-    none = lambda grads: (jnp.zeros(()), grads)
-    return lax.switch(jnp.int32(count > 0) + (count > cfg.k_aux), [none, few, many], grads)
+    of_many, grads = lax.cond(count > cfg.k_aux, many, lambda grads: (jnp.zeros(()), grads), grads)
+    of_few, aux = lax.cond((count > 0) & (count <= cfg.k_aux), few,
+                           lambda rows: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, rows)), rows)
+    added = {name: grads[name].at[places].add(cfg.aux_coefficient * a) for name, a in aux.items()}
+    return of_many + of_few, grads | added
 
 
 def step(
