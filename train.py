@@ -224,7 +224,8 @@ def ours(out):
     """Names of what a checkpoint has in the folder `out`."""
     about = checkpoint.load_metadata(out) if (out / checkpoint.CONFIG).is_file() else {}
     groups = (about.get("training") or {}).get("groups") or ()
-    return {*checkpoint.READ, checkpoint.STATE, "metrics.jsonl", "eval.json", *groups}       # eval.json: score.py's
+    written = checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.STATE, "metrics.jsonl"
+    return {*written, "eval.json", *groups}                      # eval.json: score.py's
 
 
 def check_out(out, resume, overwrite):

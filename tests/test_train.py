@@ -620,6 +620,10 @@ def test_each_group_of_tokens_has_its_normalization(start, model):
         assert int(np.argmin(distances)) == g
         assert checkpoint.load(Path("ckpt") / (name if g else ""))[1] == cfg
     start(site="both", timesteps=2, buffer=2048, overwrite=True)
+    (Path("ckpt") / "sae.safetensors").touch()                   # --init may read such a file, but no run writes it
+    with pytest.raises(ValueError, match=r"not ours: sae\.safetensors"):
+        start(site="both", timesteps=2, overwrite=True)
+    (Path("ckpt") / "sae.safetensors").unlink()
     (Path("ckpt") / "mine").mkdir()
     with pytest.raises(ValueError, match="not ours: mine"):
         start(site="both", timesteps=2, overwrite=True)
