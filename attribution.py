@@ -20,7 +20,8 @@ import numpy as np
 import flux
 import sae
 import shard
-from session import Mistake, beginning, streams
+from data import beginning
+from session import Mistake, streams
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +170,8 @@ def check_order(source, target):
 def traceable(model):
     """A walk over the blocks that can be traced and differentiated: one scan. Of several chips the model's own calls
     a program for each block, and would be unrolled."""
-    sharding = jax.tree.leaves(model.params)[0].sharding
-    return shard.scan(sharding.mesh) if isinstance(sharding, jax.sharding.NamedSharding) else None
+    mesh = shard.mesh_of(model.params)
+    return shard.scan(mesh) if mesh else None
 
 
 def shift(name, value, each, shared):

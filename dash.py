@@ -37,7 +37,6 @@ import flux
 import pages
 import sae
 import session
-import shard
 from session import Mistake
 from stats import DAMAGED, EDGES, Counts, Layout, load, save
 
@@ -315,25 +314,17 @@ def read_cfg(checkpoint):
 def collect_from(checkpoint, load_model, subject, folder, source, field, n, steps, seed, batch, stop):
     """What the checkpoint says of itself, and the flags → `collect`."""
     source, field, held_out = session.prompts_of(subject, source, field)
-    texts, labels = captions(source, field, held_out, n)
+    texts, drawn = data.examples(source, field, held_out, n)
+    labels = dict(zip(("attributes", "labels"), scene_attributes(data.scenes(), drawn))) if drawn else {}
     model = load_model()
     info = {"model": subject.model, "source": source, "checkpoint": read_cfg(checkpoint),
             "metrics": read_metrics(Path(checkpoint) / "metrics.jsonl"), "versions": {"jax": jax.__version__}}
-    batch = batch or shard.batch(*((1, 16) if model.cfg.width <= 512 else (4,)))
     with tqdm(total=len(texts), unit="prompt", desc="collecting", dynamic_ncols=True) as bar:
         return collect(model, subject.params, subject.cfg, texts, folder, layer=subject.layer, site=subject.site,
-                       steps=steps or (28 if model.cfg.guidance_embeds else 4), timesteps=subject.timesteps,
+                       steps=steps or session.default_steps(model.cfg), timesteps=subject.timesteps,
                        size=subject.size, text_tokens=subject.text_tokens, padding=subject.padding, seed=seed,
-                       batch=batch, info=info, **labels, progress=lambda done: bar.update(done - bar.n), stop=stop)
-
-
-def captions(source, field, held_out, n):
-    """(n prompts that no training step saw, where the source allows it; arguments of `collect` about their scenes)."""
-    if source != "scenes":
-        return data.take(source, field, n, held_out=held_out), {}
-    scenes, drawn = data.scenes(), data.held_out_scenes(n)
-    labels = dict(zip(("attributes", "labels"), scene_attributes(scenes, drawn)))
-    return [scenes.caption(scene) for scene in drawn], labels
+                       batch=batch or session.default_batch(model.cfg), info=info, **labels,
+                       progress=lambda done: bar.update(done - bar.n), stop=stop)
 
 
 OURS = re.compile(r"index\.html|run\.html|data\.js|dash\.(css|js)|feature(/\d+\.html)?|maps(/\d+\.js)?"

@@ -95,6 +95,14 @@ def take(source: str, field: str | None, n: int, held_out: bool | None = None) -
     return first
 
 
+def examples(source: str, field: str | None, held_out: bool | None, n: int) -> tuple[list[str], list | None]:
+    """(`take`, None); of "scenes", which never end, n captions that are held out, and their scenes."""
+    if source != "scenes":
+        return take(source, field, n, held_out), None
+    drawn = held_out_scenes(n)
+    return list(map(scenes().caption, drawn)), drawn
+
+
 def is_held_out(prompt: str) -> bool:
     """Whether a prompt is among those that are held out, whatever its case and spaces."""
     words = " ".join(prompt.casefold().split())
@@ -337,7 +345,7 @@ class Activations:
     sent before the next one is fetched, so that an accelerator works while the host tokenizes, copies and shuffles.
     Which passes go before a step follows from its number and the prompts alone: several hosts send the same programs
     in the same order. Without padding passes differ in how many tokens they give: a chunk is filled up, and what the
-    last pass has more is left. run: a `train.Run`. mesh: of several devices, as for `train.train`.
+    last pass has more is left. run: a `recipe.Run`. mesh: of several devices, as for `train.train`.
     """
 
     def __init__(self, run, model, prompts, mesh=None):
@@ -381,7 +389,7 @@ class Activations:
         while self.stored < wanted:
             if stop():
                 return False
-            if bar and step % self.batches == 0:
+            if bar and self.stored < (step // self.batches + 1) * self.tokens:
                 bar.set_description(f"harvest {self.stored % self.tokens / self.tokens:.0%}")
             self.stored += next(self.passes)
         return True
@@ -437,19 +445,15 @@ class Activations:
         taken = np.flatnonzero(np.broadcast_to(real, (self.run.timesteps, *real.shape)))[:room]
         return taken, len(taken)
 
-    def send(self, prompts, first, end=None, purpose="that were asked for"):
+    def send(self, prompts, first, end=DRAWN, purpose="that were asked for"):
         """A forward pass over prompts, for `fetch`, which alone waits for it. first: number of the first noise; those
         from `end` on (other tools') are not for it."""
-        run, model, end = self.run, self.model, end or DRAWN
-        encoded = flux.encode_text(model, prompts, run.text_tokens)
-        text, pooled = (jnp.repeat(x, run.seeds_per_prompt, 0) if run.seeds_per_prompt > 1 else x for x in encoded)
-        shape = (self.grid[0] * self.grid[1], model.cfg.in_channels)
-        if first + len(text) > end:
-            raise Mistake(f"noise number {first + len(text):,} is not for activations {purpose}, but those up to "
+        run, model, images = self.run, self.model, len(prompts) * self.run.seeds_per_prompt
+        if first + images > end:
+            raise Mistake(f"noise number {first + images:,} is not for activations {purpose}, but those up to "
                           f"{end - 1:,}: take fewer --steps or --seeds_per_prompt")
-        guidance = jnp.full(len(text), 3.5) if model.cfg.guidance_embeds else None
-        start = flux.Start(flux.draw_noise(run.seed, first + np.arange(len(text)), shape), (text, pooled, guidance),
-                           flux.sigmas(model.scheduler, run.timesteps, shape[0]), self.grid)
+        levels = flux.sigmas(model.scheduler, run.timesteps, self.grid[0] * self.grid[1])
+        start = beginning(model, prompts, np.arange(images), levels, self.grid, run.seed, run.text_tokens, first)
         acts = [flux.capture(model, start, layer=layer, site=run.site) for layer in self.layers]
         acts, finite = shard.wait(self.mesh, self.flatten(acts))
         acts.copy_to_host_async()
@@ -462,6 +466,16 @@ class Activations:
             prompt = prompts[int(np.argmin(finite)) // self.run.seeds_per_prompt]
             raise Mistake(f"activations {purpose} hold NaN or Inf, at the prompt {prompt!r}; none were trained on")
         return np.asarray(acts)
+
+
+def beginning(model, prompts, numbers, levels, grid, seed, text_tokens=None, first=SCORED):
+    """The `flux.Start` of images whose noises have the numbers first + `numbers`, at these noise levels. Of several
+    images a prompt, those of the first prompt come first."""
+    encoded, each = flux.encode_text(model, prompts, text_tokens), len(numbers) // len(prompts)
+    text, pooled = (jnp.repeat(x, each, 0) if each > 1 else x for x in encoded)
+    guidance = jnp.full(len(numbers), 3.5) if model.cfg.guidance_embeds else None
+    noise = flux.draw_noise(seed, first + np.asarray(numbers), (grid[0] * grid[1], model.cfg.in_channels))
+    return flux.Start(noise, (text, pooled, guidance), levels, grid)
 
 
 @lru_cache(2)

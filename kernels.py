@@ -278,6 +278,7 @@ def _total(values: Array, indices: Array, features: int) -> Array:
 
 # ---- how the three operations are done ------------------------------------------------------------------------------
 
+
 def plan(mesh: Mesh | None, values: Array, rows: Array):
     """How products of values [B, k] and rows [F, D] (of one device) are done: "scan", but on a TPU with a mesh "dense"
     or by `kernels_tpu.Kernels` (see `kernels_tpu.plan`)."""

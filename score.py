@@ -34,7 +34,6 @@ import data as sources
 import flux
 import sae
 import session
-import shard
 import vae
 from session import Mistake
 
@@ -114,7 +113,7 @@ def prepared(model, data, steps, seed, batch, text_tokens=None):
         rows = np.arange(first, min(first + batch, len(data.prompts)))
         full = np.minimum(np.arange(first, first + batch), len(data.prompts) - 1)
         prompts = [data.prompts[i] for i in full]
-        yield rows, session.beginning(model, prompts, full, levels, data.grid, seed, text_tokens)
+        yield rows, sources.beginning(model, prompts, full, levels, data.grid, seed, text_tokens)
 
 
 def losses(model, subject, data, starts, progress):
@@ -207,7 +206,7 @@ def statistics(model, subject, captions, grid, tokens, seed, batch, text_tokens,
     levels = np.append(subject.levels, 0).astype(np.float32)
     while done < tokens:
         texts = [captions[i % len(captions)] for i in numbers]
-        start = session.beginning(model, texts, numbers, levels, grid, seed, text_tokens)
+        start = sources.beginning(model, texts, numbers, levels, grid, seed, text_tokens)
         acts = flux.capture(model, start, layer=subject.layer, site=subject.site)
         real = sources.real_tokens(model, texts, "txt", start.condition[0].shape[1], 0)
         for t, name, x in session.streams(subject, acts, start):
@@ -258,7 +257,7 @@ def dataset(model, prompts, images=None, *, size=None, steps=4, seed=0, batch=16
         rows = np.minimum(np.arange(first, first + batch), len(prompts) - 1)
         if images is None:
             levels = flux.sigmas(model.scheduler, steps, grid[0] * grid[1])
-            start = session.beginning(model, [prompts[i] for i in rows], rows, levels, grid, seed, text_tokens,
+            start = sources.beginning(model, [prompts[i] for i in rows], rows, levels, grid, seed, text_tokens,
                               sources.SCORED + len(prompts))
             part = flux.sample(model, start)
         else:
@@ -337,21 +336,18 @@ def captions(subject, folder, prompts, field, images, n):
         if prompts:
             raise Mistake("--images brings its own captions: leave --prompts out")
         return *folder_of_images(images, n, size), f"images of {images}"
-    source, field, held_out = session.prompts_of(subject, prompts, field)
-    if source != "scenes":
-        return sources.take(source, field, many, held_out=held_out), None, ""
-    scenes, drawn = sources.scenes(), sources.held_out_scenes(many)
-    renders = None
-    if (folder / "scenes.py").is_file() and isinstance(size, int):               # this model draws them, as squares
-        renders = [scenes.render(scene, size).image for scene in drawn[:n]]
-    return [scenes.caption(scene) for scene in drawn], renders, "renders of held-out scenes" if renders else ""
+    texts, drawn = sources.examples(*session.prompts_of(subject, prompts, field), many)
+    if not drawn or not (folder / "scenes.py").is_file() or not isinstance(size, int):
+        return texts, None, ""
+    render = sources.scenes().render                             # this model draws them, as squares
+    return texts, [render(scene, size).image for scene in drawn[:n]], "renders of held-out scenes"
 
 
 def report(file, model, target, n, given, levels, steps, tokens, seed, batch):
     """Measure, write and print."""
     texts, images, origin = given
-    steps = steps or (28 if model.cfg.guidance_embeds else 4)
-    batch = batch or min(shard.batch(*((1, 16) if model.cfg.width <= 512 else (4,))), n, len(texts))
+    steps = steps or session.default_steps(model.cfg)
+    batch = batch or min(session.default_batch(model.cfg), n, len(texts))
     options = {"seed": seed, "batch": batch, "text_tokens": target.text_tokens}
     data = dataset(model, texts[:n], images, size=target.size, steps=steps, origin=origin, **options)
     print(f"data: {len(data.prompts)} images, {data.origin}")

@@ -164,6 +164,16 @@ def default_quant(folder: Path) -> str:
     return "none" if jax.devices()[0].platform == "cpu" or (folder / "scenes.py").is_file() else "nf4"
 
 
+def default_steps(cfg: flux.Config) -> int:
+    """Sampling steps of a model where nobody says: 28 of FLUX.1-dev's kind, else 4."""
+    return 28 if cfg.guidance_embeds else 4
+
+
+def default_batch(cfg: flux.Config) -> int:
+    """Images a forward pass of the tools where nobody says."""
+    return shard.batch(1, 16) if cfg.width <= 512 else shard.batch(4)
+
+
 def quantized(name: str) -> dict:
     """Arguments of `flux.load` for weights in the format `name`: nf4, int8 or none. Raises Mistake for another."""
     return {"put": quant.put(name), "unpack": quant.unpack}
@@ -251,7 +261,8 @@ class Subject:
 
     def check_feature(self, feature):
         """Raise Mistake unless it is one of the SAE's features."""
-        if type(feature) is not int or not 0 <= feature < self.cfg.features:
+        if isinstance(feature, bool) or not isinstance(feature, (int, np.integer)) or not (
+                0 <= feature < self.cfg.features):
             raise Mistake(f"feature {feature}: {self.name} has features 0 to {self.cfg.features - 1}")
 
     def nearest(self, level: float) -> int:
@@ -313,14 +324,6 @@ def subject(model: flux.Model, folder: str | Path, *, layer: int | None = None, 
     return placed(found, model.source, model.cfg)
 
 
-def beginning(model, prompts, numbers, levels, grid, seed, text_tokens=None, first=data.SCORED):
-    """The `flux.Start` of images `numbers`, which have noise of their own, at these noise levels."""
-    text, pooled = flux.encode_text(model, prompts, text_tokens)
-    guidance = jnp.full(len(prompts), 3.5) if model.cfg.guidance_embeds else None
-    noise = flux.draw_noise(seed, first + np.asarray(numbers), (grid[0] * grid[1], model.cfg.in_channels))
-    return flux.Start(noise, (text, pooled, guidance), levels, grid)
-
-
 def streams(subject, acts, start):
     """(step, name of the stream, [B, tokens, D]) of what `flux.capture` gave, [steps, B, N, D]."""
     for _, t, part in flux.token_groups(subject.site, len(acts), start.condition[0].shape[1]):
@@ -329,13 +332,13 @@ def streams(subject, acts, start):
 
 
 def prompts_of(subject: Subject, source: str = "", field: str = "") -> tuple[str, str | None, bool | None]:
-    """(source, field, held_out) of the prompts to look at it with, for `data.take`: those that are asked for, or
+    """(source, field, held_out) of the prompts to look at it with, for `data.examples`: those that are asked for, or
     those of its own source that no training step saw."""
-    own = subject.run.get("prompts")
+    own, field = subject.run.get("prompts"), field or subject.run.get("prompt_field")
     if source and source != own:
-        return source, field or None, None
+        return source, field, None
     if own:
-        return own, field or subject.run.get("prompt_field"), True if subject.run.get("held_out") else None
+        return own, field, True if subject.run.get("held_out") else None
     if (flux.read_config(subject.model)[0] / "scenes.py").is_file():
         return "scenes", None, None
     return data.DATASET, field or data.DATASET_FIELD, None

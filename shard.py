@@ -121,6 +121,12 @@ def split(mesh, tree, size):
     return jax.tree.map(lambda array: place(array, tensor(mesh), split_spec(array.shape, size)), tree)
 
 
+def mesh_of(params):
+    """The mesh over which a model's parameters lie; None on one device."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
 def everywhere(mesh):
     return NamedSharding(mesh, PartitionSpec())
 

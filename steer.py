@@ -52,8 +52,7 @@ class Change:
     add: float = 0.0
 
     def __post_init__(self):
-        if not isinstance(self.feature, (int, np.integer)) or not 0 <= self.feature < self.of.cfg.features:
-            raise Mistake(f"feature {self.feature!r}: {self.of.name} has features 0 to {self.of.cfg.features - 1}")
+        self.of.check_feature(self.feature)
         if not math.isfinite(self.scale) or not math.isfinite(self.add):
             raise Mistake(f"feature {self.feature}: scale {self.scale} and add {self.add} must be finite")
 
@@ -65,15 +64,8 @@ def load(folder, model, *, layer=None, site="", prompts=64, seed=0):
     of the checkpoint's own source. Raises ValueError where the SAE does not fit the model.
     """
     found = session.subject(model, folder, layer=layer, site=site)
-    texts = examples(*session.prompts_of(found), prompts) if isinstance(prompts, int) else list(prompts)
+    texts = data.examples(*session.prompts_of(found), prompts)[0] if isinstance(prompts, int) else list(prompts)
     return calibrated(model, found, texts, seed=seed)
-
-
-def examples(source, field, held_out, n):
-    """The first n prompts of a source (see `session.prompts_of`); of nano's scenes, which never end, held-out ones."""
-    if source == "scenes":
-        return list(map(data.scenes().caption, data.held_out_scenes(n)))
-    return data.take(source, field, n, held_out=held_out)
 
 
 def calibrated(model, dictionary, prompts, *, seed=0, batch=16, progress=None):
@@ -187,9 +179,8 @@ def _sum_of(params, rows):
 
 def _put(model, tree):
     """The tree's arrays where the model's are: on every chip of its mesh, so that no step has to send them."""
-    sharding = jax.tree.leaves(model.params)[0].sharding
-    on_mesh = isinstance(sharding, jax.sharding.NamedSharding)
-    return jax.device_put(tree, shard.everywhere(sharding.mesh) if on_mesh else None)
+    mesh = shard.mesh_of(model.params)
+    return jax.device_put(tree, shard.everywhere(mesh) if mesh else None)
 
 
 def _adding(name, x, _, shared):
@@ -292,7 +283,7 @@ def main(*words, set="", steps=None, during="", box="", grid="0,0.5,1,2", seed=0
     name, folder, cfg, found = same_model([session.opened(folder, model=model, layer=layer, site=site)
                                            for folder in folders])
     changes = parsed(set, found)
-    steps = steps or (28 if cfg.guidance_embeds else 4)
+    steps = steps or session.default_steps(cfg)
     options = {"during": check_during(read_during(during), steps), "boxes": read_boxes(box)}
     strengths, size = read_grid(grid), size or flux.default_size(folder)
     tokens = flux.check_size(folder, size)
@@ -304,8 +295,8 @@ def main(*words, set="", steps=None, during="", box="", grid="0,0.5,1,2", seed=0
     check_out(Path(out), files)
     settings = {"steps": steps, "seed": seed, "size": size, "guidance": guidance}
     count = calibrate or (64 if cfg.width <= 512 else 16)
-    sources = {id(d): session.prompts_of(d, prompts, prompt_field) for d in found}
-    known = {id(c.of): examples(*sources[id(c.of)], count) for c in changes}     # a bad source of prompts fails here
+    used = {id(c.of): c.of for c in changes}                     # a bad source of prompts fails here
+    known = {key: data.examples(*session.prompts_of(d, prompts, prompt_field), count)[0] for key, d in used.items()}
     print(f"model: {name}; " + ", ".join(f"{d.name}: layer {d.layer} ({d.site})" for d in found))
     loaded = session.load_model(name, found[0].run, dtype=dtype, quant=quant, transformer=transformer)
     changes = measured(loaded, changes, known)

@@ -29,13 +29,13 @@ def main(checkpoint="ckpt", rounds=60, batch=8):
     model = flux.load("nano", dtype=jnp.float32)
     ours = steer.load(checkpoint, model, prompts=16)
     start = flux.prepare(model, ["a red cube"] * batch, steps=1, size=128)
-    place, params = ours, ours.params[0]
-    where = {"grid": start.grid, "layer": place.layer, "site": place.site}
+    params = ours.params[0]
+    where = {"grid": start.grid, "layer": ours.layer, "site": ours.site}
     x = flux.residual(model.params, model.cfg, start.latents, *flux.at(start, 0), **where)
     product = jax.jit(lambda p, x: kernels.preactivations(x.reshape(-1, x.shape[-1]), p["W_enc"].T, p["b_enc"]))
     both = jax.jit(lambda p, x: sae.decode(p, ours.cfg, *sae.encode(p, ours.cfg, x)))
     args = model.params, model.cfg, start.latents, *flux.at(start, 0)
-    names = flux.residual_names(model.cfg, place.layer, place.site)
+    names = ours.names
 
     def step(edits=()):
         return lambda: flux.velocity(*args, grid=start.grid, edits=edits)
@@ -43,7 +43,7 @@ def main(checkpoint="ckpt", rounds=60, batch=8):
     def changed(**by):
         return step(steer.edits(model, start, [steer.Change(ours, 3, **by)])(0))
 
-    runs = {"a step": step(), "captured": lambda: flux.catch(*args, grid=start.grid, layer=place.layer, names=names),
+    runs = {"a step": step(), "captured": lambda: flux.catch(*args, grid=start.grid, layer=ours.layer, names=names),
             "an addition": changed(add=8), "a feature scaled": changed(scale=2),
             "spliced": step(score.edits(session.subject(model, checkpoint), "spliced", 1.0)),
             "the SAE's product alone": lambda: product(params, x), "the SAE alone": lambda: both(params, x)}
@@ -55,7 +55,7 @@ def main(checkpoint="ckpt", rounds=60, batch=8):
             times[name].append(time.perf_counter() - begin)
     medians = {name: 1e3 * statistics.median(took[3:]) for name, took in times.items()}
     plain, captured, addition, scaled, spliced, alone, whole = medians.values()
-    print(f"{os.cpu_count()} CPUs, jax {jax.__version__}; layer {place.layer}, {ours.cfg.features:,} features, "
+    print(f"{os.cpu_count()} CPUs, jax {jax.__version__}; layer {ours.layer}, {ours.cfg.features:,} features, "
           f"{x.shape[0]} x {x.shape[1]} tokens, median of {rounds}\n\n| | ms | of a step |\n|---|--:|--:|")
     for name, took in medians.items():
         print(f"| {name} | {took:.1f} | {took / plain:.3f} |")

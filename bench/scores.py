@@ -92,7 +92,7 @@ def attribution_table(model, folder, captions=4, targets=4, most=128):
 
 def firing(model, target, text, number):
     """The features that fire for this caption, in the pass that `attribute` makes."""
-    start = session.beginning(model, [text], [number], np.array([1, 0], np.float32), (8, 8), 0)
+    start = sources.beginning(model, [text], [number], np.array([1, 0], np.float32), (8, 8), 0)
     values, indices = sae.encode(target.params[0], target.cfg,
                                  flux.capture(model, start, layer=target.layer, site="img")[0])
     return np.unique(np.asarray(indices)[np.asarray(values) > 0])

@@ -37,6 +37,7 @@ import sweep
 
 import checkpoint
 import dash
+import data
 import flux
 import sae
 import score
@@ -97,7 +98,7 @@ def activations(model, world, layers, level, draw, neurons=False, batch=32):
     for first in range(0, n, batch):
         rows = np.minimum(np.arange(first, first + batch), n - 1)
         texts = [world.data.prompts[i] for i in rows]
-        start = session.beginning(model, texts, rows, np.float32([level, 0]), GRID, draw)
+        start = data.beginning(model, texts, rows, np.float32([level, 0]), GRID, draw)
         z = (1 - level) * world.data.latents[rows] + level * np.asarray(start.latents)
         found = _all_layers(model.params, model.cfg, z, *flux.at(start, 0), tuple(layers), neurons)
         parts.append({k: np.asarray(v)[:, :min(batch, n - first)].reshape(len(layers), -1, v.shape[-1])

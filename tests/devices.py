@@ -109,7 +109,7 @@ def attributed(model):
         names = flux.residual_names(model.cfg, layer, "img")
         saes.append(session.Subject("random", [params], cfg, "nano", layer, "img", {}, names, np.ones(1)))
     grid = flux.token_grid(model, 64)
-    start = session.beginning(model, PROMPTS[:1], [0], np.array([1, 0], np.float32), grid, 0)
+    start = sources.beginning(model, PROMPTS[:1], [0], np.array([1, 0], np.float32), grid, 0)
     x = flux.capture(model, start, layer=6, site="img")[0]
     feature = int(np.bincount(np.ravel(sae.encode(saes[1].params[0], saes[1].cfg, x)[1])).argmax())
     found = attribution.attribute(model, saes[1], feature, PROMPTS[0], saes[0], size=64)

@@ -234,7 +234,7 @@ def test_attribution_is_the_slope_of_the_target(model):
 
 def liveliest(model, who, prompt=PROMPTS[0]):
     """The feature that fires on most tokens of the pass that `attribute` makes."""
-    start = session.beginning(model, [prompt], [0], np.array([1, 0], np.float32), (8, 8), 0)
+    start = data.beginning(model, [prompt], [0], np.array([1, 0], np.float32), (8, 8), 0)
     x = flux.capture(model, start, layer=who.layer, site=who.site)
     codes = [sae.encode(who.at(1.0)[name], who.cfg, part) for _, name, part in session.streams(who, x, start)]
     fired = [np.asarray(indices)[np.asarray(values) > 0] for values, indices in codes]
