@@ -1,4 +1,4 @@
-"""Why a feature of an SAE fires: gradient × value, to the features of an earlier layer's SAE and to the prompt.
+"""Explain why a feature of an SAE fires: gradient × value, for features of an earlier layer's SAE and for the prompt.
 
     python score.py ckptB/ --attribute 123 --prompt "a red cube" --from ckptA/
 
@@ -6,47 +6,51 @@ Copy it with `flux.py`, `sae.py`, `shard.py`, `session.py` and what these import
 
     target, source = (session.subject(model, folder) for folder in ("ckptB", "ckptA"))
     found = attribution.attribute(model, target, 123, "a red cube", source)
-    effects = attribution.ablate(found, found.features[:20])     # what really happens without each
+    effects = attribution.ablate(found, found.features[:20])     # the true effect of removing each
 
 B batch, N tokens, T text tokens, D model width, F features.
 """
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 import flux
 import sae
 import shard
 from data import beginning
-from session import Mistake, streams
+from session import Mistake, Subject, streams
 
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """Why a feature fires: gradient × value of what it was made from, in one forward pass at pure noise.
+    """Why a feature fires: gradient × value of its causes, in one forward pass at pure noise.
 
-    The target is the sum of the feature's pre-activations over the tokens on which it fires, those held fixed. An
-    earlier residual is split into what each active feature f of its SAE writes there, v_f W_dec[f], and an error that
-    stays as it is; f's attribution is the target's gradient along W_dec[f], times v_f, summed over tokens. A text
-    token's is the gradient by its T5 state times what sets that apart from the empty prompt's state in its place;
-    likewise the pooled vector of CLIP.
+    The target is the sum of the feature's pre-activations over the tokens on which it fires; these tokens stay fixed.
+    An earlier residual is the sum of v_f W_dec[f] over the active features f of its SAE, and an error, which stays
+    fixed. The attribution of f is v_f times the target's gradient along W_dec[f], summed over tokens. For a text token
+    it is the gradient by its T5 state times the difference from the empty prompt's state at the same place. For the
+    pooled vector of CLIP it is computed in the same way.
     """
     target: float
     where: np.ndarray                                            # [N] bool: tokens on which the feature fires
     features: np.ndarray                                         # [n] earlier features that fire, by |attribution|
-    values: np.ndarray                                           # [n]: of each, attribution
-    tokens: np.ndarray                                           # [T]
+    values: np.ndarray                                           # [n] their attributions
+    tokens: np.ndarray                                           # [T] attributions of the text tokens
     pooled: float
     run: "Forward"
     codes: dict                                                  # {name: (values, indices) [N, width]} of the source
 
 
-def attribute(model, target, feature, prompt, source=None, *, seed=0, number=0, size=None, text_tokens=None):
-    """The `Attribution` of `feature` of the `Subject` target, to features of an earlier one (or none) and to the
-    prompt. Raises ValueError for a feature that does not fire."""
+def attribute(model: flux.Model, target: Subject, feature: int, prompt: str, source: Subject | None = None, *,
+              seed: int = 0, number: int = 0, size: int | tuple[int, int] | None = None,
+              text_tokens: int | None = None) -> Attribution:
+    """Return the `Attribution` of the target's `feature` to the prompt, and to the features of `source`, the SAE of an
+    earlier layer. number: of the noise. Raise Mistake if the feature does not fire."""
     grid = flux.token_grid(model, size or min(256, model.size))
     levels = np.array([1, 0], np.float32)
     start = beginning(model, [prompt], [number], levels, grid, seed, text_tokens)
@@ -70,8 +74,8 @@ def attribute(model, target, feature, prompt, source=None, *, seed=0, number=0, 
                        float(jnp.sum(by_pooled * (pooled - nothing[1]))), run, codes)
 
 
-def ablate(found, features, batch=16):
-    """By how much the target falls if one of the earlier `features` is set to 0 at all tokens, [n]."""
+def ablate(found: Attribution, features: Sequence[int], batch: int = 16) -> np.ndarray:
+    """Return by how much the target falls [n] if each of the earlier `features` alone is set to 0 at all tokens."""
     run, out = found.run, []
     for first in range(0, len(features), batch):
         some = np.resize(features[first:first + batch], batch)
@@ -83,8 +87,8 @@ def ablate(found, features, batch=16):
     return np.concatenate([*out, np.zeros(0)])[:len(features)]
 
 
-def ablate_tokens(found, model, batch=16):
-    """By how much the target falls if the T5 state of one text token becomes the empty prompt's, [T]."""
+def ablate_tokens(found: Attribution, model: flux.Model, batch: int = 16) -> np.ndarray:
+    """Return by how much the target falls [T] if the T5 state of each text token alone becomes the empty prompt's."""
     text = found.run.start.condition[0]
     nothing, T = flux.encode_text(model, [""], text.shape[1])[0][0], text.shape[1]
     out = []
@@ -95,8 +99,9 @@ def ablate_tokens(found, model, batch=16):
     return np.concatenate([part[:min(batch, T - i * batch)] for i, part in enumerate(out)])
 
 
-def explain(model, target, feature, prompt, source, seed, shown=20):
-    """Print the attribution of a feature, beside what ablating does."""
+def explain(model: flux.Model, target: Subject, feature: int, prompt: str, source: Subject | None, seed: int,
+            shown: int = 20) -> None:
+    """Print a feature's attributions beside the true effects of ablation."""
     found = attribute(model, target, feature, prompt, source, seed=seed, size=target.size,
                       text_tokens=target.text_tokens)
     print(f"feature {feature} of layer {target.layer}: fires on {found.where.sum()} tokens, sum {found.target:.4f}")
@@ -116,9 +121,9 @@ def explain(model, target, feature, prompt, source, seed, shown=20):
 
 
 class Forward:
-    """A prompt's pass from the residual that `source` (or nothing: None) reads to a feature of `target`."""
+    """Run a prompt's forward pass from the residual that `source` reads (None: no source) to a feature of `target`."""
 
-    def __init__(self, model, target, source, feature, start, where=None):
+    def __init__(self, model: flux.Model, target: Subject, source: Subject | None, feature: int, start: flux.Start):
         target.check_feature(feature)
         if source:
             check_order(source, target)
@@ -130,57 +135,60 @@ class Forward:
         self.b = jnp.concatenate([jnp.full(x.shape[1], saes[name]["b_enc"][feature]) for name, x in tokens.items()])
         self.where = self.fires(tokens)[0] > 0
         if not self.where.any():
-            raise Mistake(f"feature {feature} does not fire for this prompt and noise: nothing to explain")
+            raise Mistake(f"feature {feature} does not fire for this prompt and noise; take another prompt or --seed")
 
-    def residual(self, subject):
-        """{name: [1, tokens, D]} of the unchanged pass."""
+    def residual(self, subject: Subject) -> dict[str, Array]:
+        """Return the residual that the subject reads in the unchanged pass: {name: [1, tokens, D]}."""
         text, pooled, level, guidance = flux.at(self.start, 0)
         x = flux.residual(self.model.params, self.model.cfg, self.start.latents, text, pooled, level, guidance,
                           grid=self.start.grid, layer=subject.layer, site=subject.site, walk=self.model.walk)
         return {name: part for _, name, part in streams(subject, x[None], self.start)}
 
-    def fires(self, tokens):
-        """The feature's values [B, N], from {name: residual}."""
+    def fires(self, tokens: dict[str, Array]) -> np.ndarray:
+        """Return the feature's values [B, N] for the residuals {name: [B, tokens, D]}."""
         out = []
         for name, x in tokens.items():
             values, indices = sae.encode(self.target.at(1.0)[name], self.target.cfg, x.astype(jnp.float32))
             out.append(np.asarray(jnp.sum(jnp.where(indices == self.feature, values, 0), -1)))
         return np.concatenate(out, 1)
 
-    def read(self, shifts, text=None, pooled=None, gradient=False):
-        """The target [B] after `shifts` {name: [B, N, D]} of the source, or other conditions; or its gradients."""
-        t, p, level, guidance = flux.at(self.start, 0)
-        t, p = t if text is None else text, p if pooled is None else pooled
-        B = max(len(t), *(len(x) for x in shifts.values())) if shifts else len(t)
+    def read(self, shifts: dict[str, Array], text: Array | None = None, gradient: bool = False
+             ) -> Array | tuple[dict[str, Array], Array, Array]:
+        """Return the target [B] with `shifts` {name: [B, N, D]} added to the source's residual, or with other text
+        states. With `gradient`, return the gradients of its sum by shifts, text and pooled."""
+        own, pooled, level, guidance = flux.at(self.start, 0)
+        text = own if text is None else text
+        B = max(len(text), *(len(x) for x in shifts.values())) if shifts else len(text)
         full = lambda x: x if x is None or len(x) == B else jnp.repeat(x, B, 0)
         source = (self.source.layer, self.source.names) if shifts else None
-        args = (self.model.params, self.model.cfg, full(self.start.latents), shifts, full(t), full(p), full(level),
-                full(guidance), self.w, self.b, jnp.asarray(self.where, jnp.float32))
+        args = (self.model.params, self.model.cfg, full(self.start.latents), shifts, full(text), full(pooled),
+                full(level), full(guidance), self.w, self.b, jnp.asarray(self.where, jnp.float32))
         return (_gradient if gradient else _read)(*args, grid=self.start.grid, source=source, walk=self.walk,
                                                   target=(self.target.layer, self.target.site))
 
 
-def check_order(source, target):
-    """Raise Mistake unless the source is of an earlier layer."""
+def check_order(source: Subject, target: Subject) -> None:
+    """Raise Mistake if the source is not of an earlier layer."""
     if source.layer >= target.layer:
         raise Mistake(f"{source.name} is an SAE of layer {source.layer}: attribution needs one before layer "
-                      f"{target.layer}, that of {target.name}")
+                      f"{target.layer}, the layer of {target.name}")
 
 
-def traceable(model):
-    """A walk over the blocks that can be traced and differentiated: one scan. Of several chips the model's own calls
-    a program for each block, and would be unrolled."""
+def traceable(model: flux.Model) -> Callable | None:
+    """Return a walk over the blocks that can be traced and differentiated: one scan. On several chips the model's own
+    walk calls a program for each block, which tracing would unroll."""
     mesh = shard.mesh_of(model.params)
     return shard.scan(mesh) if mesh else None
 
 
-def shift(name, value, each, shared):
-    """`flux.Edit`'s function that adds each[name] [B, N, D]."""
+def shift(name: str, value: Array, each: dict[str, Array], shared: None) -> Array:
+    """Add each[name] [B, N, D]: the function of a `flux.Edit`."""
     return value + each[name].astype(value.dtype)
 
 
 @partial(jax.jit, static_argnames=("cfg", "grid", "source", "target", "walk"))
 def _read(params, cfg, latents, shifts, text, pooled, level, guidance, w, b, where, *, grid, source, target, walk):
+    """Return the target [B]: the feature's pre-activations, summed over the tokens `where`."""
     changed = (flux.Edit(*source, shift, each=shifts),) if source else ()
     x = flux.residual(params, cfg, latents, text, pooled, level, guidance, grid=grid, layer=target[0], site=target[1],
                       walk=walk, edits=changed)
@@ -190,7 +198,7 @@ def _read(params, cfg, latents, shifts, text, pooled, level, guidance, w, b, whe
 
 @partial(jax.jit, static_argnames=("cfg", "grid", "source", "target", "walk"))
 def _gradient(params, cfg, latents, shifts, text, pooled, *args, **options):
-    """Gradients of the target, summed over the batch, by shifts, text and pooled."""
+    """Return the gradients of the target, summed over the batch, by shifts, text and pooled."""
     def total(shifts, text, pooled):
         return jnp.sum(_read(params, cfg, latents, shifts, text, pooled, *args, **options))
     return jax.grad(total, argnums=(0, 1, 2))(shifts, text, pooled)

@@ -1,16 +1,16 @@
-"""An SAE's files: folders that SAELens loads, and everything that a training run needs to go on.
+"""Read and write an SAE's files: folders that SAELens loads, and the state from which a training run resumes.
 
-Copy `sae.py` and `formats.py` with this file; it needs safetensors, for the hub also huggingface_hub, jinja2 and
-`templates/`.
+Copy it with `formats.py`, `sae.py` and what they import. It needs safetensors; the hub also needs huggingface_hub,
+jinja2 and `templates/`.
 
     checkpoint.save(folder, params, cfg, metadata={"layer": 18})         # an SAE
-    checkpoint.save_state(folder, state, cfg, metadata={"layer": 18})    # and what a resumed run needs
-    params, cfg = checkpoint.load(folder)                                # acts on raw residuals, as SAELens does
+    checkpoint.save_state(folder, state, cfg, metadata={"layer": 18})    # the SAE, and the state of its training
+    params, cfg = checkpoint.load(folder)                                # acts on raw residuals, as SAELens' SAEs do
     state, cfg, extra = checkpoint.load_state(folder)
     url = checkpoint.push(folder, "owner/repo")                          # to the Hugging Face hub, with a model card
 
-A repo may hold SAEs of several layers and sites, each in a folder of its own as SAELens wants it:
-`SAE.from_pretrained("owner/repo", "layer10-img")`. What a run needs to go on, state.safetensors, stays at home.
+A repo can hold SAEs of several layers and sites. Each has its own folder, as SAELens expects:
+`SAE.from_pretrained("owner/repo", "layer10-img")`. state.safetensors is not pushed.
 """
 import dataclasses
 import hashlib
@@ -38,15 +38,15 @@ from formats import CONFIG, WEIGHTS
 from sae import Config, Mistake, Params, State
 
 STATE = "state.safetensors"
-READ = (CONFIG, WEIGHTS, "sae.safetensors", formats.SCALER, formats.WHITENING)  # all that `load` may read of a folder
-FORMAT = 2  # of state.safetensors, and of what its numbers mean; in 1 "pca" whitened
-TMP = ".fae-tmp"                                                 # how names of unfinished saves end
-SAE_LENS_VERSION = "6.54.12"  # the format written; SAELens takes a file that names no version >= 6 for an old one
+READ = (CONFIG, WEIGHTS, "sae.safetensors", formats.SCALER, formats.WHITENING)  # every file that `load` may read
+FORMAT = 2  # of state.safetensors and the meaning of its numbers; in format 1, "pca" whitened
+TMP = ".fae-tmp"                                                 # suffix of unfinished saves
+SAE_LENS_VERSION = "6.54.12"  # the format written; SAELens reads a file without a version >= 6 as an old one
 NOUNS = {dict: "an object", int: "an integer", str: "a string"}
 
 
 def save(folder: str | Path, params: Params, cfg: Config, *, metadata: Mapping[str, Any] | None = None) -> None:
-    """Writes an SAE on raw residuals as SAELens reads it: cfg.json and sae_weights.safetensors."""
+    """Write an SAE on raw residuals in SAELens' format: cfg.json and sae_weights.safetensors."""
     _write(Path(folder), _sae_files(params, cfg, metadata), cfg)
 
 
@@ -58,33 +58,33 @@ def save_state(
     metadata: Mapping[str, Any] | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Writes the folded SAE (see `save`) and state.safetensors, from which a run goes on bit for bit.
+    """Write the folded SAE (see `save`) and state.safetensors, from which a run resumes bit for bit.
 
-    `metadata` says what the SAE belongs to (model, revision, layer, site, seed, ...; JSON). `extra` holds what else the
-    run needs to resume: a flat dict of arrays (PRNG keys as `jax.random.key_data`). A folder that is not there yet
-    appears whole or not at all; in one that is, each file is replaced whole. `state.safetensors` alone decides where a
-    resumed run goes on. Where cfg has groups, the folder is the SAE on raw residuals of the first one, and a subfolder
-    for each of the others, named like it, the same SAE on theirs.
+    `metadata` (JSON) says where the SAE belongs: model, revision, layer, site, seed, ... `extra` is a flat dict of
+    other arrays that the run needs to resume (PRNG keys as `jax.random.key_data`). A new folder appears complete or not
+    at all; in an existing one each file is replaced atomically. `state.safetensors` alone decides where a run resumes.
+    If cfg has groups, the folder holds the SAE on raw residuals of the first group, and a subfolder named after each
+    other group holds the same SAE on that group's residuals.
     """
     arrays = _flatten(state._replace(spare=None))
     arrays |= {f"extra/{name}": np.asarray(value) for name, value in (extra or {}).items()}
     header = {"format": FORMAT, "config": dataclasses.asdict(cfg)}
     files = {STATE: lambda path: _save_arrays(path, arrays, header)}
     for g, name in reversed(list(enumerate(cfg.groups or ("",)))):
-        told = {**(metadata or {}), **({"group": name} if name else {})}
-        for file, write in _sae_files(sae.fold(state, cfg, g), cfg, told).items():
+        about = {**(metadata or {}), **({"group": name} if name else {})}
+        for file, write in _sae_files(sae.fold(state, cfg, g), cfg, about).items():
             files[f"{name}/{file}" if g else file] = write
     _write(Path(folder), files, cfg)
 
 
 def load(folder: str | Path) -> tuple[Params, Config]:
-    """A folder written by us, by SAELens of any version or by sparsify -> params on raw residuals and their config.
+    """Return params on raw residuals and their config, from a folder of fae, SAELens (any version) or sparsify.
 
-    Of SAELens: topk, jumprelu, gated (which is a JumpReLU), standard (its ReLU is a threshold of 0), and transcoders of
-    jumprelu and standard. Of sparsify: TopK SAEs. What these put around the weights is folded into them: b_dec
-    subtracted first, decoder norms, scales from finetuning, and of `normalize_activations` those whose constants
-    SAELens left in the folder. cfg.k of a foreign SAE with thresholds, which files do not say, is 32. Raises Mistake,
-    in one line that says why, for what is missing, damaged or cannot be represented.
+    SAELens: topk, jumprelu, gated (loaded as JumpReLU), standard (its ReLU is a threshold of 0), and transcoders with
+    jumprelu or standard. sparsify: TopK SAEs. Extra operations are folded into the weights: subtracting b_dec from the
+    input, decoder norms, scales from finetuning, and `normalize_activations` if SAELens left its constants in the
+    folder. Files of foreign SAEs with thresholds do not say k; cfg.k is then 32. Raises Mistake, with the reason, for
+    files that are missing or damaged or cannot be represented.
     """
     folder = Path(folder)
     described, cfg = _read_config(folder / CONFIG)
@@ -94,30 +94,32 @@ def load(folder: str | Path) -> tuple[Params, Config]:
         raise Mistake(f"{path} is of another run than {folder / CONFIG}: its model, layer, site, seed, group are "
                       f"{header['origin']}, not {origin}")
     p = formats.folded(path, described, cfg, arrays)
-    return {name: jnp.asarray(p[name], jnp.float32) for name in sae.shapes(cfg)}, cfg
+    return {name: jnp.asarray(p[name], jnp.float32) for name in cfg.shapes}, cfg
 
 
 def load_groups(folder: str | Path) -> tuple[list[Params], Config]:
-    """As `load`, the SAE of each group of tokens, in the order of cfg.groups; one where there are none."""
+    """Return the SAE of each group of tokens, in the order of cfg.groups (without groups: one), and their config."""
     params, cfg = load(folder)
     return [params, *(load(Path(folder) / name)[0] for name in cfg.groups[1:])], cfg
 
 
 def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]]:
-    """What `save_state` wrote: state, config and `extra`, bit for bit."""
+    """Return state, config and `extra` as `save_state` wrote them, bit for bit."""
     path = Path(folder) / STATE
     arrays, header = _load_arrays(path)
     if not isinstance(header.get("config"), dict):
         raise Mistake(f"{path}: no usable config in its header")
     cfg = _made(path, header["config"])
     if (written := header.get("format", 1)) != FORMAT:
-        raise Mistake(f"{path} is of format {written}, of another version; this one goes on from format "
-                         f"{FORMAT} only (the SAE beside it can be loaded all the same)")
+        raise Mistake(f"{path} has format {written}; this version of fae resumes from format {FORMAT} only (the SAE "
+                      "beside it can still be loaded)")
     template = jax.eval_shape(lambda: sae.init(jax.random.key(0), cfg, *_blank_sample(cfg)))._replace(spare=None)
     extra = {name[6:]: arrays.pop(name) for name in list(arrays) if name.startswith("extra/")}
+    if "idle" in arrays:                                         # the name before it was since_fired
+        arrays["since_fired"] = arrays.pop("idle")
     paths, structure = jax.tree_util.tree_flatten_with_path(template)
     expected = {_name(keys): leaf for keys, leaf in paths}
-    sae.check_arrays(path, arrays, {name: leaf.shape for name, leaf in expected.items()})
+    formats.check_arrays(path, arrays, {name: leaf.shape for name, leaf in expected.items()})
     for name, leaf in expected.items():
         if arrays[name].dtype != leaf.dtype:
             raise Mistake(f"{path}: {name} is {arrays[name].dtype}; need {leaf.dtype}")
@@ -126,12 +128,12 @@ def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]
 
 
 def load_metadata(folder: str | Path) -> dict[str, Any]:
-    """What the SAE in this folder belongs to: the `metadata` it was saved with, and `training`, its Config."""
+    """Return the `metadata` that the SAE was saved with, and its Config as `training`."""
     return _read_config(Path(folder) / CONFIG)[0]["metadata"]
 
 
 def fingerprint(params: Iterable[Params]) -> str:
-    """One hash of all weights of `load_groups`' SAEs, by which what was found out about them knows them again."""
+    """Return one hash of all weights of the SAEs of `load_groups`. Results are stored with it, to match them later."""
     total = hashlib.sha256()
     for p in params:
         for name in sorted(p):
@@ -140,7 +142,7 @@ def fingerprint(params: Iterable[Params]) -> str:
 
 
 def logged(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl: a dict with an int as `step`. None where it is torn or damaged."""
+    """Return a line of metrics.jsonl as a dict with an int `step`, or None if the line is torn or damaged."""
     try:
         read = json.loads(line)
     except (ValueError, RecursionError):
@@ -149,9 +151,9 @@ def logged(line: bytes) -> dict[str, Any] | None:
 
 
 def _sae_files(params: Params, cfg: Config, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Name -> a function that writes that file. cfg.json last: without it a folder is not taken for an SAE."""
-    arrays = {name: np.asarray(params[name], np.float32) for name in sae.shapes(cfg)}
-    sae.check_arrays("params", arrays, sae.shapes(cfg))
+    """Return {file name: function that writes it}. cfg.json comes last: a folder without it is no SAE."""
+    arrays = {name: np.asarray(params[name], np.float32) for name in cfg.shapes}
+    formats.check_arrays("params", arrays, cfg.shapes)
     described = _sealed(_description(cfg, metadata or {}))
     text = json.dumps(described, indent=2) + "\n"
     return {
@@ -161,8 +163,8 @@ def _sae_files(params: Params, cfg: Config, metadata: Mapping[str, Any] | None) 
 
 
 def _description(cfg: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """cfg.json. Every default is stated, because SAELens' classes disagree on them. Once trained, BatchTopK SAEs are
-    JumpReLU SAEs, there as here."""
+    """Return the contents of cfg.json. It states every default, because SAELens' classes disagree on them. A trained
+    BatchTopK SAE is a JumpReLU SAE, in SAELens too."""
     topk = {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
     return {
         "architecture": ("topk" if cfg.activation == "topk" else "jumprelu") + ("_transcoder" if cfg.d_out else ""),
@@ -180,28 +182,28 @@ def _description(cfg: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sealed(described: dict[str, Any]) -> dict[str, Any]:
-    """With a digest of what decides how the weights are used and where they come from. Other tools may add to it."""
+    """Add a digest of the fields that say how to use the weights and where they come from. Other tools may add more."""
     described = json.loads(json.dumps(described))
-    described["metadata"].pop("digest", None)  # of another SAE, whose metadata this one continues
+    described["metadata"].pop("digest", None)  # of another SAE whose metadata was copied
     shape = [name for name in described if name not in ("metadata", "dtype", "device")]
     origin = [name for name in described["metadata"] if name != "sae_lens_version"]
-    told = _told(described, shape, origin)
-    described["metadata"]["digest"] = {"of": shape, "of_metadata": origin, "sha256": _digest(told)}
+    digest = _digest(_values(described, shape, origin))
+    described["metadata"]["digest"] = {"of": shape, "of_metadata": origin, "sha256": digest}
     return described
 
 
-def _told(described: dict[str, Any], shape: list[str], origin: list[str]) -> list[Any]:
+def _values(described: dict[str, Any], shape: list[str], origin: list[str]) -> list[Any]:
     return [[part.get(name) for name in names] for part, names in ((described, shape), (described["metadata"], origin))]
 
 
 def _origin(described: Mapping[str, Any]) -> list[Any]:
-    """What weights belong to, in their own file too: the same in every checkpoint of a run, so that a kill between the
-    replacing of one file and of the other leaves a pair that fits."""
+    """Return where weights belong. Their own file says it too, and every checkpoint of a run says the same: a kill
+    between replacing the two files leaves a pair that fits."""
     return [described["metadata"].get(name) for name in ("model", "layer", "site", "seed", "group")]
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], Config]:
-    """cfg.json in SAELens' form of today, checked. Defaults where a file is silent are those of SAELens' classes."""
+    """Return cfg.json, checked, in SAELens' current form, and its Config. Missing fields get SAELens' defaults."""
     if not path.is_file():
         raise Mistake(f"{path} is missing: {path.parent} is not an SAE folder")
     read = formats.read_json(path)
@@ -213,7 +215,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], Config]:
     formats.check_described(path, described)
     seal = about.get("digest")
     try:
-        whole = seal is None or seal["sha256"] == _digest(_told(read, seal["of"], seal["of_metadata"]))
+        whole = seal is None or seal["sha256"] == _digest(_values(read, seal["of"], seal["of_metadata"]))
     except (KeyError, TypeError):
         whole = False
     if not whole:
@@ -231,32 +233,32 @@ def _check_metadata(path: Path, about: Any) -> None:
 
 
 def _config(path: Path, described: Mapping[str, Any]) -> Config:
-    """What cfg.json says of the shape, and of training as far as it says so."""
+    """Return the Config that cfg.json describes."""
     topk = described["architecture"] == "topk"
     training = described["metadata"].get("training") or {}
     shape = {"d_in": described["d_in"], "features": described["d_sae"]}
     shape["d_out"] = described["d_out"] if described["architecture"].endswith("transcoder") else None
     k = {"k": described["k"] if topk else training.get("k", min(32, described["d_sae"]))}
-    said = training.get("activation", "topk")
-    activation = "topk" if topk else "jumprelu" if said == "topk" else said
+    trained = training.get("activation", "topk")
+    activation = "topk" if topk else "jumprelu" if trained == "topk" else trained
     return _made(path, training | shape | k | {"activation": activation})
 
 
-def _made(source: Path, said: Mapping[str, Any]) -> Config:
-    """The Config of which a file says this. Raises Mistake for other types and values; other names are left out."""
+def _made(source: Path, given: Mapping[str, Any]) -> Config:
+    """Return the Config of the fields in a file; ignore unknown ones. Raises Mistake for wrong types and values."""
     known = {f.name: f.type for f in dataclasses.fields(Config)}
-    said = {name: value for name, value in said.items() if name in known}
-    for name, value in said.items():
+    given = {name: value for name, value in given.items() if name in known}
+    for name, value in given.items():
         if not _is_a(value, known[name]):
             raise Mistake(f"{source}: {name} is {value!r}; need {inspect.formatannotation(known[name])}")
     try:
-        return Config(**said)
-    except (TypeError, ValueError, ArithmeticError) as error:  # of numbers that no SAE has: 10**400
+        return Config(**given)
+    except (TypeError, ValueError, ArithmeticError) as error:  # ArithmeticError: absurd numbers such as 10**400
         raise Mistake(f"{source}: {error}") from None
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether JSON's value is of the type; lists stand for tuples, whole numbers for floats too."""
+    """Return whether JSON's value has the type. A list may stand for a tuple, a whole number for a float."""
     if isinstance(kind, types.UnionType):
         return any(_is_a(value, one) for one in kind.__args__)
     if typing.get_origin(kind) is tuple:
@@ -281,9 +283,9 @@ def _flatten(state: State) -> dict[str, np.ndarray]:
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: dict[str, Any]) -> None:
-    # safetensors writes an array's memory as it lies there: a transposed view would come back scrambled
+    # safetensors writes an array's memory in its order: a transposed view would come back scrambled
     arrays = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in arrays.items()}
-    # One entry of metadata: safetensors writes several in any order, and a resumed run is to end in the same bytes
+    # One entry of metadata: safetensors writes several in any order, but a resumed run must end in the same bytes
     save_file(arrays, path, {"fae": json.dumps(header | {"sha256": _digest(header, arrays)}, sort_keys=True)})
 
 
@@ -295,10 +297,10 @@ def _load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, header
 
 
-def _digest(said: Any, arrays: Mapping[str, np.ndarray] = types.MappingProxyType({})) -> str:
-    """SHA-256 of what JSON can hold, and of names, types, shapes and every bit of arrays: safetensors itself would not
-    notice a flipped one."""
-    total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+def _digest(fields: Any, arrays: Mapping[str, np.ndarray] = types.MappingProxyType({})) -> str:
+    """Return the SHA-256 of fields (JSON) and of names, types, shapes and all bits of arrays. safetensors itself does
+    not notice a flipped bit."""
+    total = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name in sorted(arrays):
         total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         total.update(arrays[name].reshape(-1).view(np.uint8))
@@ -306,12 +308,12 @@ def _digest(said: Any, arrays: Mapping[str, np.ndarray] = types.MappingProxyType
 
 
 def _write(folder: Path, files: Mapping[str, Any], cfg: Config) -> None:
-    """Writes each file so that a kill at any moment leaves only whole ones; a new folder appears with all of them."""
+    """Write the files so that a kill at any moment leaves only complete ones. A new folder appears with all of them."""
     folder = folder.resolve()
     if (folder / CONFIG).exists():
         _check_replaceable(folder / CONFIG, cfg)
     _remove_leftovers(folder)
-    # Files are made in a folder of ours, for safetensors leaves temporaries of its own beside what it was writing.
+    # safetensors leaves its own temporary files beside the file it writes, so all files are made in a folder of ours.
     new = not folder.exists()
     mine = f"{os.getpid()}{TMP}"
     building = folder.parent / f".{folder.name}.{mine}" if new else folder / f".{mine}"
@@ -338,7 +340,7 @@ def _write(folder: Path, files: Mapping[str, Any], cfg: Config) -> None:
 
 
 def _check_replaceable(path: Path, cfg: Config) -> None:
-    """Weights and cfg.json are replaced one after the other, so both must fit whichever of the other is there."""
+    """Raise Mistake for an SAE of another shape: the two files are replaced one after the other and must always fit."""
     new, (old, _) = _description(cfg, {}), _read_config(path)
     for name in new.keys() - {"dtype", "device", "metadata"}:
         if old.get(name) != new[name]:
@@ -354,7 +356,7 @@ def _sync(path: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Deletes folders of saves that were killed: ours by their name, and their process no longer there."""
+    """Delete the temporary folders of killed saves: our name, and a process that has ended."""
     for parent, prefix in ((folder, "."), (folder.parent, f".{folder.name}.")):
         for path in parent.glob(f".*{TMP}") if parent.is_dir() else ():
             match = re.fullmatch(rf"{re.escape(prefix)}(\d+){re.escape(TMP)}", path.name)
@@ -364,12 +366,12 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _running(process: int) -> bool:
     try:
-        os.kill(process, 0)  # signal 0 only asks
+        os.kill(process, 0)  # signal 0 only asks whether it exists
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return process != os.getpid()  # our own name on a temporary means that an earlier save of ours failed
+    return process != os.getpid()  # our own number: an earlier save of this process failed
 
 
 # ---- the hub --------------------------------------------------------------------------------------------------------
@@ -377,8 +379,8 @@ def _running(process: int) -> bool:
 COLUMNS = {"fvu_standardized": "FVU (std.)", "fvu": "FVU (raw)", "l0": "L0", "dead": "dead", "cosine": "cosine"}
 
 
-def check_push(repo):
-    """Raises ValueError, in one line, where `push` to this repo could not work."""
+def check_push(repo: str) -> None:
+    """Raise Mistake if `push` to this repo cannot work."""
     from huggingface_hub import HfApi, errors
     from huggingface_hub.utils import validate_repo_id
     try:
@@ -390,7 +392,7 @@ def check_push(repo):
         who = HfApi().whoami()
     except errors.LocalTokenNotFoundError:
         raise Mistake(f"--push {repo}: there is no token; log in with `hf auth login`") from None
-    except Exception as error:                                   # the HTTP library of the hub client raises its own
+    except Exception as error:                                   # the hub client's HTTP library has its own errors
         raise Mistake(f"--push {repo}: cannot ask the hub who you are: {_line(error)}") from None
     owners = [who["name"], *(organization["name"] for organization in who.get("orgs", ()))]
     if owner not in owners:
@@ -399,12 +401,14 @@ def check_push(repo):
         raise Mistake(f"--push {repo}: your token may only read; log in with another by `hf auth login`")
 
 
-def push(folder, repo, base=None):
-    """The SAE in the folder, written by train.py, in one commit to the repo, which is made where there is none. base:
-    id of its model's repo on the hub. Returns the address. Raises ValueError for a broken SAE or a failed upload."""
+def push(folder: str | Path, repo: str, base: str | None = None) -> str:
+    """Upload train.py's SAE in the folder to the repo, in one commit, and return the address. Create a missing repo.
+
+    base: id of the model's repo on the hub. Raises Mistake for a broken SAE or a failed upload.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi
     folder = Path(folder)
-    _, cfg = load_groups(folder)                             # nothing damaged is put on the hub
+    _, cfg = load_groups(folder)                             # refuse to upload a damaged SAE
     about, api = load_metadata(folder), HfApi()
     place = _place(folder, about)
     names = [str(Path(group, name)) for group in ("", *cfg.groups[1:]) for name in (CONFIG, WEIGHTS)]
@@ -423,7 +427,7 @@ def push(folder, repo, base=None):
 
 
 def _place(folder, about):
-    """The SAE's folder in its repo. Raises Mistake for metadata that train.py did not write: a path is made of them."""
+    """Return the SAE's folder in its repo. Raises Mistake for metadata that train.py did not write."""
     layer, site = about.get("layer"), about.get("site")
     if type(layer) is not int or layer < 0 or site not in ("img", "txt", "both"):
         raise Mistake(f"{folder / CONFIG}: metadata.layer is {layer!r}, metadata.site {site!r}; need a block's "
@@ -434,12 +438,12 @@ def _place(folder, about):
 
 
 def _line(error):
-    """What an error says, on one line."""
+    """Return an error's message on one line."""
     return " ".join((str(error).strip() or repr(error)).split())
 
 
 def _card(folder, repo, base, place, others):
-    """README.md of the repo. place: the SAE's folder in it; others: those that it held before."""
+    """Return README.md of the repo. place: the SAE's folder in it. others: the SAEs' folders that it already held."""
     import jinja2
     from huggingface_hub import ModelCardData
     about, described = load_metadata(folder), formats.read_json(folder / CONFIG)
@@ -460,6 +464,6 @@ def _card(folder, repo, base, place, others):
 
 
 def _command(run):
-    """The command line that makes the run again, from its metadata."""
+    """Return the command line that repeats the run, from its metadata."""
     flags = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in run.items()}
     return "python train.py " + shlex.join(f"--{name}={value}" for name, value in flags.items() if value is not None)

@@ -5,14 +5,13 @@
     python dash.py ckpt/ --pages_only                      # the pages once more, from what was collected before
     python dash.py ckpt/ --steer 20                        # and what images become with a feature ablated, doubled, …
 
-Copy it with `stats.py`, `pages.py`, `templates/`, `session.py` and what these import. From Python,
-without pages:
+Copy it with `stats.py`, `pages.py`, `templates/`, `session.py` and what these import. From Python, without pages:
 
     found = dash.collect(model, params, cfg, prompts, folder, layer=3, site="img")       # a `stats.Collected`
     found = dash.load("dash/collect")                      # the same, from `stats.safetensors` and `collect.json`
 
-One streaming pass. Each prompt is drawn once, from noise of its own; its activations are those of that very noise, on
-the path on which `train.py` trained. Memory holds features × kept examples, not tokens.
+It makes one streaming pass. It draws each prompt once, from its own noise, and takes the activations from the same
+noise, as `train.py` does. Memory grows with features × kept examples, not with tokens.
 """
 import hashlib
 import json
@@ -20,17 +19,21 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+import apply
 import checkpoint as saved
 import data
 import flux
@@ -38,65 +41,42 @@ import pages
 import sae
 import session
 from session import Mistake
-from stats import DAMAGED, EDGES, Counts, Layout, load, save
+from stats import DAMAGED, EDGES, Collected, Counts, Layout, load, save
 
 # ---------------------------------------------------------------- collecting
 
 
-def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, steps=4, size=None, text_tokens=None,
-            padding=True, seed=0, batch=16, attributes=(), labels=None, info=None, progress=None, stop=lambda: False):
-    """Draw `prompts`, encode the activations of one layer, and keep statistics: a `Collected`, also saved in
-    `folder`/collect, with the images in `folder`/images.
+def collect(model: flux.Model, params: sae.Params | list[sae.Params], cfg: sae.Config, prompts: Sequence[str],
+            folder: str | Path, *, layer: int, site: str, timesteps: int = 1, steps: int = 4,
+            size: int | tuple[int, int] | None = None, text_tokens: int | None = None, padding: bool = True,
+            seed: int = 0, batch: int = 16, attributes: Sequence[str] = (), labels: np.ndarray | None = None,
+            info: dict | None = None, progress: Callable | None = None, stop: Callable = lambda: False
+            ) -> Collected | None:
+    """Draw `prompts`, encode the activations of one layer, and collect statistics of every feature.
 
-    model: of `flux.load`. params, cfg: of `checkpoint.load`, or `load_groups`. timesteps: at which activations are
-    taken, as `train.py` does. padding: whether T5's padding counts as tokens. stop(): whether to save the state and
-    end, with None. steps: in which the images are drawn. labels [N, A] bool: what is true of each prompt's scene, named
-    by `attributes`. info: more for the JSON. progress: called with the number of prompts done. A stopped run goes on
-    where its last state was saved, if all arguments are the same. Raises ValueError where activations are not finite.
+    The result is also saved in `folder`/collect, the images in `folder`/images. A stopped pass continues from its last
+    saved state if all arguments are the same. Raises Mistake if activations are not finite.
+
+    model: of `flux.load`. params, cfg: of `checkpoint.load` or `load_groups`. timesteps: noise levels at which to take
+    activations, as in `train.py`. steps: sampling steps of the images. padding: whether T5's padding counts as tokens.
+    labels [N, A] bool: what is true of each prompt's scene; `attributes` names the columns. info: more entries for
+    collect.json. progress: called with the number of finished prompts. stop(): whether to save the state and return
+    None.
     """
-    folder, prompts, seed = Path(folder), list(prompts), int(seed)
-    flux.residual_names(model.cfg, layer, site)
-    size, text_tokens = size or min(256, model.size), text_tokens or model.text_tokens
-    grid = flux.token_grid(model, size)
-    params = [params] if isinstance(params, dict) else params
-    layout = Layout(timesteps, text_tokens if site != "img" else 0, tuple(grid) if site != "txt" else (0, 0))
+    folder, prompts, params = Path(folder), list(prompts), [params] if isinstance(params, dict) else params
     labels = np.zeros((len(prompts), 0), bool) if labels is None else np.asarray(labels, bool)
-    info = {**(info or {}), "kind": "fae dashboard", "layer": layer, "site": site, "layout": asdict(layout),
-            "size": size, "steps": steps, "seed": seed, "first_noise": data.DRAWN, "images": len(prompts),
-            "text_tokens": text_tokens, "padding": padding,
-            "attributes": list(attributes), "prompts": prompts, "features": cfg.features, "edges": EDGES.tolist(),
-            "words": model.words(prompts, text_tokens) if layout.text_tokens else []}
+    settings = {"layer": layer, "site": site, "steps": steps, "seed": int(seed), "size": size or min(256, model.size),
+                "text_tokens": text_tokens or model.text_tokens, "padding": padding, "attributes": list(attributes)}
+    layout, info = described(model, cfg, prompts, timesteps, {**(info or {}), **settings})
     counts = Counts(cfg.features, layout)
     counts.a["maxima"] = np.zeros((len(prompts) if labels.shape[1] else 0, cfg.features), np.float32)
     unfinished = Partial(folder, {**info, "weights": saved.fingerprint(params), "batch": batch})
     if (ended := unfinished.ended()) is not None:
         return ended
-    done = unfinished.restore(counts.a)
-    counts.end = len(counts.a["value"])
-    for part in () if done else ("images", "steer"):             # of other prompts
-        shutil.rmtree(folder / part, ignore_errors=True)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    shape = (grid[0] * grid[1], model.cfg.in_channels)
+    done = unfinished.restore(counts)
     while done < len(prompts):
-        part = prompts[done:done + batch]
-        full = part + part[-1:] * (batch - len(part))            # one shape, one compile
-        noise = flux.draw_noise(seed, data.DRAWN + done + np.arange(batch), shape)
-        options = {"size": size, "noise": noise, "text_tokens": text_tokens}
-        acts = flux.capture(model, flux.prepare(model, full, steps=timesteps, **options), layer=layer, site=site)
-        if not bool(jnp.isfinite(acts).all()):
-            raise Mistake(f"activations of prompts {done} to {done + len(part) - 1} hold NaN or Inf")
-        codes = (np.moveaxis(x, 1, 0).reshape(batch, layout.positions, -1)
-                 for x in encode(params, cfg, acts.astype(jnp.float32), site, text_tokens))
-        drawn = flux.generate(model, full, steps=steps, **options)
-        real = [None] * len(part)
-        if layout.text_tokens and not padding:
-            real = np.tile(data.real_tokens(model, part, site, text_tokens, layout.image_tokens), (1, timesteps))
-        for i, (values, indices, image, mask) in enumerate(zip(*codes, drawn, real), done):
-            alive, peak = counts.add(i, values, indices, seed, mask)
-            if labels.shape[1]:
-                counts.a["maxima"][i, alive] = peak
-            save_image(folder / "images" / f"{i}.webp", image)
-        done += len(part)
+        _add_batch(counts, model, params, cfg, info, folder / "images", done, batch)
+        done = min(done + batch, len(prompts))
         if (stopped := stop()) or unfinished.due():
             unfinished.save(counts.settled(), done)
         if progress:
@@ -104,17 +84,56 @@ def collect(model, params, cfg, prompts, folder, *, layer, site, timesteps=1, st
         if stopped:
             return None
     found = counts.finish(params[0]["W_dec"], labels, counts.a["maxima"], info | {"arguments": unfinished.arguments})
-    save(folder / "collect", found)
-    unfinished.remove()
+    unfinished.replace_by(found)
     return found
 
 
-def encode(params, cfg, acts, site, text_tokens):
-    """acts [timesteps, B, N, D] → values, indices [timesteps, B, N, most features of a token], by each group's SAE."""
+def described(model: flux.Model, cfg: sae.Config, prompts: list[str], timesteps: int, info: dict
+              ) -> tuple[Layout, dict]:
+    """Return the `Layout` of examples at info's layer and site, and info with all that collect.json holds. Raises
+    Mistake for a layer or site that the model lacks."""
+    flux.residual_names(model.cfg, info["layer"], info["site"])
+    tokens = info["text_tokens"] if info["site"] != "img" else 0
+    layout = Layout(timesteps, tokens, flux.token_grid(model, info["size"]) if info["site"] != "txt" else (0, 0))
+    return layout, info | {
+        "kind": "fae dashboard", "first_noise": data.DRAWN, "images": len(prompts), "prompts": prompts,
+        "features": cfg.features, "edges": EDGES.tolist(), "layout": asdict(layout),
+        "words": model.words(prompts, info["text_tokens"]) if tokens else []}
+
+
+def _add_batch(counts, model, params, cfg, info, folder, first, batch):
+    """Draw the prompts from number `first` on, add their activations to `counts`, and save their images."""
+    prompts, layout, seed = info["prompts"][first:first + batch], counts.layout, info["seed"]
+    full = prompts + prompts[-1:] * (batch - len(prompts))       # one shape, one compile
+    grid = flux.token_grid(model, info["size"])
+    noise = flux.draw_noise(seed, data.DRAWN + first + np.arange(batch), (grid[0] * grid[1], model.cfg.in_channels))
+    options = {"size": info["size"], "noise": noise, "text_tokens": info["text_tokens"]}
+    start = flux.prepare(model, full, steps=layout.timesteps, **options)
+    acts = flux.capture(model, start, layer=info["layer"], site=info["site"])
+    if not bool(jnp.isfinite(acts).all()):
+        raise Mistake(f"activations of prompts {first} to {first + len(prompts) - 1} hold NaN or Inf")
+    codes = (np.moveaxis(x, 1, 0).reshape(batch, layout.positions, -1)
+             for x in encode(params, cfg, acts.astype(jnp.float32), info["site"], info["text_tokens"]))
+    images = flux.generate(model, full, steps=info["steps"], **options)
+    real = [None] * len(prompts)
+    if layout.text_tokens and not info["padding"]:
+        real = data.real_tokens(model, prompts, info["site"], info["text_tokens"], layout.image_tokens)
+        real = np.tile(real, (1, layout.timesteps))
+    for i, (values, indices, image, mask) in enumerate(zip(*codes, images, real), first):
+        alive, peak = counts.add(i, values, indices, seed, mask)
+        if len(counts.a["maxima"]):
+            counts.a["maxima"][i, alive] = peak
+        save_image(folder / f"{i}.webp", image)
+
+
+def encode(params: list[sae.Params], cfg: sae.Config, acts: Array, site: str, text_tokens: int
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """Encode acts [timesteps, B, N, D] with each group's SAE. Return values and indices [timesteps, B, N, k], where k
+    is the most active features of a token."""
     groups = flux.token_groups(site, len(acts), text_tokens) if len(params) > 1 else [("", slice(None), slice(None))]
     if len(groups) != len(params):
         raise Mistake(f"the checkpoint has SAEs for {len(params)} groups of tokens; site {site} with {len(acts)} "
-                         f"timestep(s) has {len(groups)}")
+                      f"timestep(s) has {len(groups)}")
     found = [sae.encode(p, cfg, acts[t, ..., part, :]) for p, (_, t, part) in zip(params, groups)]
     shape = (*acts.shape[:3], max(values.shape[-1] for values, _ in found))
     both = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
@@ -125,7 +144,7 @@ def encode(params, cfg, acts, site, text_tokens):
 
 
 class Partial:
-    """The state of an unfinished pass, in `folder`/partial.safetensors; it counts only for the same arguments."""
+    """The state of an unfinished pass, in `folder`/partial.safetensors. It is valid only for the same arguments."""
 
     def __init__(self, folder, arguments, seconds=60):
         self.folder, self.arrays = folder, folder / "partial.safetensors"
@@ -133,23 +152,32 @@ class Partial:
         self.arguments = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
 
     def ended(self):
-        """What a run with the same arguments collected, which was stopped only behind that, or None."""
+        """Return what a run with the same arguments collected before it was stopped, or None."""
         try:
             found = load(self.folder / "collect")
         except ValueError:
             return None
         return found if found.info.get("arguments") == self.arguments else None
 
-    def restore(self, state):
-        """Fill `state` with what was saved; returns the number of prompts done, 0 where nothing fits."""
+    def restore(self, counts):
+        """Fill `counts` with the saved state and return the number of finished prompts. Without a state that fits,
+        return 0 and clear the folder of other prompts' images."""
+        done = self._read(counts.a)
+        counts.end = len(counts.a["value"])
+        for part in () if done else ("images", "steer"):
+            shutil.rmtree(self.folder / part, ignore_errors=True)
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        return done
+
+    def _read(self, arrays):
         try:
             with safe_open(self.arrays, "np") as file:
                 if file.metadata()["arguments"] != self.arguments:
                     return 0
                 done = int(file.metadata()["done"])
-                state.update({name: file.get_tensor(name) for name in state})
+                arrays.update({name: file.get_tensor(name) for name in arrays})
                 return done
-        except DAMAGED:                                          # none yet, or torn: begin anew
+        except DAMAGED:                                          # missing or torn: begin anew
             return 0
 
     def due(self):
@@ -157,23 +185,26 @@ class Partial:
 
     def save(self, state, done):
         new = self.arrays.with_suffix(".new")
-        # safetensors writes an array's memory as it lies there: a view would come back scrambled
+        # safetensors writes an array's memory in its order: a view would come back scrambled
         state = {name: np.ascontiguousarray(array) for name, array in state.items()}
         save_file(state, new, {"done": str(done), "arguments": self.arguments})
         os.replace(new, self.arrays)
         self.saved = time.monotonic()
 
-    def remove(self):
+    def replace_by(self, found):
+        """Save the statistics of the finished pass, and delete the state."""
+        save(self.folder / "collect", found)
         self.arrays.unlink(missing_ok=True)
 
 
-def save_image(path, image):
+def save_image(path: Path, image: np.ndarray) -> None:
+    """Save an image uint8 [H, W, 3]."""
     from PIL import Image
     Image.fromarray(image).save(path, quality=88, method=4)
 
 
-def scene_attributes(scenes, drawn):
-    """What is true of scenes of the nano world: names and a table [N, A]."""
+def scene_attributes(scenes: ModuleType, drawn: list) -> tuple[list[str], np.ndarray]:
+    """Return the names of attributes, and a table [N, A] of what is true of each scene of the nano world."""
     def of(scene):
         solids = scene.solids
         places = [scenes.project(scene.camera, solid.center) for solid in solids]
@@ -194,13 +225,17 @@ def scene_attributes(scenes, drawn):
 # ---------------------------------------------------------------- strips
 
 
-def draw_strips(model, subject, found, folder, n, progress=lambda: None):
-    """For each of the n liveliest features, those that fire on the most images, its best example once more, from the
-    same noise, with its values multiplied by all of `pages.SCALES` but 1, as `folder`/7-2.webp. What is there stays."""
+def draw_strips(model: flux.Model, subject: session.Subject, found: Collected, folder: Path, n: int,
+                progress: Callable = lambda: None) -> None:
+    """Draw the best example of each of the n features that fire on the most images, with the feature multiplied.
+
+    The noise is that of the example. The images for `pages.SCALES` (without 1) are saved as `folder`/7-2.webp and so
+    on; those that exist are kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     scales = [scale for scale in pages.SCALES if scale != 1]
-    for f in liveliest(found, n):
-        if not (folder / f"{f}-{scales[-1]}.webp").is_file():    # the last one says that all are there
+    for f in most_frequent(found, n):
+        if not (folder / f"{f}-{scales[-1]}.webp").is_file():    # if the last one is there, all are
             for scale, image in zip(scales, strip(model, subject, found, f, scales)):
                 new = folder / ".new.webp"
                 save_image(new, image)
@@ -208,14 +243,14 @@ def draw_strips(model, subject, found, folder, n, progress=lambda: None):
         progress()
 
 
-def liveliest(found, n):
-    """The n features that fire on the most images; of these on the most tokens."""
+def most_frequent(found: Collected, n: int) -> list[int]:
+    """Return the n features that fire on the most images. Ties go to the feature that fires on more tokens."""
     order = np.lexsort((-found.fired, -found.images))[:n]
     return [int(f) for f in order if found.fired[f]]
 
 
-def strip(model, subject, found, f, scales):
-    """The images uint8 [scales, H, W, 3] of a feature's best example with its values multiplied, in every step."""
+def strip(model: flux.Model, subject: session.Subject, found: Collected, f: int, scales: Sequence[float]) -> np.ndarray:
+    """Draw the best example of feature f with its values multiplied in every step: uint8 [scales, H, W, 3]."""
     info, image, n = found.info, int(found.top_image[f, 0]), len(scales)
     grid = flux.token_grid(model, info["size"])
     noise = flux.draw_noise(info["seed"], np.full(n, info["first_noise"] + image),
@@ -233,10 +268,10 @@ def strip(model, subject, found, f, scales):
 
 @lru_cache
 def scaling(cfg):
-    """A `flux.Edit`'s function that multiplies a feature's values; one object for an SAE, so that it compiles once."""
+    """Return a `flux.Edit`'s function that multiplies a feature. One object per SAE, so that it compiles once."""
     def scaled(name, x, scale, shared):
         params, feature = shared[name]
-        return sae.change(params, cfg, x, feature, scale, jnp.zeros(1))
+        return apply.change(params, cfg, x, feature, scale, jnp.zeros(1))
 
     return scaled
 
@@ -249,16 +284,15 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
          steer=None, **unknown):
     """Write a dashboard of the SAE in the folder `checkpoint` into the folder --out.
 
-    --n: prompts. --steps: in which images are drawn. --features 0:200,512: pages of these only. --pages_only: pages
-    from what an earlier run collected. --steer 20: for the 20 features that fire on the most images, their best example
-    with the feature ablated, as it is, and times 2, 4 and 8; with --pages_only for a dashboard that is there.
-    --model, --layer, --site: where the checkpoint does not say. --overwrite: also replace another checkpoint's
-    dashboard.
+    --n: number of prompts. --steps: sampling steps of the images. --features 0:200,512: pages of these features only.
+    --pages_only: write pages again from what an earlier run collected. --steer 20: for the 20 features that fire on the
+    most images, draw the best example with the feature ablated, unchanged, and times 2, 4 and 8 (with --pages_only, add
+    them to a finished dashboard). --model, --layer, --site: for a checkpoint that does not say. --overwrite: replace
+    another checkpoint's dashboard too.
     """
     session.no_unknown_flags(unknown)
     out = Path(out)
-    given = {"n": n, "seed": seed, "steps": steps, "batch": batch, "steer": steer, "layer": layer}
-    session.check_whole({name: value for name, value in given.items() if value is not None})
+    session.check_whole({"n": n, "seed": seed, "steps": steps, "batch": batch, "steer": steer, "layer": layer})
     subject = session.opened(checkpoint, model=model, layer=layer, site=site, writes=bool(steer))
     wanted = feature_range(features, subject.cfg.features)
     if steer or not pages_only:
@@ -271,10 +305,7 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
         if pages_only:
             found = load(out / "collect")
             strips_for(checkpoint, load_model, subject, found, out, steer)
-            shutil.rmtree(building, ignore_errors=True)          # of a stopped run; a stopped pass has another name
-            for part in ("collect", "images", "steer"):
-                if (out / part).exists() or part != "steer":
-                    shutil.copytree(out / part, building / part)
+            copy_parts(out, building)
         else:
             with session.stopping() as stop:                     # elsewhere a signal ends at once: all is saved
                 found = collect_from(checkpoint, load_model, subject, building, prompts, prompt_field, n, steps, seed,
@@ -290,8 +321,16 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
         print(f"dashboard: {out / 'index.html'}")
 
 
+def copy_parts(out, building):
+    """Copy what was collected and drawn in `out` into a new folder `building`."""
+    shutil.rmtree(building, ignore_errors=True)                  # left by a stopped run that only wrote pages
+    for part in ("collect", "images", "steer"):
+        if (out / part).exists() or part != "steer":
+            shutil.copytree(out / part, building / part)
+
+
 def strips_for(checkpoint, load_model, subject, found, folder, n):
-    """`draw_strips` of n features, where any are asked for. Raises Mistake for another checkpoint's dashboard."""
+    """Call `draw_strips` for n features, if any. Raises Mistake for another checkpoint's dashboard."""
     if not n:
         return
     if not is_of(found, checkpoint):
@@ -301,18 +340,18 @@ def strips_for(checkpoint, load_model, subject, found, folder, n):
         draw_strips(model, subject, found, folder / "steer", n, progress=bar.update)
 
 
-def is_of(found, checkpoint):
-    """Whether what was collected is of the checkpoint that lies in this folder now."""
+def is_of(found: Collected, checkpoint: str | Path) -> bool:
+    """Return whether the statistics belong to the checkpoint that is in this folder now."""
     return found.info.get("checkpoint") == read_cfg(checkpoint)
 
 
-def read_cfg(checkpoint):
-    """cfg.json as it stands."""
+def read_cfg(checkpoint: str | Path) -> dict:
+    """Return cfg.json unchanged."""
     return json.loads((Path(checkpoint) / saved.CONFIG).read_text(encoding="utf-8"))
 
 
 def collect_from(checkpoint, load_model, subject, folder, source, field, n, steps, seed, batch, stop):
-    """What the checkpoint says of itself, and the flags → `collect`."""
+    """Call `collect` with the flags and with what the checkpoint says."""
     source, field, held_out = session.prompts_of(subject, source, field)
     texts, drawn = data.examples(source, field, held_out, n)
     labels = dict(zip(("attributes", "labels"), scene_attributes(data.scenes(), drawn))) if drawn else {}
@@ -331,9 +370,11 @@ OURS = re.compile(r"index\.html|run\.html|data\.js|dash\.(css|js)|feature(/\d+\.
                   r"|images(/\d+\.webp)?|steer(/\d+-[\d.]+\.webp)?|collect(/(collect\.json|stats\.safetensors))?")
 
 
-def check_out(out, checkpoint, pages_only, overwrite):
-    """Refuse, before any work, a folder that is no dashboard, or another checkpoint's. All of it will be replaced, so
-    nothing else may lie in it, hidden or deep."""
+def check_out(out: Path, checkpoint: str | Path, pages_only: bool, overwrite: bool) -> None:
+    """Raise Mistake, before any work, for a folder that is no dashboard, or another checkpoint's.
+
+    dash.py replaces all of the folder, so nothing else may be in it, not even hidden files or files in subfolders.
+    """
     about = out / "collect" / "collect.json"
     if pages_only and not about.is_file():
         raise Mistake(f"--pages_only: there is no dashboard in {out} yet")
@@ -352,7 +393,7 @@ def check_out(out, checkpoint, pages_only, overwrite):
 
 
 def read_info(file):
-    """A collect.json, whatever version wrote the statistics beside it; {} of a damaged one."""
+    """Return the contents of a collect.json of any version; {} if it is damaged."""
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
         return info if isinstance(info, dict) else {}
@@ -361,7 +402,7 @@ def read_info(file):
 
 
 def foreign_in(out):
-    """Paths in the folder that dash.py did not make. The lock and the workplace may be inside, and what Macs leave."""
+    """Yield paths in the folder that dash.py did not make, except its lock, its workplace and .DS_Store of Macs."""
     for path in out.rglob("*"):
         name = path.relative_to(out).as_posix()
         own = OURS.fullmatch(name) and not path.is_symlink()
@@ -370,7 +411,7 @@ def foreign_in(out):
 
 
 def same_run(info, checkpoint):
-    """Whether a dashboard is of a checkpoint's run, at whatever step; of a foreign SAE, of this very cfg.json."""
+    """Return whether a dashboard is of the checkpoint's run, at any step. A foreign SAE must have the same cfg.json."""
     def of(cfg):
         run = (cfg.get("metadata") or {}).get("run")
         shape = {name: value for name, value in cfg.items() if name != "metadata" or not run}
@@ -380,20 +421,20 @@ def same_run(info, checkpoint):
 
 
 def workplace(out, name):
-    """Where the new dashboard is made: beside `out`, or inside it where it cannot be renamed."""
+    """Return where to make the new dashboard: beside `out`, or inside it if `out` cannot be renamed."""
     whole = out.resolve()
     return whole.with_name(f".{whole.name}.{name}") if renamable(out) else whole / f".{name}"
 
 
 def renamable(out):
-    """Whether the folder can be renamed: no mount, not where the user stands, its parent writable."""
+    """Return whether the folder can be renamed: no mount, not the current folder, and its parent is writable."""
     whole = out.resolve()
     parent = next(path for path in whole.parents if path.is_dir())
     return not os.path.ismount(whole) and not Path.cwd().is_relative_to(whole) and os.access(parent, os.W_OK)
 
 
-def feature_range(text, F):
-    """"0:200,512" → the numbers, sorted; all F where it is empty. Raises ValueError for what is not a feature."""
+def feature_range(text: str, F: int) -> list[int]:
+    """Return the features of a text such as "0:200,512", sorted; all F if it is empty. Raises Mistake for others."""
     try:
         wanted = set()
         for part in str(text).strip("()").replace(" ", "").split(",") if text != "" else ["0:"]:
@@ -407,9 +448,9 @@ def feature_range(text, F):
         raise Mistake(f"--features {text}: give numbers or ranges from 0 to {F - 1}, as in 0:200,512") from None
 
 
-def replace(new, out):
-    """Put the finished folder `new` where `out` is or will be; an old one stays until that moment. Where it cannot be
-    renamed, its parts are replaced one by one."""
+def replace(new: Path, out: Path) -> None:
+    """Move the finished folder `new` to `out`. An old `out` stays until that moment. If `out` cannot be renamed,
+    replace its parts one by one."""
     out, whole = out.resolve(), renamable(out)
     old = out.with_name(f".{out.name}.old")
     if whole:
@@ -426,19 +467,19 @@ def replace(new, out):
     shutil.rmtree(new)
 
 
-def read_metrics(path):
-    """The lines of metrics.jsonl; [] without the file, and without what is torn or damaged."""
+def read_metrics(path: Path) -> list[dict]:
+    """Return the lines of metrics.jsonl that are not damaged; [] without the file."""
     lines = map(saved.logged, path.read_bytes().splitlines() if path.is_file() else ())
     return [line for line in lines if line and all(isinstance(value, (int, float)) for value in line.values())]
 
 
-def read_scores(path, weights):
-    """What score.py wrote of the SAE with these weights (their `saved.fingerprint`), or None."""
+def read_scores(path: Path, weights: str) -> dict | None:
+    """Return what score.py wrote about the SAE with this `fingerprint` of its weights, or None."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return found if found["kind"] == "fae score" and found["weights"] == weights else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None                                              # none there, damaged, or another tool's
+        return None                                              # missing, damaged, or another tool's
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an SAE trains on: prompts, and the shuffled stream of a layer's activations while a model draws them.
+"""Read prompts, run the model on them, and shuffle a layer's activations into batches for SAE training.
 
 Copy it with `flux.py` and `shard.py`, and with `nano/scenes.py` for the source "scenes". Prompts come from files, from
 datasets on the Hugging Face hub, or from the scenes that nano draws:
@@ -7,8 +7,8 @@ datasets on the Hugging Face hub, or from the scenes that nano draws:
     for prompt in data.stream("hf:opendiffusionai/cc12m-cleaned", "caption_llava_short"): ...      # never ends
     unseen = data.take("captions.tsv", None, 100, held_out=True)         # train.py has not trained on these
 
-One prompt in twenty is held out of training. A hash of the prompt decides which, so a caption that comes twice, also in
-another file, is on one side only. A source of few prompts holds none out (see `divisible`).
+One prompt in twenty is held out of training. A hash of the prompt decides, so a repeated caption is always on the same
+side, also if it comes from another file. A source with few prompts holds none out (see `divisible`).
 """
 import collections
 import csv
@@ -23,37 +23,43 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import flux
 import shard
 from weights import Mistake
 
 DATASET, DATASET_FIELD = "hf:opendiffusionai/cc12m-cleaned", "caption_llava_short"     # the FLUX SAE paper's prompts
-FIELDS = ("prompt", "caption", "text", DATASET_FIELD)            # tried in this order where no field is named
+FIELDS = ("prompt", "caption", "text", DATASET_FIELD)            # tried in this order if the user names no field
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-HELD_OUT_SCENES = 10_000                                         # the first ones are for evaluation
-SHARE = 20                                                       # one prompt of so many is held out
-UNREADABLE = (gzip.BadGzipFile, zlib.error, EOFError, csv.Error)                  # from there on, a file
+HELD_OUT_SCENES = 10_000                                         # the scenes before this number are for evaluation
+SHARE = 20                                                       # one in 20 prompts is held out
+UNREADABLE = (gzip.BadGzipFile, zlib.error, EOFError, csv.Error)                  # errors that end a file
 
 
 # ---------------------------------------------------------------- sources
 
 
 def read(source: str, field: str | None = None, held_out: bool | None = None, say: Callable = print) -> Iterator[str]:
-    """Prompts, streamed: from a text file (one a line), CSV, TSV, JSON (lines, or one array; all plain or .gz), parquet
-    (with pyarrow), `hf:owner/dataset[@revision][/file]`, or "scenes", which never end. Blank ones are skipped.
+    """Yield the prompts of a source, without blank ones.
 
-    held_out: True for those that are held out of training, False for the others, None for all. Rows that cannot be used
-    are skipped, and say() tells how many; but if there is none before them that can, they raise Mistake.
+    source: a text file (one prompt per line), CSV, TSV, JSON (lines or one array), each plain or .gz; parquet (needs
+    pyarrow); `hf:owner/dataset[@revision][/file]`; or "scenes", which never ends.
+    held_out: True for prompts held out of training, False for the others, None for all. Bad rows are skipped, and
+    say() tells how many. Raise Mistake if a bad row comes before the first good one.
     """
     good = False
     for file in _files(source):
         bad = 0
-        for prompt in _captions(held_out) if file == "scenes" else _checked(Path(file), field):
+        start = 0 if held_out else HELD_OUT_SCENES
+        rows = scenes().captions(start) if file == "scenes" else _checked(Path(file), field)
+        for prompt in rows:
             if isinstance(prompt, Mistake):
                 if not good:
                     raise prompt
@@ -69,7 +75,7 @@ def read(source: str, field: str | None = None, held_out: bool | None = None, sa
 
 
 def stream(source: str, field: str | None = None, held_out: bool | None = None) -> Iterator[str]:
-    """`read` without end: a finite source starts anew. Raises Mistake where there is nothing to read."""
+    """Repeat `read` forever. Raise Mistake if the source holds no prompts."""
     say = print
     while True:
         prompt = None
@@ -77,13 +83,13 @@ def stream(source: str, field: str | None = None, held_out: bool | None = None) 
             yield prompt
         if prompt is None:
             raise Mistake(f"{source} holds no prompts")
-        say = _silent                                            # it was said once
+        say = _silent                                            # report skipped rows only once
 
 
 def take(source: str, field: str | None, n: int, held_out: bool | None = None) -> list[str]:
-    """The first n prompts of a source, or all where it has fewer. Raises Mistake where it has none.
+    """Return the first n prompts of a source, or all if it has fewer. Raise Mistake if it has none.
 
-    held_out: True for those that no training has seen and, where these are fewer than n, then the others.
+    held_out: as in `read`, but True adds prompts of the training set if fewer than n are held out.
     """
     first = list(itertools.islice(read(source, field, held_out), n))
     if held_out and len(first) < n:
@@ -96,7 +102,7 @@ def take(source: str, field: str | None, n: int, held_out: bool | None = None) -
 
 
 def examples(source: str, field: str | None, held_out: bool | None, n: int) -> tuple[list[str], list | None]:
-    """(`take`, None); of "scenes", which never end, n captions that are held out, and their scenes."""
+    """Return (`take`, None). For the source "scenes", return n held-out captions and their scenes."""
     if source != "scenes":
         return take(source, field, n, held_out), None
     drawn = held_out_scenes(n)
@@ -104,23 +110,21 @@ def examples(source: str, field: str | None, held_out: bool | None, n: int) -> t
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a prompt is among those that are held out, whatever its case and spaces."""
+    """Return whether a prompt is held out of training. Case and spaces do not matter."""
     words = " ".join(prompt.casefold().split())
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) % SHARE == 0
 
 
 def divisible(source: str, field: str | None = None) -> bool:
-    """Whether prompts of a source can be held out: there are a hundred different ones, and one of them is."""
+    """Return whether a source can hold prompts out: it has 100 different prompts, and at least one is held out."""
     first = set(itertools.islice(read(source, field, say=_silent), 1000))
     return len(first) >= 100 and any(map(is_held_out, first))
 
 
 def located(source: str) -> str:
-    """The source with what makes it the same anywhere: a file's absolute path, the revision of a dataset on the hub."""
-    if source == "scenes":
-        return source
+    """Return a name of the source that stays valid elsewhere: with a file's absolute path or a dataset's revision."""
     if not source.startswith("hf:"):
-        return os.path.abspath(_existing(source))
+        return source if source == "scenes" else os.path.abspath(_existing(source))
     repo, revision, file = _hub_name(source[3:])
     if not revision:
         from huggingface_hub import HfApi
@@ -129,7 +133,7 @@ def located(source: str) -> str:
 
 
 def same(given: str, source: str) -> bool:
-    """Whether `given`, as a user types it, means `source`, which is `located`."""
+    """Return whether `given`, as the user typed it, names `source`, which `located` returned."""
     if given.startswith("hf:") and source.startswith("hf:"):
         (repo, revision, file), whole = _hub_name(given[3:]), _hub_name(source[3:])
         return (repo, revision or whole[1], file) == whole
@@ -137,7 +141,7 @@ def same(given: str, source: str) -> bool:
 
 
 def fingerprint(source: str) -> str | None:
-    """SHA-256 of a file's bytes; None for what is no file."""
+    """Return the SHA-256 of a prompt file, or None if the source is not a file."""
     if source == "scenes" or source.startswith("hf:"):
         return None
     with open(_existing(source), "rb") as file:
@@ -151,7 +155,7 @@ def _existing(source):
 
 
 def _files(source):
-    """Paths of a source's files, each fetched when it is reached; "scenes" is its own."""
+    """Return the paths of a source's files, or ["scenes"]. Files on the hub are downloaded when they are reached."""
     if source.startswith("hf:"):
         return _hub_files(source[3:])
     return [source if source == "scenes" else _existing(source)]
@@ -164,8 +168,8 @@ def _silent(text):
 # ---------------------------------------------------------------- scenes
 
 
-def scenes():
-    """The module `nano/scenes.py` beside this file; one beside other weights would be a stranger's code."""
+def scenes() -> ModuleType:
+    """Import `nano/scenes.py` beside this file. Never import one beside other weights: it could be foreign code."""
     spec = importlib.util.spec_from_file_location("scenes", Path(__file__).parent / "nano" / "scenes.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -173,41 +177,35 @@ def scenes():
 
 
 def held_out_scenes(n: int) -> list:
-    """The first n scenes whose captions are held out."""
+    """Return the first n scenes whose captions are held out."""
     world = scenes()
-    drawn = (world.sample(i) for i in itertools.count())
+    drawn = map(world.sample, itertools.count())
     return list(itertools.islice((scene for scene in drawn if is_held_out(world.caption(scene))), n))
-
-
-def _captions(held_out):
-    return scenes().captions(0 if held_out else HELD_OUT_SCENES)
 
 
 # ---------------------------------------------------------------- files
 
 
 def _checked(path, field):
-    """What is in a file: prompts ("" for an empty row), and in the place of each that cannot be used a Mistake."""
+    """Yield each row of a file: its prompt, "" for an empty row, or a Mistake for a bad row."""
     try:
         for where, prompt in _rows(path, field):
-            if isinstance(prompt, Mistake):
-                yield prompt
-            elif prompt is None:
-                yield ""
+            if prompt is None or isinstance(prompt, Mistake):
+                yield prompt or ""
             elif not isinstance(prompt, str):
                 yield Mistake(f"{where} is {str(prompt)[:60]}, not a string")
             else:
-                yield prompt if _is_text(prompt) else Mistake(f"{where} is no UTF-8 text: {prompt[:60]!r}")
+                yield prompt if _is_text(prompt) else Mistake(f"{where} is not UTF-8 text: {prompt[:60]!r}")
     except UNREADABLE as error:
-        yield Mistake(f"{path} cannot be read as {_kind(path)}, or not to its end: {error}")
-    except Mistake as error:                                     # of a whole file: no such field, another suffix
+        yield Mistake(f"{path} cannot be read as {_kind(path)}, or is damaged: {error}")
+    except Mistake as error:                                     # about the whole file: missing field, unknown suffix
         yield error
 
 
 def _is_text(prompt):
     try:
         return b"\0" not in prompt.encode()
-    except UnicodeEncodeError:                                   # half of a pair of surrogates
+    except UnicodeEncodeError:                                   # half of a surrogate pair
         return False
 
 
@@ -216,18 +214,16 @@ def _kind(path):
 
 
 def _rows(path, field):
-    """(where it stands, prompt, None or Mistake) of each row."""
+    """Return an iterator of (place, prompt or None or Mistake), one per row."""
     kind = _kind(path)
     if kind not in SUFFIXES:
-        raise Mistake(f"{path}: unknown suffix {kind!r} of a prompt file; known are {', '.join(SUFFIXES)}, and .gz "
-                      "behind them")
-    if kind == ".parquet":
-        return _parquet(path, field)
-    return _text(path, kind, field)
+        raise Mistake(f"{path}: unknown suffix {kind!r} of a prompt file; known are {', '.join(SUFFIXES)}; .gz may "
+                      "follow")
+    return _parquet(path, field) if kind == ".parquet" else _text(path, kind, field)
 
 
 def _text(path, kind, field):
-    # utf-8-sig: spreadsheets put a byte order mark before the first field's name. What is no UTF-8 becomes surrogates.
+    # utf-8-sig: spreadsheets write a byte order mark before the first field. Invalid UTF-8 becomes surrogates.
     with (gzip.open if path.suffix.lower() == ".gz" else open)(
             path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if kind in (".csv", ".tsv"):
@@ -242,14 +238,14 @@ def _table(rows, field, path):
     field, ended = _field(rows.fieldnames or (), field, path), object()
     while (row := next(rows, ended)) is not ended:
         where = f"{path}, line {rows.line_num}"
-        # Commas of an unquoted caption make fields of their own, and would cut it off.
+        # A comma in an unquoted caption starts another field: without this error the caption would be cut off.
         yield where, Mistake(f"{where} has more fields than the first line") if None in row else row[field]
 
 
 def _json(file, kind, field, path):
     lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
     for where, line in lines:
-        if kind == ".json" and line.lstrip().startswith("["):    # one array; elsewhere an array is a bad row
+        if kind == ".json" and line.lstrip().startswith("["):    # one array; on a later line an array is a bad row
             rows = _parsed(line + file.read(), path)
             for number, row in enumerate([rows] if isinstance(rows, Mistake) else rows, 1):
                 where = f"{path}, prompt {number}"
@@ -291,8 +287,8 @@ def _field(names, field, where):
     found = [name for name in ([field] if field else FIELDS) if name in names]
     if not found:
         known = ", ".join(names).encode(errors="replace").decode()[:300]
-        raise Mistake(f"{where} has no field {field or ' or '.join(FIELDS)!r}, but {known or 'none'}; name it by "
-                      "--prompt_field")
+        raise Mistake(f"{where} has no field {field or ' or '.join(FIELDS)!r}, but {known or 'none'}; name the field "
+                      "with --prompt_field")
     return found[0]
 
 
@@ -300,7 +296,7 @@ def _field(names, field, where):
 
 
 def _hub_name(name):
-    """owner/dataset[@revision][/file] → (owner/dataset, revision or "", [file] or [])."""
+    """Split owner/dataset[@revision][/file] into (owner/dataset, revision or "", [file] or [])."""
     owner, dataset, *file = name.split("/", 2) if name.count("/") else (name, "")
     dataset, _, revision = dataset.partition("@")
     if not owner or not dataset:
@@ -309,7 +305,7 @@ def _hub_name(name):
 
 
 def _hub_files(name):
-    """Paths of a dataset's prompt files, each downloaded when it is reached."""
+    """Yield the paths of a dataset's prompt files. Each is downloaded when it is reached."""
     from huggingface_hub import HfApi, hf_hub_download
     repo, revision, file = _hub_name(name)
     at = {"revision": revision} if revision else {}
@@ -326,37 +322,37 @@ def _hub(call, repo, *file, **at):
         return call(repo, *file, repo_type="dataset", **at)
     except errors.GatedRepoError:
         raise Mistake(f"the dataset {repo} is gated: accept its terms on the hub, then `hf auth login`") from None
-    except Exception as error:                                   # or whatever the hub's HTTP library raises
+    except Exception as error:                                   # the hub's HTTP library has its own exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Mistake(f"cannot fetch {'/'.join((repo, *file))} from the hub: {reason}") from None
 
 
 # ---------------------------------------------------------------- activations
 
-# Numbers of noises. Training's begin at 0; no training step sees those of its closing table, of images that tools draw
-# (of the same prompts the same), and of scores.
+# Each noise has a number. Training starts at 0. Training never uses the ranges that start here: the noise of its final
+# table, of images that tools draw (the same noise for the same prompts), and of scores.
 TABLE, DRAWN, SCORED = 1_000_000_000, 1_500_000_000, 1_750_000_000
 
 
 class Activations:
-    """Batches of shuffled activations [batch, columns], step after step; those of a step are always the same.
+    """Give batches of shuffled activations [batch, columns], one per step. A step always gets the same batch.
 
-    Two chunks are in memory: steps train on one, and forward passes fill the other between them. The pass after next is
-    sent before the next one is fetched, so that an accelerator works while the host tokenizes, copies and shuffles.
-    Which passes go before a step follows from its number and the prompts alone: several hosts send the same programs
-    in the same order. Without padding passes differ in how many tokens they give: a chunk is filled up, and what the
-    last pass has more is left. run: a `recipe.Run`. mesh: of several devices, as for `train.train`.
+    Memory holds two chunks: training steps read one while forward passes fill the other. Each pass is sent before the
+    result of the pass before it is fetched, so the accelerator works while the host tokenizes, copies and shuffles.
+    The step number and the prompts alone decide which passes run before a step, so that several hosts send the same
+    programs in the same order. Without padding, passes give different numbers of tokens: the last pass fills the chunk,
+    and its remaining tokens are dropped. run: a `recipe.Run`. mesh: several devices, as for `train.train`.
     """
 
-    def __init__(self, run, model, prompts, mesh=None):
+    def __init__(self, run, model: flux.Model, prompts: Iterator[str], mesh: Mesh | None = None):
         self.run, self.model, self.prompts, self.mesh = run, model, prompts, mesh
         self.grid = flux.token_grid(model, run.size)
         img, txt = self.grid[0] * self.grid[1], run.text_tokens
         images, tokens = run.prompt_batch * run.seeds_per_prompt, {"img": img, "txt": txt, "both": img + txt}[run.site]
         self.all_taken = run.padding or run.site == "img"
         self.forward_tokens = run.timesteps * images * tokens
-        self.forwards = -(-max(run.buffer, run.batch) // self.forward_tokens)            # of a chunk; if all are taken
-        self.tokens = self.forwards * self.forward_tokens        # of a chunk
+        self.forwards = -(-max(run.buffer, run.batch) // self.forward_tokens)          # per chunk; more without padding
+        self.tokens = self.forwards * self.forward_tokens        # per chunk
         self.batches = self.tokens // run.batch
         self.chunks = -(-run.steps // self.batches)
         self.layers = [run.layer] + ([run.transcoder] if run.transcoder is not None else [])
@@ -365,24 +361,24 @@ class Activations:
         pattern = np.zeros((run.timesteps, images, tokens), np.int32)
         for g, (_, t, part) in enumerate(parts):
             pattern[t, :, part] = g
-        self.pattern = pattern.reshape(-1)                       # the group of each token of a pass
+        self.pattern = pattern.reshape(-1)                       # group of each token of a pass
         self.rows = np.empty((2, self.tokens, len(self.layers) * model.cfg.width), jnp.dtype(run.dtype))
-        self.group = np.zeros((2, self.tokens), np.int32)        # of the tokens in rows
+        self.group = np.zeros((2, self.tokens), np.int32)        # group of each token in rows
         self.flatten = jax.jit(partial(flat_and_finite, dtype=self.rows.dtype),
                                out_shardings=shard.everywhere(mesh) if mesh else None)
-        self.stored, self.passes = 0, None                       # tokens of all chunks; a generator that stores more
+        self.stored, self.passes = 0, None                       # tokens stored so far; a generator that stores more
         self.starts = {}                                         # chunk → number of its first prompt
 
     def seek(self, chunk: int, first: int | None = None) -> None:
-        """Begin with a chunk: at the prompt number `first`, which has to be said where padding is left out."""
+        """Start at a chunk, whose first prompt has the number `first` (required if the run leaves padding out)."""
         first = chunk * self.forwards * self.run.prompt_batch if first is None else first
         collections.deque(itertools.islice(self.prompts, first), 0)
         self.starts = {chunk: first}
         self.stored, self.passes = chunk * self.tokens, self._fetched(self._sent(chunk, first))
 
-    def ready(self, step: int, stop: Callable = lambda: False, bar=None) -> bool:
-        """Fetch what `step` trains on, and its share of the next chunk. False where stop() came first. Steps must be
-        asked for in rising order: the prompts are a stream."""
+    def ready(self, step: int, stop: Callable = lambda: False, bar: Any = None) -> bool:
+        """Fetch the tokens of `step` and its share of the next chunk. Return False if stop() became true first.
+        Ask for steps in rising order, because the prompts are a stream. bar: a tqdm bar that shows the progress."""
         if self.passes is None:
             self.seek(step // self.batches)
         wanted = min(self.tokens + step * self.tokens // self.batches, self.chunks * self.tokens)
@@ -395,30 +391,30 @@ class Activations:
         return True
 
     def batch(self, step: int) -> np.ndarray:
-        """Activations [batch, columns] of a step that is `ready`."""
+        """Return the activations [batch, columns] of a step that is `ready`."""
         return self.rows[self.places(step)]
 
-    def groups_of(self, places):
-        """The group of the tokens there, or None where all are alike."""
+    def groups_of(self, places: tuple[int, np.ndarray]) -> np.ndarray | None:
+        """Return the groups of the tokens at these places, or None if there is only one group."""
         return self.group[places] if self.groups else None
 
-    def places(self, step):
-        """Where the tokens of a step lie in `rows`."""
+    def places(self, step: int) -> tuple[int, np.ndarray]:
+        """Return the index into `rows` of the tokens of a step."""
         first = step % self.batches * self.run.batch
         half, order = self.order(step // self.batches)
         return half, order[first:first + self.run.batch]
 
-    def order(self, chunk):
-        """(which half of `rows`, places there [tokens]) of a chunk, in the order of training."""
+    def order(self, chunk: int) -> tuple[int, np.ndarray]:
+        """Return (half of `rows`, places there [tokens]) of a chunk, in training order."""
         return chunk % 2, shuffled(self.run.seed, chunk, self.tokens)
 
     def place(self, step: int) -> dict[str, np.ndarray]:
-        """What a checkpoint before that step has to keep, for `seek`."""
+        """Return what a checkpoint before this step must keep for `seek`."""
         return {"position": np.array(self.starts[step // self.batches])}
 
     def _sent(self, chunk, first):
-        """Send the passes of the chunks from this one on, whose first prompt has the number `first`: yields (places in
-        rows, which tokens of the pass, what `send` gave)."""
+        """Send the passes of this chunk and the following ones. Yield (places in rows, tokens to take, result of
+        `send`). first: the number of the chunk's first prompt."""
         for number in range(chunk, self.chunks):
             self.starts[number], done = first, 0
             while done < self.tokens:
@@ -427,17 +423,17 @@ class Activations:
                 sent = self.send(some, first * self.run.seeds_per_prompt, TABLE, f"for step {number * self.batches} on")
                 yield (number % 2, slice(done, done + count)), taken, sent
                 first, done = first + len(some), done + count
-        self.starts[self.chunks] = first                         # of a longer run
+        self.starts[self.chunks] = first                         # for a run that is extended
 
     def _fetched(self, passes):
-        """Store what was sent, a pass at a time: yields how many tokens it has."""
+        """Store the results of `_sent`, and yield the number of tokens of each pass."""
         for (places, taken, sent), _ in pairwise(itertools.chain(passes, [None])):
             rows = self.fetch(sent)[taken]
             self.rows[places], self.group[places] = rows, self.pattern[taken]
             yield len(rows)
 
-    def tokens_of(self, prompts, room):
-        """(which of the tokens of a pass are taken, how many): the first ones, as many as there is room for."""
+    def tokens_of(self, prompts: list[str], room: int) -> tuple[slice | np.ndarray, int]:
+        """Return (which tokens of a pass to take, how many): the first ones, at most `room`."""
         if self.all_taken:
             return slice(room), min(room, self.forward_tokens)
         real = real_tokens(self.model, prompts, self.run.site, self.run.text_tokens, self.grid[0] * self.grid[1])
@@ -445,13 +441,15 @@ class Activations:
         taken = np.flatnonzero(np.broadcast_to(real, (self.run.timesteps, *real.shape)))[:room]
         return taken, len(taken)
 
-    def send(self, prompts, first, end=DRAWN, purpose="that were asked for"):
-        """A forward pass over prompts, for `fetch`, which alone waits for it. first: number of the first noise; those
-        from `end` on (other tools') are not for it."""
+    def send(self, prompts: list[str], first: int, end: int = DRAWN, purpose: str = "that were asked for") -> tuple:
+        """Start a forward pass over prompts without waiting. Give the result to `fetch`, which waits.
+
+        first: number of the first noise. Raise Mistake if a noise reaches the number `end`: other tools use those.
+        """
         run, model, images = self.run, self.model, len(prompts) * self.run.seeds_per_prompt
         if first + images > end:
-            raise Mistake(f"noise number {first + images:,} is not for activations {purpose}, but those up to "
-                          f"{end - 1:,}: take fewer --steps or --seeds_per_prompt")
+            raise Mistake(f"noise number {first + images:,} is too large for activations {purpose}, the last one is "
+                          f"{end - 1:,}: reduce --steps or --seeds_per_prompt")
         levels = flux.sigmas(model.scheduler, run.timesteps, self.grid[0] * self.grid[1])
         start = beginning(model, prompts, np.arange(images), levels, self.grid, run.seed, run.text_tokens, first)
         acts = [flux.capture(model, start, layer=layer, site=run.site) for layer in self.layers]
@@ -459,18 +457,19 @@ class Activations:
         acts.copy_to_host_async()
         return prompts, purpose, acts, finite
 
-    def fetch(self, sent):
-        """Activations [forward_tokens, columns] of a pass. Raises Mistake, with the prompt, for NaN or Inf."""
+    def fetch(self, sent: tuple) -> np.ndarray:
+        """Return the activations [forward_tokens, columns] of a pass. Raise Mistake with the prompt for NaN or Inf."""
         prompts, purpose, acts, finite = sent
         if not (finite := np.asarray(finite)).all():
             prompt = prompts[int(np.argmin(finite)) // self.run.seeds_per_prompt]
-            raise Mistake(f"activations {purpose} hold NaN or Inf, at the prompt {prompt!r}; none were trained on")
+            raise Mistake(f"activations {purpose} hold NaN or Inf for the prompt {prompt!r}; no step used them")
         return np.asarray(acts)
 
 
-def beginning(model, prompts, numbers, levels, grid, seed, text_tokens=None, first=SCORED):
-    """The `flux.Start` of images whose noises have the numbers first + `numbers`, at these noise levels. Of several
-    images a prompt, those of the first prompt come first."""
+def beginning(model: flux.Model, prompts: Sequence[str], numbers: Sequence[int], levels: np.ndarray,
+              grid: tuple[int, int], seed: int, text_tokens: int | None = None, first: int = SCORED) -> flux.Start:
+    """Return the `flux.Start` of images whose noises have the numbers first + `numbers`, at these noise levels. With
+    several images per prompt, the images of the first prompt come first."""
     encoded, each = flux.encode_text(model, prompts, text_tokens), len(numbers) // len(prompts)
     text, pooled = (jnp.repeat(x, each, 0) if each > 1 else x for x in encoded)
     guidance = jnp.full(len(numbers), 3.5) if model.cfg.guidance_embeds else None
@@ -479,21 +478,21 @@ def beginning(model, prompts, numbers, levels, grid, seed, text_tokens=None, fir
 
 
 @lru_cache(2)
-def shuffled(seed, chunk, tokens):
-    """The places of a chunk's tokens, in the order of training."""
+def shuffled(seed: int, chunk: int, tokens: int) -> np.ndarray:
+    """Return the places of a chunk's tokens in training order."""
     return np.random.default_rng((seed, chunk)).permutation(tokens)
 
 
-def flat_and_finite(acts, dtype):
-    """[timesteps, prompts x seeds, N, D] of each layer → rows [..., layers x D], and whether all is finite, [prompts x
-    seeds]."""
+def flat_and_finite(acts: list[jax.Array], dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    """Join activations [timesteps, images, N, D] of each layer. Return (rows [..., layers x D], whether each image's
+    values are all finite [images])."""
     acts = jnp.concatenate(acts, -1).astype(dtype)
     return acts.reshape(-1, acts.shape[-1]), jnp.isfinite(acts).all((0, 2, 3))
 
 
 def real_tokens(model: flux.Model, prompts: Sequence[str], site: str, text_tokens: int,
                 image_tokens: int) -> np.ndarray:
-    """Which tokens of a site are no padding of T5's: [B, N] bool, in the order of `flux.residual`."""
+    """Return which tokens of a site are not T5's padding: [B, N] bool, in the order of `flux.residual`."""
     lengths = [len(words) for words in model.words(prompts, text_tokens)]
     text = np.arange(text_tokens) < np.array(lengths)[:, None]
     image = np.ones((len(prompts), image_tokens), bool)

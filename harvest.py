@@ -1,41 +1,40 @@
-"""Name values inside a JAX function, and reach them from outside: `sow` marks, `reap` gathers, `plant` replaces.
+"""Name values inside a JAX function and reach them from outside: `sow` marks, `reap` captures, `plant` replaces.
 
-Stands alone: copy this one file. It needs `jax` only (0.10.2 to 0.12), and importing it touches no device.
+This file works alone: copy it. It needs only `jax` (0.10.2 to 0.12). Importing it touches no device.
 
-    def model(w, x):                                        # any JAX function, transformed as you like
+    def model(w, x):                                        # any JAX function, with any transformations
         return jax.lax.scan(lambda h, w: (sow(jnp.tanh(h @ w), name="h"), None), x, w)[0]
-    y, caught = jax.jit(reap(model))(w, x)                  # caught["h"]: [L, B, D], all L layers
-    y, caught = jax.jit(reap(model, {"h": 10}))(w, x)       # caught["h"]: [B, D], costs the memory of one layer
-    y = jax.jit(plant(model, {"h": {10: lambda h: 2 * h}}))(w, x)       # layer 10 puts out twice that; or {10: value}
+    y, captured = jax.jit(reap(model))(w, x)                # captured["h"]: [L, B, D], all L layers
+    y, captured = jax.jit(reap(model, {"h": 10}))(w, x)     # captured["h"]: [B, D], needs the memory of one layer
+    y = jax.jit(plant(model, {"h": {10: lambda h: 2 * h}}))(w, x)       # doubles the output of layer 10; or {10: value}
 
-Both trace the function to a jaxpr and run that equation by equation. Equations without a wanted sow inside are bound
-as they are, so kernels and derivative rules survive; the others are rebuilt with JAX's public functions:
+Both trace the function to a jaxpr and run it equation by equation. An equation that contains no wanted sow is bound
+unchanged, so kernels and derivative rules survive. The others are rebuilt with JAX's public functions:
 
-    the sow is inside        what is caught, and in the same shape planted
-    jit, remat               the value. A checkpoint keeps its policy; what it recomputes is planted, not caught again
-    scan (map, fori_loop     the values stacked on a new axis 0, each at its iteration's index (also if reverse=True);
-      with fixed bounds)     nested scans stack outermost first. A planted function sees one iteration's value
+    the sow is inside        value that is captured; a planted value has the same shape
+    jit, remat               the value. A checkpoint keeps its policy. Its recomputation is planted, not captured again
+    scan (map, fori_loop     the values, stacked by iteration index on a new axis 0 (also if reverse=True). Nested scans
+      with fixed bounds)     stack the outermost first. A planted function sees the value of one iteration
     while                    the last iteration's value, planted in all; zeros if none ran. In the condition: raises
-    cond, switch             the value in the branch taken; zeros if that one does not sow it. Shapes must agree
-    vmap                     the value with the mapped axes in front (behind those of scans); none if it is not mapped
-    grad, jvp, vjp           the forward value. Differentiating a reaped function (has_aux=True) works as well.
-                             grad(plant(f)) differentiates what is planted: a constant cuts off what comes before it.
-                             plant(grad(f)) changes where f is differentiated: a sow's own derivative is the identity
-    shard_map                the device's block, on a new axis 0 over all devices, sharded over the manual mesh axes.
-                             Where check_vma proves that devices agree, the first one's block is planted in all
-    custom_jvp, custom_vjp   the value, computed beside the call (XLA merges the two), which so keeps its own rule.
-                             The derivative of the caught value itself is the ordinary one. Under grad it is the rule's
-                             own forward function that runs, so that has to sow, or is planted. Planting in the call
-                             would lose its rule, and raises
-    anything else            raises NotImplementedError that names the primitive and the sow (pallas_call, ...)
+    cond, switch             the value in the branch that runs; zeros if that branch does not sow it. Shapes must agree
+    vmap                     the value with the mapped axes first (after those of scans); no axis if it is not mapped
+    grad, jvp, vjp           the forward value. You can also differentiate a reaped function (has_aux=True).
+                             grad(plant(f)) differentiates the planted value: a constant stops the gradient there.
+                             plant(grad(f)) changes the point where f is differentiated: sow's derivative is identity
+    shard_map                each device's block, on a new axis 0 over all devices, sharded over the manual mesh axes.
+                             If check_vma proves that devices agree, the first device's block is planted in all
+    custom_jvp, custom_vjp   the value, computed beside the call, which keeps its rule (XLA merges the two). The
+                             captured value itself has the ordinary derivative. Under grad the rule's own forward
+                             function runs: sow and plant there. Planting in the call would lose its rule, and raises
+    anything else            raises NotImplementedError with the names of the primitive and the sow (pallas_call, ...)
 
 Good to know:
-- Put `jit` outside `reap`, and use what `sow` returns: JAX drops unused work when it differentiates a scan or jit. A
-  name asked for and lost so always raises; with names=None one hidden in an already traced jit can go unnoticed.
-- Under `grad` JAX moves a value that no iteration changes out of its scan: it is then caught once, not stacked.
-- `reap(vmap(f))` sees what vmap made of `f`: a cond with a mapped predicate has become a select whose two branches ran
-  for all; a while with a mapped condition raises. `vmap(reap(f))` catches what each lane did.
-- A name sown twice raises, unless in two branches of one cond. Differentiating a checkpoint twice repeats its sows:
+- Put `jit` outside `reap`, and use what `sow` returns: JAX drops unused work when it differentiates a scan or jit.
+  Asking for a dropped name always raises; with names=None, a dropped name in an already traced jit can go unnoticed.
+- Under `grad`, JAX moves a value that no iteration changes out of its scan. It is then captured once, not stacked.
+- `reap(vmap(f))` sees what vmap made of `f`: a cond with a mapped predicate is now a select, and both branches ran for
+  all lanes; a while with a mapped condition raises. `vmap(reap(f))` captures what each lane did.
+- A name sown twice raises, except in two branches of one cond. Differentiating a checkpoint twice repeats its sows:
   reap inside, `grad(grad(...))` outside. An inner reap takes its names; others, also planted, stay visible outside.
 """
 
@@ -59,19 +58,19 @@ from jax.tree_util import Partial
 
 
 class Plan(NamedTuple):
-    """What a walk is to catch or, if there are `plants`, to replace."""
-    picks: Mapping[str, int | tuple[int, ...] | None]       # name -> iterations of the innermost scan; None is all
-    plants: Mapping[str, list]      # name -> for each of its picks a value, or a function (a Partial: it has no leaves)
-    turns: Mapping[str, Any]        # name -> which of its picks the current iteration is; none if behind the last
+    """Tell a walk what to capture or, if there are `plants`, what to replace."""
+    picks: Mapping[str, int | tuple[int, ...] | None]       # name -> iterations of the innermost scan; None: all
+    plants: Mapping[str, list]      # name -> a value or a function for each pick (a Partial, which has no leaves)
+    turns: Mapping[str, Any]        # name -> index of the current iteration among its picks; len(picks): not picked
 
 
 def sow(x: Any, name: str) -> Any:
-    """Mark `x`, an array or a pytree of arrays, with `name` for `reap` and `plant`; returns `x` unchanged.
+    """Mark `x`, an array or a pytree of arrays, with `name` for `reap` and `plant`. Return `x` unchanged.
 
-    Raises ValueError unless `name` is a non-empty string. By itself it costs nothing in the compiled program.
+    Raise ValueError unless `name` is a non-empty string. Alone, it costs nothing in the compiled program.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"sow needs a non-empty string as name, got {name!r}")
+        raise ValueError(f"sow needs a non-empty string as its name, got {name!r}")
     if (seen := _seen.get()) is not None:
         seen.add(name)
     leaves, tree = jax.tree.flatten(x)
@@ -79,28 +78,28 @@ def sow(x: Any, name: str) -> Any:
 
 
 def reap(fn: Callable, names: str | Iterable[str] | Mapping[str, Any] | None = None) -> Callable:
-    """Make of `fn` a function of the same arguments that returns `(out, caught)`, `caught = {name: sown value}`.
+    """Return a function with the arguments of `fn` that returns `(out, captured)`, `captured = {name: sown value}`.
 
-    `names` is one name, several, or None for all that are sown. As a mapping `{name: iterations}` it keeps only some
-    iterations of the innermost scan around the sow (scans further out stack as ever): an int keeps that one, without
-    the stacked axis; a sequence stacks those, in its order; None keeps all. Negative ones count from the end. Only what
-    is kept is ever allocated. Arguments that are not arrays (Python numbers, strings, ...) reach `fn` as they are;
-    results become arrays, as under jit.
+    `names` is one name, several, or None for all. A mapping `{name: iterations}` keeps only some iterations of the
+    innermost scan around the sow (outer scans stack as usual): an int keeps one, without the stacked axis; a sequence
+    stacks its iterations in its order; None keeps all. Negative numbers count from the end. Only kept values use
+    memory. Non-array arguments (Python numbers, strings, ...) reach `fn` unchanged; results become arrays as in jit.
 
-    Calling it raises ValueError for a name never sown, dropped by JAX or sown twice, for iterations of a name outside
-    any scan and for branches that disagree; IndexError for iterations out of range; NotImplementedError as said above.
+    A call raises ValueError for a name never sown, dropped by JAX or sown twice, for iterations of a name outside any
+    scan and for branches that disagree; IndexError for iterations out of range; NotImplementedError as listed above.
     """
     return functools.wraps(fn)(lambda *args, **kwargs: _run(fn, args, kwargs, names, {}))
 
 
 def plant(fn: Callable, plants: Mapping[str, Any]) -> Callable:
-    """Make of `fn` a function of the same arguments and results that runs with sown values replaced.
+    """Return a function with the arguments and results of `fn` that runs with sown values replaced.
 
-    `plants` gives for each name a value as `reap` catches it, so that `plant(fn, reap(fn)(x)[1])(x)` is `fn(x)`; or a
-    function of the value sown (in a scan: in each iteration); or `{iteration: value or function}`, any mapping with
-    ints alone as keys, for these of the innermost scan, while the others pay nothing. All may close over traced values,
-    and gradients flow into them. Structure and shape have to be those sown; a dtype is cast if it promotes to that sown
-    (bfloat16 to float32, Python numbers). Calling it raises ValueError if they do not fit, and what `reap` raises.
+    `plants` maps each name to a value with the shape that `reap` captures: `plant(fn, reap(fn)(x)[1])(x)` is `fn(x)`.
+    Or to a function of the sown value (in a scan: of each iteration's value). Or to `{iteration: value or function}`, a
+    mapping whose keys are all ints: it changes these iterations of the innermost scan and costs nothing in the others.
+    Values and functions may use traced values, and gradients flow into them. Structure and shape must equal those of
+    the sown value. A dtype is cast if it promotes to the sown dtype (bfloat16 to float32, Python numbers). A call
+    raises ValueError if a value does not fit, and all errors of `reap`.
     """
     static = lambda what: Partial(lambda value: what(value)) if callable(what) else what
     chosen = lambda what: isinstance(what, Mapping) and what and all(isinstance(i, int | np.integer) for i in what)
@@ -110,11 +109,11 @@ def plant(fn: Callable, plants: Mapping[str, Any]) -> Callable:
     return functools.wraps(fn)(lambda *args, **kwargs: _run(fn, args, kwargs, picks, whats)[0])
 
 
-# JAX's insides. Whatever JAX does not promise to keep is read in this part alone. It fits jax 0.10.2 to 0.12; the
-# tests of this part say what a newer JAX has changed.
+# JAX's internals. Only this part uses what JAX may change without notice. It fits jax 0.10.2 to 0.12; the tests of this
+# part show what a newer JAX has changed.
 
 # The primitive: an identity that carries `name`, the pytree of its operands, and for each operand the axes that vmap
-# gave it (outermost first). They stay where they are until the value is reaped: moving them would cost a transpose.
+# gave it (outermost first). The axes stay in place until the value is reaped: moving them would cost a transpose.
 
 sow_p = Primitive("sow")
 sow_p.multiple_results = True
@@ -132,7 +131,7 @@ def _batch_sow(xs, dims, *, axes, **params):
 
 batching.primitive_batchers[sow_p] = _batch_sow
 
-# The parameters that the rule of each primitive reads, under the names of jax 0.10.
+# The parameters that each primitive's rule reads, by their names in jax 0.10.
 _PARAMS = {
     "scan": "jaxpr num_consts num_carry length reverse unroll",
     "while": "cond_jaxpr cond_nconsts body_jaxpr body_nconsts",
@@ -146,42 +145,42 @@ _PARAMS = {
 
 
 def _params(eqn: JaxprEqn) -> SimpleNamespace:
-    """The parameters of `eqn` that its rule reads; raises if this JAX has none of that name."""
+    """Return the parameters of `eqn` that its rule reads. Raise an error if this JAX lacks one of them."""
     params = dict(eqn.params)
     try:
-        if "ft_in" in params:       # a scan since 0.11: the tree of its constants, its carry and the rest
+        if "ft_in" in params:       # a scan since jax 0.11: the tree of its constants, carry and other inputs
             params["num_consts"], params["num_carry"], _ = map(len, params["ft_in"].unpack())
         return SimpleNamespace(**{name: params[name] for name in _PARAMS[eqn.primitive.name].split()})
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise NotImplementedError(f"harvest.py does not fit jax {jax.__version__}: of `{eqn.primitive.name}` it cannot "
-                                  f"read {error}; its parameters are {sorted(eqn.params)}") from error
+        raise NotImplementedError(f"harvest.py does not fit jax {jax.__version__}: `{eqn.primitive.name}` has no "
+                                  f"{error}, only {sorted(eqn.params)}; use jax 0.10.2 to 0.12") from error
 
 
 def _bind(eqn: JaxprEqn, args: list, **changed: Any) -> list:
-    """Run one equation as it stands, but for the parameters `changed`."""
+    """Run one equation unchanged, except for the parameters `changed`."""
     outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params({**eqn.params, **changed}))
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
 def _setting(eqn: JaxprEqn) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """Two contexts that keep an equation's place in the source, its named scopes and its settings."""
+    """Return two contexts that keep an equation's source location, its named scopes and its settings."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     return source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager
 
 
 def _inner(eqn: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
-    """The jaxprs in an equation's parameters."""
+    """Return the jaxprs in an equation's parameters."""
     return [x for x in jax.tree.leaves(eqn.params) if isinstance(x, Jaxpr | ClosedJaxpr)]
 
 
 def _lift(jaxpr: ClosedJaxpr) -> Jaxpr:
-    """`jaxpr` with its constants as its first inputs."""
+    """Return `jaxpr` with its constants as its first inputs."""
     return jaxpr.jaxpr.replace(constvars=[], invars=[*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars])
 
 
 def _zeros(shapes: Any, rows: tuple[int, ...] = ()) -> Any:
-    """Zeros of `shapes` behind axes of size `rows`. A carry needs also their sharding, and what they vary over."""
-    def zeros(x):       # since 0.11 full_like forgets the explicit axes of a mesh that is not set
+    """Return zeros of `shapes` behind axes of size `rows`. A carry also needs their sharding and varying axes."""
+    def zeros(x):       # since jax 0.11 full_like loses the explicit axes of a mesh that is not set
         with jax.sharding.use_abstract_mesh(x.sharding.mesh) if x.sharding else contextlib.nullcontext():
             return jnp.broadcast_to(lax.full_like(x, 0), rows + x.shape)
     return jax.tree.map(zeros, shapes)
@@ -190,15 +189,15 @@ def _zeros(shapes: Any, rows: tuple[int, ...] = ()) -> Any:
 _open = lambda jaxpr: (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, [])
 _varying = lambda kind: kind.mat.varying     # the axes over which a value of this type may differ, for check_vma
 _recomputes = lambda eqn: eqn.params.get("differentiated", False)    # a checkpoint's backward pass repeats its forward
-_by_platform = lambda eqn: bool(eqn.params.get("branches_platforms"))
 
 
-# The names sown while the innermost `reap` or `plant` traces, to raise where JAX drops a sow that nothing uses.
+
+# The names sown while the innermost `reap` or `plant` traces. They show where JAX drops an unused sow.
 _seen = contextvars.ContextVar("_seen", default=None)
 
 
 def _run(fn: Callable, args: tuple, kwargs: dict, names: Any, plants: dict[str, list]) -> tuple[Any, dict[str, Any]]:
-    """(out, caught) of `fn`, with `names` as `reap` takes them; or (out, {}) with `plants` in their place."""
+    """Return (out, captured) of `fn` for `names` as in `reap`; or (out, {}) after replacing values with `plants`."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)}
     call = lambda args, kwargs: fn(*args, **kwargs)
@@ -215,7 +214,7 @@ def _run(fn: Callable, args: tuple, kwargs: dict, names: Any, plants: dict[str, 
     shapes = _shapes(jaxpr, Plan({name: picks[name] and picks[name][0] for name in values}, {}, {}))
     depths = lambda name: {scans for eqn, scans in _sows(jaxpr.eqns, True) if eqn.params["name"] == name}
     if uneven := [name for name in plants if (picks[name] or name in values) and len(depths(name)) > 1]:
-        raise _unhandled("scans at several depths", uneven, "plant one function for all, or outside of grad")
+        raise _unhandled("scans at several depths", uneven, "plant one function for all, or plant outside of grad")
     plants = {name: [_fit(name, what, shapes[name]) if jax.tree.leaves(what) else what for what in whats]
               for name, whats in plants.items()}
     outs, caught = _walk(jaxpr, arrays.values(), Plan(picks, plants, {}))
@@ -224,13 +223,13 @@ def _run(fn: Callable, args: tuple, kwargs: dict, names: Any, plants: dict[str, 
 
 
 def _picks(names: Any, eqns: list[JaxprEqn], seen: set[str]) -> dict[str, Any]:
-    """Normalize the `names` given to `reap`; raises for those that cannot be had."""
+    """Normalize the `names` given to `reap`. Raise ValueError for a name or an iteration that cannot be captured."""
     found, again = _sown(eqns), _sown(eqns, recomputed=True)
     names = [*found, *sorted((seen | again.keys()) - found.keys())] if names is None else names
     plan = dict(names) if isinstance(names, Mapping) else dict.fromkeys([names] if isinstance(names, str) else names)
     if lost := plan.keys() - found.keys():
         why = ("only recomputed, in the backward pass of a checkpoint" if lost & again.keys() else
-               "dropped by JAX, as nothing uses what sow returned" if lost & seen else "never sown")
+               "dropped by JAX, because nothing uses the value that sow returned" if lost & seen else "never sown")
         raise ValueError(f"{sorted(lost)}: {why}; sown are: {sorted(found)}")
     for name, pick in plan.items():
         if pick is not None:
@@ -241,7 +240,7 @@ def _picks(names: Any, eqns: list[JaxprEqn], seen: set[str]) -> dict[str, Any]:
 
 
 def _sows(eqns: Iterable[JaxprEqn], recomputed: bool, scans: int = 0) -> Iterator[tuple[JaxprEqn, int]]:
-    """The sows in `eqns`, at any depth, and the number of scans around each."""
+    """Yield the sows in `eqns`, at any depth, and the number of scans around each."""
     for eqn in eqns:
         if eqn.primitive is sow_p:
             yield eqn, scans
@@ -251,15 +250,15 @@ def _sows(eqns: Iterable[JaxprEqn], recomputed: bool, scans: int = 0) -> Iterato
 
 
 def _sown(eqns: Iterable[JaxprEqn], plan: Plan | None = None, recomputed: bool = False) -> dict[str, int]:
-    """The names sown in `eqns`, or those of `plan` -> the number of scans around. Plants are recomputed, too."""
+    """Return {sown name: number of scans around it}, only names of `plan` if given. Plants are recomputed, too."""
     found = {eqn.params["name"]: scans for eqn, scans in _sows(eqns, bool(plan.plants) if plan else recomputed)}
     return {name: found[name] for name in found if plan is None or name in plan.picks}
 
 
-# Running a jaxpr. `_RULES`, at the end, says how each primitive with a wanted sow inside is rebuilt.
+# Running a jaxpr. `_RULES`, at the end, maps each primitive to the rule that rebuilds it if it contains a wanted sow.
 
 def _walk(jaxpr: Jaxpr | ClosedJaxpr, args: Iterable, plan: Plan) -> tuple[list, dict[str, Any]]:
-    """Evaluate `jaxpr` on `args`; returns its results, and {name: value} of what `plan` wants of it."""
+    """Evaluate `jaxpr` on `args`. Return its results and {name: value} for the names that `plan` wants."""
     jaxpr, consts = _open(jaxpr)
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
     read = lambda atom: atom.val if isinstance(atom, Literal) else env[atom]
@@ -269,7 +268,7 @@ def _walk(jaxpr: Jaxpr | ClosedJaxpr, args: Iterable, plan: Plan) -> tuple[list,
         if wanted and eqn.primitive.name not in _RULES:
             raise _unhandled(f"`{eqn.primitive.name}`", wanted)
         if twice := once & (sown := wanted.keys() & _sown([eqn]).keys()):
-            raise ValueError(f"{sorted(twice)}: sown more than once, so which value is meant? Use a name for each")
+            raise ValueError(f"{sorted(twice)}: sown more than once; use a different name for each sow")
         source, settings = _setting(eqn)
         with source, settings:
             outs, new = _RULES[eqn.primitive.name](eqn, inputs, plan) if wanted else (_bind(eqn, inputs), {})
@@ -283,13 +282,13 @@ def _unhandled(where: str, names: Iterable[str], hint: str = "move the sow out o
 
 
 def _shapes(jaxpr: Jaxpr | ClosedJaxpr, plan: Plan) -> dict[str, Any]:
-    """What `_walk` would catch, as shape structs."""
+    """Return what `_walk` would capture, as shape structs."""
     args = [x.aval for x in _open(jaxpr)[0].invars]
     return jax.eval_shape(lambda *args: _walk(jaxpr, args, plan)[1], *args) if plan.picks and not plan.plants else {}
 
 
 def _fit(name: str, new: Any, old: Any) -> Any:
-    """`new` with the dtypes of `old`, which it is to replace; raises ValueError if it cannot."""
+    """Return `new` with the dtypes of `old`, which it replaces. Raise ValueError if the two do not fit."""
     def fit(a, b):
         if jnp.shape(a) != b.shape or getattr(a, "dtype", None) != b.dtype != jnp.result_type(a, b.dtype):
             raise ValueError
@@ -304,7 +303,7 @@ def _fit(name: str, new: Any, old: Any) -> Any:
         raise ValueError(f"{name!r}: cannot plant {given} where {needed} is sown") from error
 
 
-# The rules: rule(eqn, inputs, plan) -> (its results, {name: value} of what was sown in it).
+# The rules: rule(eqn, inputs, plan) -> (results of eqn, {name: value sown inside eqn}).
 
 def _sow_rule(eqn, args, plan):
     name, tree, axes = (eqn.params[key] for key in ("name", "tree", "axes"))
@@ -366,14 +365,14 @@ def _scan_rule(eqn, args, plan):
 
 
 def _slots(name: str, pick: int | tuple[int, ...], length: int) -> np.ndarray:
-    """For each of `length` iterations the row of the buffer that it fills; unwanted ones point behind its end."""
+    """Return the buffer row that each of `length` iterations fills; unwanted iterations point past the last row."""
     picks = np.atleast_1d(np.asarray(pick, int))
     if bad := [int(i) for i in picks if not -length <= i < length]:
         raise IndexError(f"{name!r}: a scan of length {length} has no iteration {bad}")
     slots = np.full(length, len(picks), np.int32)
     slots[picks] = np.arange(len(picks))
     if not 0 < len(picks) == (slots < len(picks)).sum():
-        raise ValueError(f"{name!r}: {pick} picks no iteration, or one twice")
+        raise ValueError(f"{name!r}: {pick} picks no iteration, or one twice; pick each at most once")
     return slots
 
 
@@ -383,7 +382,7 @@ def _while_rule(eqn, args, plan):
     test, body = p.cond_jaxpr, p.body_jaxpr
     if inside := _sown(test.eqns, plan):
         raise _unhandled("the condition of a `while`", inside)
-    if test.out_avals[0].shape:     # lanes that have stopped would go on sowing
+    if test.out_avals[0].shape:     # lanes that have stopped would still sow
         raise _unhandled("a `while` whose condition is mapped by vmap", _sown([eqn], plan), "put vmap outside")
     return lax.while_loop(lambda state: _walk(test, [*args[:n], *state[0]], Plan({}, {}, {}))[0][0],
                           lambda state: _walk(body, [*args[n:m], *state[0]], plan),
@@ -391,7 +390,7 @@ def _while_rule(eqn, args, plan):
 
 
 def _cond_rule(eqn, args, plan):
-    if _by_platform(eqn):
+    if eqn.params.get("branches_platforms"):
         raise _unhandled("`platform_dependent`", _sown([eqn]))
     branches, shapes = _params(eqn).branches, {}
     for name, new in [item for branch in branches for item in _shapes(branch, plan).items()]:
@@ -409,7 +408,7 @@ def _cond_rule(eqn, args, plan):
 def _shard_map_rule(eqn, args, plan):
     p = _params(eqn)
     axes = tuple(axis for axis in p.mesh.axis_names if axis in p.newly_manual_axes)
-    agree = {}      # name -> for each leaf the axes over which what is sown does not vary
+    agree = {}      # name -> for each leaf, the axes over which the sown value does not vary
     for sown, _ in _sows(p.jaxpr.eqns, recomputed=True):
         new = [set(axes) - _varying(x.aval) if p.check_vma else set() for x in sown.outvars]
         agree[sown.params["name"]] = [a & b for a, b in zip(new, agree.get(sown.params["name"], new))]
@@ -433,7 +432,7 @@ def _shard_map_rule(eqn, args, plan):
 def _custom_rule(eqn, args, plan):
     if plan.plants:
         raise _unhandled(f"a `{eqn.primitive.name}`", _sown([eqn], plan), "planting would lose its derivative rule")
-    if eqn.effects:     # that would happen twice
+    if eqn.effects:     # they would happen twice
         raise _unhandled(f"a `{eqn.primitive.name}` with side effects", _sown([eqn]))
     return _bind(eqn, args), _walk(_params(eqn).call_jaxpr, args, plan)[1]
 

@@ -1,26 +1,28 @@
-"""Exact top-k and the sparse encoder and decoder of a TopK SAE, forward and backward, in plain XLA.
+"""Compute exact top-k and the sparse encoder and decoder of a TopK SAE, forward and backward, in plain XLA.
 
-Stands alone: copy this one file; for a TPU also `kernels_tpu.py`, which does the same in Pallas.
+Copy this file alone; for a TPU also copy `kernels_tpu.py`, which does the same in Pallas.
 
 B batch, D model width, F features, k active features.
 
-A TopK SAE touches k of its F features per row, so a dense backward pass wastes a factor F/k of the work and builds
-several [B, F] arrays. Here the only one is the encoder's own output (on a CPU 512 rows of it). All else is one of three
-operations that are each other's derivatives (names as in sparse linear algebra), with features as *rows*, [F, D]:
+A TopK SAE uses k of its F features per row, so a dense backward pass wastes a factor F/k of the work and builds several
+[B, F] arrays. Here the only [B, F] array is the encoder's output (on a CPU, 512 rows of it). Everything else is one of
+three operations that are each other's derivatives (named as in sparse linear algebra), with features as *rows*, [F, D]:
 
     spmm   out[b]         = sum_j values[b, j] * rows[indices[b, j]]                    [B, k], [F, D] -> [B, D]
     sddmm  out[b, j]      = x[b] . rows[indices[b, j]]                                  [B, D], [F, D] -> [B, k]
     outer  out[f]         = sum_{b, j: indices[b, j] = f} values[b, j] * x[b]           [B, k], [B, D] -> [F, D]
 
-Each walks the k columns in a scan whose temporaries are [B, D]. Measured against gathering all of [B, k, D] at once
-this is 2 to 9 times as fast on two CPU cores (k = 32; B, D, F = 4096, 128, 2048 and 1024, 3072, 16384), and against a
-scatter sorted by feature 3 to 7 times. On a CPU `outer` walks the rows of the batch instead, 1.2 to 2.4 times as fast
-again, or where F x D is large the entries in order of their features, 1.5 to 2 times again; `sddmm` the rows, up to 1.8
-times. The whole gradient takes half the time of the dense one. On TPUs `plan` says whether the three are Pallas
-kernels or dense products, which needs the mesh: of one device, or of those over which F is split.
+Each scans over the k columns with temporaries [B, D]. On two CPU cores (k = 32; B, D, F = 4096, 128, 2048 and 1024,
+3072, 16384) this is 2 to 9 times as fast as gathering [B, k, D] at once, and 3 to 7 times as fast as a scatter sorted
+by feature. On a CPU, `outer` scans over the batch rows instead (1.2 to 2.4 times as fast) or, for large F x D, over the
+entries sorted by feature (another 1.5 to 2 times), and `sddmm` scans over the rows (up to 1.8 times as fast). The whole
+gradient takes half the time of the dense one. On TPUs, `plan` chooses between Pallas kernels and dense products. For
+this it needs the mesh: one device, or the devices over which F is split.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +31,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 
 def topk(x: Array, k: int, mesh: Mesh | None = None) -> tuple[Array, Array]:
-    """The k largest of the last axis, exact, in falling order: x [..., F] -> values, indices [..., k].
+    """Return the k largest of the last axis, exact, in descending order: x [..., F] -> values, indices [..., k].
 
-    Never `approx_max_k`: its recall is below one. Of equal values the one with the lower index comes first.
-    mesh: the devices over which F is split, as for `sparse_decode`: each finds its own k, and only those are sent.
+    Ties keep the lower index first. This never uses `approx_max_k`, whose recall is below one.
+    mesh: the devices over which F is split, as for `sparse_decode`. Each finds its own k and sends only those.
     """
     if not 1 <= k <= x.shape[-1]:
-        raise ValueError(f"k = {k} of F = {x.shape[-1]} features; it must lie in 1..F")
+        raise ValueError(f"k = {k} of F = {x.shape[-1]} features; k must lie in 1..F")
     axis = _axis(mesh)
     if axis is None:
         return tuple(_topk(x, k, mesh))
@@ -52,15 +54,15 @@ def topk(x: Array, k: int, mesh: Mesh | None = None) -> tuple[Array, Array]:
 
 
 def _topk(x, k, mesh):
-    """Of one device. Without a mesh a TPU's compiler may have to split x, which it can for its own top-k only."""
+    """Compute `topk` on one device. Without a mesh use `lax.top_k` on a TPU: its compiler can split only that one."""
     of_blocks = lambda size: lambda x: _topk_of_blocks(x, k, size)
     whole = lambda x: list(lax.top_k(x, k))
     return lax.platform_dependent(x, cpu=of_blocks(16), tpu=of_blocks(128) if mesh else whole, default=whole)
 
 
 def _topk_of_blocks(x: Array, k: int, size: int) -> list[Array]:
-    """`topk` in two stages, where that is faster: the k largest of all lie in the k blocks with the largest maxima.
-    Blocks stay in order, so that of equal values the one with the lower index still comes first."""
+    """Compute `topk` in two stages if that is faster: the k largest values lie in the k blocks with the largest maxima.
+    Blocks stay in order, so that ties keep the lower index first."""
     if x.shape[-1] % size or x.shape[-1] < max(128, 2 * size) * k:
         return list(lax.top_k(x, k))
     blocks = x.reshape(*x.shape[:-1], -1, size)
@@ -71,7 +73,7 @@ def _topk_of_blocks(x: Array, k: int, size: int) -> list[Array]:
 
 
 def _spmm(values: Array, indices: Array, rows: Array) -> Array:
-    """values, indices [B, k], rows [F, D] -> [B, D], summed in float32 whatever the inputs are."""
+    """values, indices [B, k], rows [F, D] -> [B, D]. The sum is at least float32 for every input type."""
 
     def add(total, column):
         value, index = column
@@ -79,7 +81,7 @@ def _spmm(values: Array, indices: Array, rows: Array) -> Array:
 
     dtype = jnp.promote_types(values.dtype, rows.dtype)
     start = jnp.zeros((values.shape[0], rows.shape[1]), jnp.promote_types(dtype, jnp.float32))
-    # Eight at a time, since XLA reads and writes the total once for all of them
+    # Eight columns at a time: XLA then reads and writes the total once for all eight
     return lax.scan(add, start, (values.T, indices.T), unroll=8)[0].astype(dtype)
 
 
@@ -100,10 +102,10 @@ def _outer(values: Array, indices: Array, x: Array, features: int, spare: Array 
         value, index, row = part
         return total.at[index].add(value[:, None] * row), None
 
-    def by_row(total, values, indices, x):  # what is added stays in a CPU's cache
+    def by_row(total, values, indices, x):  # the added row stays in a CPU's cache
         return lax.scan(add, total, (values, indices, x))[0]
 
-    def by_feature(total, values, indices, x):  # the row added to stays in a cache, and x where it fits one
+    def by_feature(total, values, indices, x):  # the row of the total stays in the cache, and x if it fits
         feature, place = _by_feature(indices, features)
         value, row = values.reshape(-1)[place], place // indices.shape[1]
 
@@ -116,21 +118,21 @@ def _outer(values: Array, indices: Array, x: Array, features: int, spare: Array 
     def by_column(total, values, indices, x):
         return lax.scan(lambda total, part: add(total, (*part, x)), total, (values.T, indices.T))[0]
 
-    def by_product(total, values, indices, x):  # a GPU's scatter adds in no order: not the same bits twice
+    def by_product(total, values, indices, x):  # a GPU scatter adds in random order: different bits each time
         return total + _outer_dense(values, indices, x, features, None).astype(total.dtype)
 
     dtype = jnp.promote_types(jnp.promote_types(values.dtype, x.dtype), jnp.float32)
-    # Not a constant, which XLA would build once for several of these sums and then copy for each
+    # A constant is no use: XLA would build it once for several sums and copy it for each
     start = (jnp.full((features, x.shape[1]), 0 * values[0, 0], dtype) if spare is None
              else by_rows(jnp.zeros_like, spare.astype(dtype)))
-    # Rows that fit a cache anyway, or are so short that a loop over entries costs more than adding them, go by_row
+    # by_row: if all rows fit the cache, or if rows are so short that a loop over entries costs more than the additions
     on_cpu = by_feature if start.size >= 2**22 and x.shape[1] >= 512 else by_row
     return lax.platform_dependent(start, values, indices, x, cpu=on_cpu, tpu=by_column, default=by_product)
 
 
 def _by_feature(indices: Array, features: int) -> tuple[Array, Array]:
-    """[B, k] -> features in rising order, and where in the flattened `indices` each stands, [B k] both. Of two arrays
-    XLA's sort takes five times as long on a CPU, so both become one number if it has enough bits."""
+    """[B, k] -> sorted features, and the place of each in the flattened `indices`, both [B k]. XLA's sort of two arrays
+    takes five times as long on a CPU, so both are packed into one number if 32 bits suffice."""
     flat, places = indices.reshape(-1), lax.iota(jnp.int32, indices.size)
     bits = (indices.size - 1).bit_length()
     if (features - 1).bit_length() + bits > 32:
@@ -143,12 +145,12 @@ def _by_feature(indices: Array, features: int) -> tuple[Array, Array]:
 def sparse_decode(
     values: Array, indices: Array, W_dec: Array, mesh: Mesh | None = None, spare: Array | None = None
 ) -> Array:
-    """values, indices [B, k], W_dec [F, D] -> [B, D]: each row's k decoder rows, weighted and summed.
+    """Sum the k weighted decoder rows of each token: values, indices [B, k], W_dec [F, D] -> [B, D].
 
-    Equals the dense product, gradients included; those for `values` and `W_dec` touch active features only.
-    mesh: the devices, in one row, over which F is split (or the only one): `plan` then chooses how. None: plain XLA.
-    spare [F, D]: memory, whatever it holds, for the gradient for `W_dec`. A CPU gains much if it is donated to the
-    program and leaves it as that gradient: fresh memory the system clears page by page, longer than the sum takes.
+    Equals the dense product, gradients included. The gradients of `values` and `W_dec` touch active features only.
+    mesh: the devices over which F is split, on one axis (or the only device); `plan` then chooses the method. None:
+    plain XLA. spare [F, D]: memory to reuse for the gradient of `W_dec`; its contents do not matter. Donate it to the
+    program on a CPU: the system clears new memory page by page, which takes longer than the sum itself.
     """
     return _decode(values, indices, W_dec, mesh)[0]
 
@@ -167,10 +169,12 @@ def _sparse_decode_backward(mesh, residuals, g):
 sparse_decode.defvjp(_sparse_decode_forward, _sparse_decode_backward)
 
 
-def by_rows(function, rows: Array, size: int = 128) -> Array:
-    """function(rows) of an array [F, ...], where the result of a row needs that row alone. On a CPU piece by piece and
-    in place: otherwise XLA may write to fresh memory, which the system has to clear first; that costs more than the
-    work itself."""
+def by_rows(function: Callable[[Array], Array], rows: Array, size: int = 128) -> Array:
+    """Return function(rows) for rows [F, ...], where each result row depends on its own row only.
+
+    On a CPU this works in place, `size` rows at a time. Otherwise XLA may write to new memory, which the system must
+    clear first; that costs more than the work itself.
+    """
     return lax.platform_dependent(rows, cpu=lambda rows: _by_rows(function, rows, size), default=function)
 
 
@@ -186,24 +190,24 @@ def _by_rows(function, rows, size):
 
 
 def preactivations(x: Array, W_enc: Array, b_enc: Array, precision: lax.Precision = lax.Precision.HIGH) -> Array:
-    """x [B, D], W_enc [F, D], b_enc [F] -> [B, F], the one array of that size. Not differentiable: see `select`, or
-    `sparse_encode`, which does both.
+    """Return x W_enc^T + b_enc: x [B, D], W_enc [F, D], b_enc [F] -> [B, F], the only array of that size.
 
-    W_enc holds features as rows, so that its gradient is row-sparse like W_dec's; the product is as fast either way.
-    precision: a TPU's default rounds float32 to bfloat16, which reorders the top-k. HIGH errs by 1e-5 on TPUs (three
-    passes) and by 5e-4 on GPUs (TF32): right for training on standardized residuals. HIGHEST is float32 everywhere.
+    It has no gradient: use `select` on it, or `sparse_encode` for both steps. W_enc has features as rows, so that its
+    gradient is row-sparse like that of W_dec; the product is equally fast. precision: a TPU's default rounds float32 to
+    bfloat16, which reorders the top-k. HIGH has errors of 1e-5 on TPUs (three passes) and 5e-4 on GPUs (TF32), which is
+    enough for training on standardized residuals. HIGHEST is float32 everywhere.
     """
     x, W_enc, b_enc = lax.stop_gradient((x, W_enc, b_enc))
     product = lax.dot_general(x, W_enc, (((1,), (1,)), ((), ())), precision=precision)
-    # In place, or every reader of the sum would get a [B, F] of its own
+    # In place; otherwise every use of the sum would get its own [B, F]
     return by_rows(lambda rows: rows + b_enc, product)
 
 
 def select(pre: Array, k: int, x: Array, W_enc: Array, b_enc: Array) -> tuple[Array, Array]:
-    """ReLU of the top k of `pre` [B, F] -> values, indices [B, k]; differentiable in x, W_enc, b_enc, not in `pre`.
+    """Return the ReLU of the top k of `pre` [B, F]: values, indices [B, k], with gradients for x, W_enc and b_enc.
 
-    `pre` is `preactivations(x, W_enc, b_enc)`, perhaps with entries masked by -inf (which become 0 without gradient).
-    The same `pre` can be selected from more than once.
+    `pre` is `preactivations(x, W_enc, b_enc)`. Entries may be masked with -inf: they become 0 and have no gradient.
+    Several calls may select from the same `pre`.
     """
     values, indices = topk(lax.stop_gradient(pre), k)
     return _attach(jax.nn.relu(values), indices, x, W_enc, b_enc, None, None), indices
@@ -212,18 +216,18 @@ def select(pre: Array, k: int, x: Array, W_enc: Array, b_enc: Array) -> tuple[Ar
 def sparse_encode(
     x: Array, W_enc: Array, b_enc: Array, k: int, mesh: Mesh | None = None, spare: Array | None = None
 ) -> tuple[Array, Array]:
-    """x [B, D], W_enc [F, D], b_enc [F] -> values, indices [B, k]: ReLU(top-k(x W_enc^T + b_enc)).
+    """Return ReLU(top-k(x W_enc^T + b_enc)): x [B, D], W_enc [F, D], b_enc [F] -> values, indices [B, k].
 
-    Equals the dense product, gradients included; those for W_enc and b_enc touch active features only. A feature
-    whose bias is -inf has value 0 and no gradient. mesh, spare: as for `sparse_decode`.
+    Equals the dense product, gradients included. The gradients of W_enc and b_enc touch active features only. A feature
+    with bias -inf has value 0 and no gradient. mesh, spare: as for `sparse_decode`.
     """
     values, indices = _largest(*lax.stop_gradient((x, W_enc, b_enc)), k, mesh)
     return _attach(jax.nn.relu(values), indices, x, W_enc, b_enc, mesh, spare), indices
 
 
 def _largest(x, W_enc, b_enc, k, mesh, size=512):
-    """The top k of `preactivations`. On a CPU of `size` rows at a time: that much fresh memory costs it less (5 % of
-    the time at B, D, F = 2048, 768, 16384), and of fewer rows the product costs more."""
+    """Return the top k of `preactivations`. On a CPU take `size` rows at a time: this needs less new memory (5 % less
+    time at B, D, F = 2048, 768, 16384), and with fewer rows the product gets slower."""
     def whole(x, W_enc, b_enc):
         return topk(preactivations(x, W_enc, b_enc), k, mesh)
 
@@ -237,7 +241,7 @@ def _largest(x, W_enc, b_enc, k, mesh, size=512):
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attach(values, indices, x: Array, W_enc: Array, b_enc: Array, mesh: Mesh | None, spare: Array | None) -> Array:
-    """`values` [B, k] as they are, with the derivative of ReLU(x[b] . W_enc[indices[b, j]] + b_enc[indices[b, j]])."""
+    """Return `values` [B, k], with the derivative of ReLU(x[b] . W_enc[indices[b, j]] + b_enc[indices[b, j]])."""
     return values
 
 
@@ -258,8 +262,8 @@ _attach.defvjp(_attach_forward, _attach_backward)
 
 @jax.custom_vjp
 def gather(vector: Array, indices: Array) -> Array:
-    """vector [F], indices [B, k] -> [B, k]. Unlike that of `vector[indices]`, its gradient has the same bits each time,
-    on GPUs too."""
+    """Return vector[indices]: vector [F], indices [B, k] -> [B, k]. Its gradient has the same bits in every run, which
+    the gradient of plain indexing does not have on GPUs."""
     return vector[indices]
 
 
@@ -268,7 +272,7 @@ gather.defvjp(lambda vector, indices: (vector[indices], (indices, vector)),
 
 
 def _total(values: Array, indices: Array, features: int) -> Array:
-    """values, indices [B, k] -> [F]: the sum of each feature's values, always in one order."""
+    """values, indices [B, k] -> [F]: the sum of each feature's values, always in the same order."""
     def by_entry(values, indices):
         return jnp.zeros(features, values.dtype).at[indices.reshape(-1)].add(values.reshape(-1))
 
@@ -276,12 +280,12 @@ def _total(values: Array, indices: Array, features: int) -> Array:
                                   default=lambda values, indices: _scattered(values, indices, features).sum(0))
 
 
-# ---- how the three operations are done ------------------------------------------------------------------------------
+# ---- choose the method of the three operations ----------------------------------------------------------------------
 
 
-def plan(mesh: Mesh | None, values: Array, rows: Array):
-    """How products of values [B, k] and rows [F, D] (of one device) are done: "scan", but on a TPU with a mesh "dense"
-    or by `kernels_tpu.Kernels` (see `kernels_tpu.plan`)."""
+def plan(mesh: Mesh | None, values: Array, rows: Array) -> Any:
+    """Return the method for products of values [B, k] and one device's rows [F, D]: "scan", or, on a TPU with a mesh,
+    "dense" or a `kernels_tpu.Kernels` (see `kernels_tpu.plan`)."""
     if mesh is None or mesh.devices.flat[0].platform != "tpu":
         return "scan"
     import kernels_tpu
@@ -289,7 +293,7 @@ def plan(mesh: Mesh | None, values: Array, rows: Array):
 
 
 def _decode(values, indices, rows, mesh):
-    """-> [B, D]; and, where kernels do it, the entries in order, which the gradients need as well."""
+    """Return the output [B, D] and, if kernels compute it, the sorted entries, which the gradients need too."""
     def here(values, indices, rows):
         how, values, indices, _ = _prepared(mesh, values, indices, rows)
         if how in PLAIN:
@@ -303,7 +307,7 @@ def _decode(values, indices, rows, mesh):
 
 
 def _decode_gradients(values, indices, rows, entries, g, spare, mesh):
-    """-> those of values, [B, k], and rows, [F, D]."""
+    """Return the gradients of values [B, k] and rows [F, D]."""
     def here(values, indices, rows, entries, g, spare):
         how, values, indices, mine = _prepared(mesh, values, indices, rows)
         if how in PLAIN:
@@ -320,7 +324,7 @@ def _decode_gradients(values, indices, rows, entries, g, spare, mesh):
 
 
 def _encode_gradients(g, indices, x, rows, spare, mesh):
-    """g, indices [B, k], x [B, D], rows [F, D] -> those of x and rows."""
+    """g, indices [B, k], x [B, D], rows [F, D] -> the gradients of x and rows."""
     def here(g, indices, x, rows, spare):
         how, g, indices, _ = _prepared(mesh, g, indices, rows)
         if how in PLAIN:
@@ -335,11 +339,11 @@ def _encode_gradients(g, indices, x, rows, spare, mesh):
     return _on_each(mesh, here, *specs)(g, indices, x, rows, spare)
 
 
-WHOLE, SPLIT = False, True                                       # how an array lies on a mesh: on axis 0, if at all
+WHOLE, SPLIT = False, True                                       # is an array split over the mesh, on its axis 0?
 
 
 def _axis(mesh):
-    """Of the mesh, over which features are split; None where one device has them all."""
+    """Return the mesh axis over which features are split, or None if one device has all features."""
     if mesh is None or mesh.size == 1:
         return None
     (axis,) = mesh.axis_names
@@ -347,8 +351,8 @@ def _axis(mesh):
 
 
 def _on_each(mesh, function, inputs, outputs):
-    """`function` of each device's own rows. Left to the compiler, a kernel could not be split at all, and each of k
-    gathers would be followed by a sum over all devices."""
+    """Return `function`, mapped over each device's own rows. The compiler alone could not split a kernel, and would add
+    a sum over all devices after each of the k gathers."""
     axis = _axis(mesh)
     if axis is None:
         return function
@@ -361,8 +365,8 @@ def _summed(mesh, array):
 
 
 def _prepared(mesh, values, indices, rows):
-    """-> how it is done, values, indices into this device's rows, and which of them are its own, or None for all. Of
-    another's rows the value is 0, and the index F for kernels, else 0."""
+    """Return (method, values, indices into this device's rows, mask of its own entries or None for all). Entries of
+    other devices get the value 0, and the index F for kernels, else 0."""
     how, axis = plan(mesh, values, rows), _axis(mesh)
     if axis is None:
         return how, values, indices, None
@@ -373,7 +377,7 @@ def _prepared(mesh, values, indices, rows):
 
 
 def _scattered(values, indices, F):
-    """values, indices [B, k] -> [B, F]"""
+    """values, indices [B, k] -> dense [B, F]."""
     return jnp.zeros((len(values), F), values.dtype).at[jnp.arange(len(values))[:, None], indices].add(values)
 
 

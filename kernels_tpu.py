@@ -1,17 +1,17 @@
-"""The three sparse products of `kernels.py` on TPUs, in Pallas, and when they beat dense ones there.
+"""Compute the three sparse products of `kernels.py` on TPUs in Pallas, and choose them when they beat dense products.
 
-Copy it with `kernels.py`, which imports it where JAX runs on a TPU; it needs nothing else.
+Copy it with `kernels.py`, which imports it if JAX runs on a TPU; it needs nothing else.
 
-    how = kernels_tpu.plan(device, values, rows)                       # Kernels, or "dense" where that is faster
+    how = kernels_tpu.plan(device, values, rows)                       # Kernels, or "dense" if that is faster
     entries = kernels_tpu.sorted_entries(values, indices, F)           # once for forward and backward
     out = kernels_tpu.spmm(entries, rows, values.shape, how)           # [B, D]
     d_rows, dots = kernels_tpu.outer(entries, g, rows, F, k, how)      # [F, D], [n]
 
-All k x B active entries are sorted by feature. A grid then walks them in chunks of ENTRIES and the rows in blocks of
-ROWS: rows stream through VMEM once, whatever they hold, and what belongs to tokens (x, or the output) stays there.
-An entry costs a handful of scalar and vector instructions; nothing is gathered from HBM, where 12 KB at a time would
-take longer than reading every row once. In VMEM a row lies in one piece, [D / 128, 128], at an odd distance from the
-next one: then a tile of 8 rows is rearranged by stores with a stride that never hit one memory bank twice.
+All k x B active entries are sorted by feature. A grid then visits the entries in chunks of ENTRIES and the rows in
+blocks of ROWS. All rows stream through VMEM once; the tokens' data (x, or the output) stay in VMEM. An entry costs a
+few scalar and vector instructions. Nothing is gathered from HBM: fetching 12 KB at a time would take longer than
+reading every row once. In VMEM each row is contiguous, [D / 128, 128], at an odd distance from the next row: strided
+stores then rearrange a tile of 8 rows without hitting a memory bank twice.
 
 B batch, D model width, F features, k active features, n entries.
 """
@@ -30,8 +30,8 @@ ENTRIES, ROWS, GROUP, TOGETHER = 1024, 256, 8, 2
 
 @dataclass(frozen=True)
 class Chip:
-    """MiB of VMEM that a kernel may fill, multiply-adds of the matrix unit in a cycle (bfloat16), and bytes from HBM in
-    a cycle: peak FLOP/s and GB/s of Google's data sheets, over the clock."""
+    """A chip's limits: MiB of VMEM that a kernel may fill, bfloat16 multiply-adds per cycle of the matrix unit, and HBM
+    bytes per cycle. The rates are the peak FLOP/s and GB/s of Google's data sheets, divided by the clock."""
     vmem: int
     macs: int
     bandwidth: float
@@ -42,8 +42,8 @@ CHIPS = {"v4": Chip(15, 8 * 128 ** 2, 1228 / 1.05), "v5e": Chip(100, 4 * 128 ** 
 
 
 class Kernels(NamedTuple):
-    """How the kernels cut a width D so that all tokens fit into VMEM: `slices` parts of `tall` * 128, whose rows lie
-    `pitch` * 128 apart. vmem: MiB of it. interpret: in Pallas' interpreter."""
+    """How the kernels split the width D so that all tokens fit into VMEM: into `slices` parts of `tall` * 128 columns,
+    with rows `pitch` * 128 apart. vmem: MiB to use. interpret: run in Pallas' interpreter."""
 
     slices: int
     tall: int
@@ -52,9 +52,9 @@ class Kernels(NamedTuple):
     interpret: bool = False
 
 
-def plan(device, values: Array, rows: Array, devices: int = 1) -> "Kernels | str":
-    """How products of values [B, k] and rows [F, D] (of one of so many devices) are done: by `Kernels` or "dense",
-    whichever takes fewer cycles as `cycles` counts them; "scan" on a TPU that is not known here."""
+def plan(device: jax.Device, values: Array, rows: Array, devices: int = 1) -> Kernels | str:
+    """Return the method for products of values [B, k] and rows [F, D] (the share of one of `devices` devices):
+    `Kernels` or "dense", whichever takes fewer `cycles`; "scan" on an unknown TPU."""
     chip, (B, k), (F, D) = CHIPS.get(chip_of(device)), values.shape, rows.shape
     if chip is None:
         return "scan"
@@ -63,12 +63,12 @@ def plan(device, values: Array, rows: Array, devices: int = 1) -> "Kernels | str
 
 
 def cycles(chip: Chip, B: int, F: int, D: int, k: float, how: Kernels | None) -> float:
-    """About how long the decoder takes forward and backward, in cycles of a chip.
+    """Estimate the cycles of the decoder, forward and backward; how: None for dense products.
 
-    Dense, it is three products of three passes each (`Precision.HIGH`). The kernels' counts are those that
-    bench/bundles.py finds on v5e: for every entry and slice 2 x 3.5 bundles and 1.2 for each register of 8 x 128
-    that its row fills, for every row 5 a register, and for every entry 2 to sort it twice; or the time in which HBM
-    reads the rows twice and writes their gradient, if that is longer."""
+    The dense decoder needs three products of three passes each (`Precision.HIGH`). The kernels' costs were measured on
+    v5e by bench/bundles.py. Each entry and slice costs 2 x (3.5 bundles + 1.2 per register of 8 x 128 that its row
+    fills), each row 5 per register, and each entry 2 for two sorts. If reading the rows twice from HBM and writing
+    their gradient takes longer, that time counts."""
     if how is None:
         return 9 * B * F * D / chip.macs
     registers = -(-how.tall // 8)
@@ -77,7 +77,7 @@ def cycles(chip: Chip, B: int, F: int, D: int, k: float, how: Kernels | None) ->
 
 
 def cut(chip: Chip, B: int, D: int) -> Kernels | None:
-    """The widest slices that fit; None where not even 128 columns do, or D is no multiple of 128."""
+    """Return the widest slices that fit into VMEM, or None if not even 128 columns fit or 128 does not divide D."""
     for slices in range(1, D // 128 + 1):
         tall = D // 128 // slices
         size = (_blocks(B) + 2) * ROWS * (tall | 1) + 6 * ROWS * tall + ENTRIES * (_fold(tall) | 1)
@@ -86,22 +86,22 @@ def cut(chip: Chip, B: int, D: int) -> Kernels | None:
     return None
 
 
-def chip_of(device) -> str:
-    """The generation of a TPU: "v4", "v5e", …"""
+def chip_of(device: jax.Device) -> str:
+    """Return the generation of a TPU: "v4", "v5e", …"""
     kind = device.device_kind.lower().removeprefix("tpu").strip()
     return {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e"}.get(kind, kind)
 
 
 class Entries(NamedTuple):
-    """Active entries sorted by feature, filled up to whole chunks; those that no row here belongs to come last."""
+    """Active entries sorted by feature and padded to whole chunks. Entries without a row on this device come last."""
 
-    features: Array  # [n] int32, F where there is none
+    features: Array  # [n] int32, F if the row is not here
     places: Array  # [n] int32, b * k + j
     values: Array  # [n]
 
 
 def sorted_entries(values: Array, indices: Array, features: int) -> Entries:
-    """values, indices [B, k] -> Entries; an index outside 0..features - 1 (another device's) counts as none."""
+    """Sort values, indices [B, k] into Entries. An index outside 0..features - 1 belongs to another device."""
     n = values.size
     key = jnp.where((indices >= 0) & (indices < features), indices, features).reshape(-1).astype(jnp.int32)
     ordered = lax.sort((key, lax.iota(jnp.int32, n), values.reshape(-1)), num_keys=1, is_stable=False)
@@ -109,20 +109,20 @@ def sorted_entries(values: Array, indices: Array, features: int) -> Entries:
 
 
 def in_place(entries: Entries, dots: Array, shape: tuple[int, int]) -> Array:
-    """What belongs to entries, [n] -> [B, k]."""
+    """Reorder one value per entry, [n] -> [B, k]."""
     n = shape[0] * shape[1]
     return lax.sort((entries.places[:n], dots[:n]), num_keys=1, is_stable=False)[1].reshape(shape)
 
 
 def _visits(features: Array, F: int, before: int = 0, after: int = 0) -> list[Array]:
-    """Entries' features [n] -> block, chunk, first, last of each visit: the entries first..last of a chunk that lie in
-    a block of rows. Blocks and chunks rise one at a time, and every one of them is visited. With so many steps before
-    and after as are asked for, which have no entries."""
+    """Entries' features [n] -> block, chunk, first, last of each visit, which handles the entries first..last of a
+    chunk whose rows lie in a block. Block and chunk rise one at a time, and each is visited. `before` and `after` add
+    steps without entries."""
     chunks, blocks = len(features) // ENTRIES, _blocks(F)
     edges = jnp.minimum(jnp.arange(blocks + 1) * ROWS, F)
     starts = jnp.sum(features[None, :] < edges[:, None], axis=1, dtype=jnp.int32)
     starts, total = starts[:-1], starts[-1]
-    place = jnp.arange(blocks) + jnp.minimum(chunks, starts // ENTRIES + 1)  # in the merged list of starts of either
+    place = jnp.arange(blocks) + jnp.minimum(chunks, starts // ENTRIES + 1)  # in the merged starts of blocks and chunks
     visit = jnp.arange(1, chunks + blocks)
     block = jnp.sum(place[None, :] <= visit[:, None], axis=1, dtype=jnp.int32) - 1
     chunk = (visit - block - 1).astype(jnp.int32)
@@ -133,7 +133,7 @@ def _visits(features: Array, F: int, before: int = 0, after: int = 0) -> list[Ar
 
 
 def _fold(tall: int) -> int:
-    """The rows of 128 in which the products of two rows are summed: a whole register where they fill registers."""
+    """Return how many rows of 128 hold the product sums of two rows: a whole register if rows fill registers."""
     return tall if tall % 8 else 8
 
 
@@ -142,8 +142,8 @@ def _blocks(n: int) -> int:
 
 
 def spmm(entries: Entries, rows: Array, shape: tuple[int, int], how: Kernels) -> Array:
-    """Entries of values [B, k] = shape, rows [F, D] -> [B, D]. All of the output stays in VMEM until the end, and each
-    entry adds its row to its token's."""
+    """Entries of values [B, k] = shape, rows [F, D] -> [B, D]. Each entry adds its row to the output of its token. The
+    whole output stays in VMEM until the end."""
     (B, k), F, tall, pitch = shape, len(rows), how.tall, how.pitch
     visits = _visits(entries.features, F, after=_blocks(B))
     ends = len(visits[0]) - _blocks(B)
@@ -158,11 +158,11 @@ def spmm(entries: Entries, rows: Array, shape: tuple[int, int], how: Kernels) ->
                 add([start + e + u for u in range(min(count, TOGETHER))])
             return carry
 
-        def add(these):  # reads all before it writes any, which costs less than a read after each write
+        def add(these):  # all reads before all writes: faster than reading after each write
             places, sums = [t[0, 0, e] for e in these], []
             for e, place in zip(these, places):
                 old = tokens[pl.ds(place, tall)]
-                for other, new in zip(places, sums):  # the same token's
+                for other, new in zip(places, sums):  # an entry of the same token
                     old = jnp.where(place == other, new, old)
                 sums.append(old + v[0, 0, e] * spread[pl.ds(f[0, 0, e], tall)])
             for place, new in zip(places, sums):
@@ -177,45 +177,15 @@ def spmm(entries: Entries, rows: Array, shape: tuple[int, int], how: Kernels) ->
     return _call(kernel, visits, entries, k, how, [(rows, _rows_spec(how))], [output], scratch)[0]
 
 
-def outer(entries: Entries, x: Array, rows: Array | None, F: int, k: int, how: Kernels):
-    """Entries of values [B, k], x [B, D] -> [F, D]. With rows [F, D] also sddmm, of the same read, in the order of the
-    entries, [n]. All of x is put into VMEM first."""
-    (B, D), tall, pitch, fold = x.shape, how.tall, how.pitch, _fold(how.tall)
-    visits, starts = _visits(entries.features, F, before=_blocks(B)), _blocks(B)
+def outer(entries: Entries, x: Array, rows: Array | None, F: int, k: int,
+          how: Kernels) -> Array | tuple[Array, Array]:
+    """Entries of values [B, k], x [B, D] -> [F, D]. With rows [F, D] also return sddmm [n], in the order of entries: it
+    uses the same reads of x. All of x is copied into VMEM first."""
+    D, tall, pitch, fold, starts = x.shape[1], how.tall, how.pitch, _fold(how.tall), _blocks(len(x))
+    visits = _visits(entries.features, F, before=starts)
 
-    def kernel(block, chunk, first, last, f, t, v, x, *refs):
-        (w, d_values, out, tokens, total, spread, dots) = refs if rows is not None else (
-            None, None, *refs, None, None)
-        i, end = pl.program_id(1), pl.num_programs(1) - 1
-        before, after = jnp.maximum(i - 1, 0), jnp.minimum(i + 1, end)
-        pl.when(i < starts)(lambda: _spread(x, tokens, how, i))
-
-        @pl.when((i == 0) | (block[i] != block[before]))
-        def _():
-            _zero(total)
-            if rows is not None:
-                _spread(w, spread, how)
-
-        def one(e, carry):
-            sums, previous = carry
-            feature, row = f[0, 0, e], tokens[pl.ds(t[0, 0, e], tall)]
-            if rows is not None:
-                product = row * spread[pl.ds(feature, tall)]
-                dots[pl.ds(e * (fold | 1), fold)] = sum(product[r:r + fold] for r in range(0, tall, fold))
-            sums = jnp.where(feature == previous, sums, 0.0) + v[0, 0, e] * row
-            total[pl.ds(feature, tall)] = sums  # the last one of a feature stays
-            return sums, feature
-
-        def some(start, count, carry):
-            for u in range(count):
-                carry = one(start + u, carry)
-            return carry
-
-        feature = f[0, 0, jnp.minimum(first[i], ENTRIES - 1)]  # goes on where the chunk before stopped
-        _walk(first[i], last[i], some, (total[pl.ds(feature, tall)], feature))
-        pl.when((i == end) | (block[i] != block[after]))(lambda: _gather(total, out, how))
-        if rows is not None:
-            pl.when((i == end) | (chunk[i] != chunk[after]))(lambda: _sum_dots(dots, d_values, fold))
+    def kernel(*refs):
+        _outer_visit(how, starts, *refs)
 
     inputs = [(x, pl.BlockSpec((ROWS, tall * 128), lambda s, i, *_: (jnp.minimum(i, starts - 1), s)))]
     outputs = [(jax.ShapeDtypeStruct((F, D), jnp.float32), _rows_spec(how))]
@@ -230,10 +200,55 @@ def outer(entries: Entries, x: Array, rows: Array | None, F: int, k: int, how: K
     return out, jnp.where(entries.features < F, dots.sum(0).reshape(-1), 0)
 
 
+def _outer_visit(how, starts, block, chunk, first, last, f, t, v, x, *refs):
+    """Run one grid step of `outer`. The first `starts` steps copy x. Without rows, w, d_values, spread and dots are
+    None."""
+    w, d_values, out, tokens, total, spread, dots = refs if len(refs) == 7 else (None, None, *refs, None, None)
+    i, end = pl.program_id(1), pl.num_programs(1) - 1
+    before, after = jnp.maximum(i - 1, 0), jnp.minimum(i + 1, end)
+    pl.when(i < starts)(lambda: _spread(x, tokens, how, i))
+
+    @pl.when((i == 0) | (block[i] != block[before]))
+    def _():
+        _zero(total)
+        if w is not None:
+            _spread(w, spread, how)
+
+    feature = f[0, 0, jnp.minimum(first[i], ENTRIES - 1)]  # continue the sum of the chunk before
+    add = _outer_entries(how, f, t, v, tokens, total, spread, dots)
+    _walk(first[i], last[i], add, (total[pl.ds(feature, how.tall)], feature))
+    pl.when((i == end) | (block[i] != block[after]))(lambda: _gather(total, out, how))
+    if w is not None:
+        pl.when((i == end) | (chunk[i] != chunk[after]))(lambda: _sum_dots(dots, d_values, _fold(how.tall)))
+
+
+def _outer_entries(how, f, t, v, tokens, total, spread, dots):
+    """Return the function for `_walk` that adds entries to their features' rows of total and, with dots, stores the
+    products of token and row. It carries the sum of the current feature."""
+    tall, fold = how.tall, _fold(how.tall)
+
+    def one(e, carry):
+        sums, previous = carry
+        feature, row = f[0, 0, e], tokens[pl.ds(t[0, 0, e], tall)]
+        if dots is not None:
+            product = row * spread[pl.ds(feature, tall)]
+            dots[pl.ds(e * (fold | 1), fold)] = sum(product[r:r + fold] for r in range(0, tall, fold))
+        sums = jnp.where(feature == previous, sums, 0.0) + v[0, 0, e] * row
+        total[pl.ds(feature, tall)] = sums  # the last write of a feature stays
+        return sums, feature
+
+    def some(start, count, carry):
+        for u in range(count):
+            carry = one(start + u, carry)
+        return carry
+
+    return some
+
+
 def _call(kernel, visits, entries, k, how, inputs, outputs, scratch):
-    """`kernel` on a grid of slices of D x visits. Where each entry's row begins in its block, where its token does, and
-    its value go to the scalar core, a chunk at a time. inputs: (array, spec); outputs: (shape, spec); scratch: how many
-    rows of 128."""
+    """Run `kernel` on a grid of slices of D x visits. The scalar core gets, one chunk at a time, each entry's row
+    offset in its block, its token's offset and its value. inputs: (array, spec); outputs: (shape, spec); scratch:
+    numbers of rows of 128."""
     pitch = how.pitch
     lists = [a.reshape(-1, 1, ENTRIES) for a in (
         entries.features % ROWS * pitch, entries.places // k * pitch, entries.values)]
@@ -252,7 +267,7 @@ def _rows_spec(how):
 
 
 def _walk(first, last, some, carry):
-    """carry = some(start, count, carry) for entries first..last: by GROUPs where they are aligned, else one by one."""
+    """Apply carry = some(start, count, carry) to entries first..last: aligned GROUPs at once, the others one by one."""
     head = jnp.minimum((first + GROUP - 1) & -GROUP, last)
     tail = jnp.maximum(last & -GROUP, head)
     one, group = (lambda i, carry: some(i, 1, carry)), (lambda i, carry: some(i * GROUP, GROUP, carry))
@@ -262,7 +277,7 @@ def _walk(first, last, some, carry):
 
 
 def _zero(ref):
-    """Rows [n, 128], n a multiple of 128."""
+    """Set ref [n, 128] to zero; n must be a multiple of 128."""
     def some(i, carry):
         ref[pl.ds(pl.multiple_of(i * 128, 128), 128)] = jnp.zeros((128, 128), ref.dtype)
         return carry
@@ -271,7 +286,7 @@ def _zero(ref):
 
 
 def _spread(rows, spread, how, block=0):
-    """A tile [ROWS, tall * 128] -> the block'th [ROWS * pitch, 128] of spread, each row in one piece."""
+    """Copy a tile [ROWS, tall * 128] to block number `block` of spread, [ROWS * pitch, 128], with contiguous rows."""
     def move(part, place, columns):
         spread[place] = rows[part, columns]
 
@@ -279,7 +294,7 @@ def _spread(rows, spread, how, block=0):
 
 
 def _gather(spread, rows, how, block=0):
-    """The inverse of `_spread`."""
+    """Do the inverse of `_spread`."""
     def move(part, place, columns):
         rows[part, columns] = spread[place]
 
@@ -287,6 +302,7 @@ def _gather(spread, rows, how, block=0):
 
 
 def _tiles(move, how, block):
+    """Call move(rows of the tile, rows of the block, columns) for each part of 8 x 128."""
     def some(i, carry):
         start = (block * ROWS + i * 8) * how.pitch
         for column in range(how.tall):
@@ -298,7 +314,7 @@ def _tiles(move, how, block):
 
 
 def _sum_dots(dots, out, fold):
-    """[ENTRIES * (fold | 1), 128] -> [1, 1, ENTRIES / 128, 128]: each entry's sum; the matrix unit adds up lanes."""
+    """Sum each entry: [ENTRIES * (fold | 1), 128] -> [1, 1, ENTRIES / 128, 128]. The matrix unit adds up the lanes."""
     def some(i, carry):
         pitch = fold | 1
         sums = sum(dots[pl.ds(i * 128 * pitch + row, 128, stride=pitch)] for row in range(fold))

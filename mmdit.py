@@ -1,13 +1,13 @@
-"""FLUX.1's transformer, the MMDiT: its forward pass, its tensors, and its files of either layout.
+"""Run FLUX.1's transformer, the MMDiT, and load it from files of either layout.
 
-Copy it with `harvest.py` and `weights.py`, which it imports. `flux.py` makes a whole pipeline of it.
+Copy `harvest.py` and `weights.py` with this file. `flux.py` adds the rest of the pipeline.
 
     cfg, params = mmdit.load_transformer("flux1-schnell.safetensors")          # or a diffusers folder
     v = mmdit.velocity(params, cfg, latents, text, pooled, timestep, grid=(16, 16))
     x = mmdit.residual(params, cfg, latents, text, pooled, timestep, grid=(16, 16), layer=10, site="img")
 
 Letters: B batch, T text tokens, I image tokens, S = T + I, C latent channels, D width, H heads, K head width, L layers.
-A layer is one number: the double blocks come first, then the single blocks. The blocks sow their output streams as
+One number names a layer: the double blocks come first, then the single blocks. The blocks sow their output streams as
 `double.img`, `double.txt`, `single.img`, `single.txt` and their MLP neurons as `double.img.neurons`,
 `double.txt.neurons`, `single.neurons`, each stacked over the layers of its kind (see `harvest.py`).
 """
@@ -28,12 +28,12 @@ from harvest import plant, reap, sow
 from weights import Mistake
 
 SITES = ("img", "txt", "both")
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")        # of the transformer in files with everything
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")        # the transformer's, in files with a whole pipeline
 
 
 @dataclass(frozen=True)
 class Config:
-    """`transformer/config.json`, by its own names; the defaults are FLUX.1-schnell's."""
+    """Hold the fields of `transformer/config.json` under their own names. The defaults are FLUX.1-schnell's."""
     in_channels: int = 64
     out_channels: int | None = None
     num_layers: int = 19
@@ -49,14 +49,14 @@ class Config:
     def __post_init__(self):
         if sum(self.axes_dims_rope) != self.attention_head_dim:
             raise Mistake(f"axes_dims_rope {self.axes_dims_rope} must add up to attention_head_dim, "
-                             f"{self.attention_head_dim}")
+                          f"{self.attention_head_dim}")
 
     @property
-    def width(self):
+    def width(self) -> int:
         return self.attention_head_dim * self.num_attention_heads
 
     @property
-    def layers(self):
+    def layers(self) -> int:
         return self.num_layers + self.num_single_layers
 
 
@@ -65,9 +65,10 @@ class Config:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What to put in the place of values that block `layer` sows: function(name, value, each, shared) for each of
-    `names`. each: a pytree of arrays [B, ...], split as the batch is; shared: one of others. The same function object
-    is compiled once, whatever its arrays hold."""
+    """Replace the values that block `layer` sows under `names` by function(name, value, each, shared).
+
+    each: a pytree of arrays [B, ...], split like the batch. shared: arrays that are not split. JAX compiles the same
+    function object only once, whatever values these arrays have."""
     layer: int
     names: tuple[str, ...]
     function: Callable
@@ -78,58 +79,56 @@ class Edit:
 def velocity(params: dict, cfg: Config, latents: Array, text: Array, pooled: Array, timestep: Array,
              guidance: Array | None = None, *, grid: tuple[int, int], walk: Callable | None = None,
              edits: Sequence[Edit] = ()) -> Array:
-    """The flow's velocity [B, I, C] at packed `latents` [B, I, C]; d latents / d timestep, as FLUX.1 predicts it.
+    """Return the velocity [B, I, C] that FLUX.1 predicts at packed `latents` [B, I, C]: d latents / d timestep.
 
     text [B, T, joint_attention_dim]: T5 states. pooled [B, pooled_projection_dim]: CLIP's vector. timestep [B] in 0…1
-    (1 is pure noise). guidance [B]: the scale itself (3.5), for models with `guidance_embeds` only.
-    grid: (rows, columns) of packed tokens, rows * columns = I. walk: how the blocks are run (see `scan_blocks`).
-    edits: of what blocks put out, each an `Edit`. Raises ValueError where these do not fit the model.
+    (1 is pure noise). guidance [B]: the scale itself (3.5), only for models with `guidance_embeds`.
+    grid: (rows, columns) of packed tokens, rows * columns = I. walk: runs the blocks (see `scan_blocks`).
+    edits: change what blocks sow (see `Edit`). Raise ValueError if an argument does not fit the model.
     """
-    inputs = latents, text, pooled, timestep, guidance
-    return _run(params, cfg, inputs, grid, walk, edits=edits)[0]
+    return _run(params, cfg, (latents, text, pooled, timestep, guidance), grid, walk, edits=edits)[0]
 
 
 def residual(params: dict, cfg: Config, latents: Array, text: Array, pooled: Array, timestep: Array,
              guidance: Array | None = None, *, grid: tuple[int, int], layer: int, site: str,
              walk: Callable | None = None, edits: Sequence[Edit] = ()) -> Array:
-    """The residual stream that leaves block `layer`, and nothing computed after it: [B, I, D] for site "img",
-    [B, T, D] for "txt", [B, T + I, D] for "both" (text first). Other arguments as for `velocity`."""
+    """Return the residual stream after block `layer`: [B, I, D] for site "img", [B, T, D] for "txt", [B, T + I, D] for
+    "both" (text first). The later blocks do not run. The other arguments are those of `velocity`."""
     inputs, names = (latents, text, pooled, timestep, guidance), residual_names(cfg, layer, site)
-    caught = _run(params, cfg, inputs, grid, walk, layer + 1, layer, names, edits)[1]
-    return jnp.concatenate(list(caught.values()), 1)
+    captured = _run(params, cfg, inputs, grid, walk, layer + 1, layer, names, edits)[1]
+    return jnp.concatenate(list(captured.values()), 1)
 
 
-def catch(params: dict, cfg: Config, latents: Array, text: Array, pooled: Array, timestep: Array,
-          guidance: Array | None = None, *, grid: tuple[int, int], layer: int, names: Sequence[str],
-          walk: Callable | None = None, edits: Sequence[Edit] = ()) -> tuple[Array, dict[str, Array]]:
-    """(`velocity`, {name: what block `layer` sows under it}), for example of "double.img.neurons" or "single.txt"."""
-    inputs = latents, text, pooled, timestep, guidance
-    return _run(params, cfg, inputs, grid, walk, None, layer, tuple(names), edits)
+def velocity_and_values(params: dict, cfg: Config, latents: Array, text: Array, pooled: Array, timestep: Array,
+                        guidance: Array | None = None, *, grid: tuple[int, int], layer: int, names: Sequence[str],
+                        walk: Callable | None = None, edits: Sequence[Edit] = ()) -> tuple[Array, dict[str, Array]]:
+    """Return (`velocity`, {name: value that block `layer` sows}) for `names` such as "double.img.neurons"."""
+    return _run(params, cfg, (latents, text, pooled, timestep, guidance), grid, walk, None, layer, tuple(names), edits)
 
 
 def residual_names(cfg: Config, layer: int, site: str) -> tuple[str, ...]:
-    """Under which names block `layer` sows its residual stream at `site`. Raises ValueError for unknown ones."""
+    """Return the names of block `layer`'s residual stream at `site`. Raise ValueError if one of them is unknown."""
     if site not in SITES:
-        raise Mistake(f"unknown site {site!r}: it is one of {', '.join(SITES)}")
+        raise Mistake(f"unknown site {site!r}: it must be one of {', '.join(SITES)}")
     if not isinstance(layer, (int, np.integer)) or not 0 <= layer < cfg.layers:
         raise Mistake(f"unknown layer {layer!r}: the model has layers 0 to {cfg.layers - 1} "
-                         f"({cfg.num_layers} double, {cfg.num_single_layers} single)")
+                      f"({cfg.num_layers} double, {cfg.num_single_layers} single)")
     kind = "double" if layer < cfg.num_layers else "single"
     return tuple(f"{kind}.{s}" for s in (("txt", "img") if site == "both" else (site,)))
 
 
 def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=(), edits=()):
-    """(velocity, values `names` of block `layer`) of all blocks, or (None, values) of the first `stop`."""
+    """Run all blocks and return (velocity, values `names` of block `layer`), or the first `stop`: (None, values)."""
     _check_inputs(cfg, *inputs, grid)
     loaded = sum(jax.tree.leaves(params[kind])[0].shape[0] for kind in ("double", "single"))
     if loaded < (stop or cfg.layers) or (stop is None and "out" not in params):
-        raise Mistake(f"the model was loaded only up to layer {loaded - 1}")
+        raise Mistake(f"the model was loaded only up to layer {loaded - 1}; load it without `last` to run all layers")
     for edit in edits:
-        residual_names(cfg, edit.layer, "both")                  # raises for a layer that there is not
+        residual_names(cfg, edit.layer, "both")                  # raises if the layer does not exist
     whole, stop = stop is None, stop or cfg.layers
     ends = {name: p for name, p in params.items() if name not in ("double", "single")}
     (img, txt), vec, mod, rope = _begin(ends, cfg, *inputs, grid=grid)
-    T, walk, caught = txt.shape[1], walk or scan_blocks, {}
+    T, walk, captured = txt.shape[1], walk or scan_blocks, {}
 
     def blocks(kind, x, first, last):
         n = min(stop, last) - first
@@ -141,21 +140,21 @@ def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=(), edits
             block = _block(kind, cfg, T, wanted, tuple((edit.function, edit.names) for edit in here))
             each, shared = [edit.each for edit in here], [edit.shared for edit in here]
             (x, _), found = walk(block, (x, each), params[kind], range(a, b), (rope, shared))
-            caught.update({name: found[name][0] for name in wanted})
+            captured.update({name: found[name][0] for name in wanted})
         return x
 
     img, txt, _ = blocks("double", (img, txt, mod), 0, cfg.num_layers)
     if stop > cfg.num_layers:
         x, _ = blocks("single", (jnp.concatenate([txt, img], 1), mod), cfg.num_layers, cfg.layers)
         img = x[:, T:]
-    return (_end(params["out"], img, vec) if whole else None), caught
+    return (_end(params["out"], img, vec) if whole else None), captured
 
 
 @partial(jax.jit, static_argnames=("cfg", "grid"))
 def _begin(params, cfg, latents, text, pooled, timestep, guidance, *, grid):
-    """What the blocks start from: the streams (img, txt), the conditioning vector [B, D], and what is made of it and of
-    the positions once for all of them."""
-    dtype = params["img_in"]["b"].dtype                          # biases are never quantized: they tell the dtype
+    """Return the blocks' inputs: the streams (img, txt), the conditioning vector [B, D], its SiLU and the RoPE tables.
+    All blocks share the last two."""
+    dtype = params["img_in"]["b"].dtype                          # a bias tells the dtype: biases are never quantized
     vec = _embed(params, cfg, pooled.astype(dtype), timestep, guidance)
     img, txt = _linear(params["img_in"], latents.astype(dtype)), _linear(params["txt_in"], text.astype(dtype))
     return (img, txt), vec, jax.nn.silu(vec), _rope_tables(cfg, txt.shape[1], grid)
@@ -169,9 +168,9 @@ def _end(params, img, vec):
 
 @lru_cache
 def _block(kind, cfg, T, names, edits):
-    """((x, each), parameters of one layer, (rope, shared)) → ((x, each), {name: value sown}) of one kind of block; the
-    same object for the same arguments, so that it is compiled once. edits: (function, names) of each, whose arrays are
-    in the lists each and shared."""
+    """Return the block ((x, each), parameters of one layer, (rope, shared)) → ((x, each), {name: sown value}).
+
+    Cached, so that JAX compiles it once. edits: (function, names) per `Edit`; each, shared: lists of their arrays."""
     def double(x, p, rope):
         img, txt, mod = x
         return (*_double_block(p, cfg, img, txt, mod, rope), mod)
@@ -188,11 +187,11 @@ def _block(kind, cfg, T, names, edits):
             planted = plant(planted, {name: of(name) for name in changed})
         return planted(x, p, rope), each
 
-    return reap(edited, names) if names else lambda *args: (edited(*args), {})   # then a reap from outside sees all
+    return reap(edited, names) if names else lambda *args: (edited(*args), {})   # without names, an outer reap sees all
 
 
 def _double_block(p, cfg, img, txt, mod, rope):
-    """One MMDiT block: two streams with weights of their own, one attention over both (SD3, arXiv 2403.03206)."""
+    """Run one MMDiT block: two streams, each with its own weights, share one attention (SD3, arXiv 2403.03206)."""
     streams = {"txt": txt, "img": img}
     shift, scale, gate, shift2, scale2, gate2 = {}, {}, {}, {}, {}, {}
     qkv = []
@@ -211,7 +210,7 @@ def _double_block(p, cfg, img, txt, mod, rope):
 
 
 def _single_block(p, cfg, x, mod, rope, T):
-    """One block over the joined stream [B, S, D], attention and MLP side by side (ViT-22B, arXiv 2302.05442)."""
+    """Run one block on the joined stream [B, S, D], attention and MLP in parallel (ViT-22B, arXiv 2302.05442)."""
     shift, scale, gate = jnp.split(_linear(p["mod"], mod)[:, None], 3, axis=-1)
     qkv, hidden = jnp.split(_linear(p["in"], _modulate(x, shift, scale)), [3 * cfg.width], axis=-1)
     attn = _attention(*_qkv(p, cfg, qkv), rope)
@@ -221,7 +220,7 @@ def _single_block(p, cfg, x, mod, rope, T):
 
 
 def _embed(params, cfg, pooled, timestep, guidance):
-    """The conditioning vector [B, D]: time, guidance (where the model has it) and pooled text."""
+    """Return the conditioning vector [B, D]: time, guidance (if the model has it) and pooled text."""
     def mlp(p, x):
         return _linear(p["fc2"], jax.nn.silu(_linear(p["fc1"], x)))
 
@@ -232,19 +231,19 @@ def _embed(params, cfg, pooled, timestep, guidance):
 
 
 def _sinusoid(t, width=256):
-    """[B] → [B, 256]: cosines, then sines, of 1000 t at frequencies 1 … 1/10000; in float32, where 1000 t is exact."""
+    """Return cosines, then sines, of 1000 t at frequencies 1 … 1/10000: [B] → [B, 256]; float32 keeps 1000 t exact."""
     angles = 1000 * t.astype(jnp.float32)[:, None] * jnp.exp(-np.log(1e4) * jnp.arange(width // 2) / (width // 2))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
 def _linear(p, x):
-    """x @ w + b over all tokens as one product [B S, in]: its gradient then needs no transposed copy of x."""
-    y = x.reshape(-1, x.shape[-1]) @ p["w"] + p["b"]             # a quantized weight answers by __rmatmul__
+    """Compute x @ w + b for all tokens as one product [B S, in]: its gradient then needs no transposed copy of x."""
+    y = x.reshape(-1, x.shape[-1]) @ p["w"] + p["b"]             # a quantized weight defines __rmatmul__
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _modulate(x, shift, scale):
-    """adaLN: layer norm without weights, then scale and shift; statistics in float32."""
+    """Apply adaLN: layer norm without weights (statistics in float32), then scale and shift."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, -1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)
@@ -252,7 +251,7 @@ def _modulate(x, shift, scale):
 
 
 def _qkv(p, cfg, qkv):
-    """[B, S, 3D] → q, k, v [B, S, H, K], q and k RMS-normalized over each head (in float32)."""
+    """Split [B, S, 3D] into q, k, v [B, S, H, K], and RMS-normalize q and k over each head (in float32)."""
     def norm(x, weight):
         y = x.astype(jnp.float32)
         return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)).astype(x.dtype) * weight
@@ -262,8 +261,8 @@ def _qkv(p, cfg, qkv):
 
 
 def _attention(q, k, v, rope):
-    """Attention of all S tokens over all S tokens: [B, S, H, K] → [B, S, D]. No [S, S] of all heads is ever built: a
-    TPU runs JAX's flash attention where its tiles fit, and elsewhere long sequences go block by block."""
+    """Attend from all S tokens to all S tokens: [B, S, H, K] → [B, S, D]. This never builds [S, S] for all heads: a TPU
+    runs JAX's flash attention if its tiles fit; otherwise long sequences run block by block."""
     q, k = _rotate(q, rope), _rotate(k, rope)
     tile = next((n for n in (512, 384, 256, 128) if q.shape[1] % n == 0), None)
     if tile and q.shape[-1] % 128 == 0:
@@ -274,7 +273,7 @@ def _attention(q, k, v, rope):
 
 
 def _softmax_attention(q, k, v, block=512):
-    # Not jax.nn.dot_product_attention, which asks for a precision that float16 on a CPU does not have.
+    # jax.nn.dot_product_attention does not work here: it asks for a precision that float16 on a CPU does not have.
     def attend(q):
         scores = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
@@ -295,7 +294,7 @@ def _flash(q, k, v, tile):
 
 
 def _rotate(x, rope):
-    """RoPE on neighbouring pairs of channels, in float32: half precision would blur large positions."""
+    """Apply RoPE to neighbouring pairs of channels, in float32: half precision is inexact for large positions."""
     cos, sin = rope
     even, odd = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
@@ -303,7 +302,7 @@ def _rotate(x, rope):
 
 
 def _rope_tables(cfg, text_tokens, grid):
-    """cos and sin [S, 1, K/2] of the positions (0, row, column): text tokens all sit at (0, 0, 0)."""
+    """Return cos and sin [S, 1, K/2] of the positions (0, row, column). All text tokens are at (0, 0, 0)."""
     rows, columns = np.indices(grid).reshape(2, -1)
     axes = [np.concatenate([np.zeros(text_tokens), p]) for p in (np.zeros_like(rows), rows, columns)]
     angles = [p[:, None] * 1e4 ** (-np.arange(0, n, 2) / n) for p, n in zip(axes, cfg.axes_dims_rope)]
@@ -311,11 +310,11 @@ def _rope_tables(cfg, text_tokens, grid):
     return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
 
 
-def scan_blocks(block: Callable, x, stack: dict, layers: range, *context):
-    """x through the `layers` (a range) of the stacked blocks as one `lax.scan`: compile time does not grow with depth.
+def scan_blocks(block: Callable, x: Any, stack: dict, layers: range, *context) -> tuple[Any, dict[str, Array]]:
+    """Run `layers` of the stacked blocks as one `lax.scan`, so that compile time does not grow with depth.
 
-    The default of every `walk` argument. block: (x, parameters of one layer, *context) → (x, {name: value}). x: a
-    pytree of arrays [B, ...]. stack: parameters [L, ...]. Returns x and the values, [len(layers), ...].
+    This is the default of every `walk` argument. block: (x, parameters of one layer, *context) → (x, {name: value}).
+    x: a pytree of arrays [B, ...]. stack: parameters [L, ...]. Return x and the values [len(layers), ...].
     """
     return _scan(block, x, stack, layers, context)
 
@@ -324,7 +323,7 @@ def scan_blocks(block: Callable, x, stack: dict, layers: range, *context):
 def _scan(block, x, stack, layers, context):
     if layers == range(jax.tree.leaves(stack)[0].shape[0]):
         return jax.lax.scan(lambda x, p: block(x, p, *context), x, stack)
-    # A shorter walk indexes the whole stack, since a slice of the stack would be a second copy of its weights.
+    # A shorter walk indexes the whole stack: a slice of the stack would copy its weights.
     return jax.lax.scan(lambda x, i: block(x, jax.tree.map(lambda w: w[i], stack), *context), x,
                         jnp.arange(layers.start, layers.stop))
 
@@ -332,7 +331,7 @@ def _scan(block, x, stack, layers, context):
 def _check_inputs(cfg, latents, text, pooled, timestep, guidance, grid):
     if latents.ndim != 3 or latents.shape[1:] != (grid[0] * grid[1], cfg.in_channels):
         raise Mistake(f"latents are {list(latents.shape)}; a grid of {grid[0]}x{grid[1]} tokens needs "
-                         f"[B, {grid[0] * grid[1]}, {cfg.in_channels}]")
+                      f"[B, {grid[0] * grid[1]}, {cfg.in_channels}]")
     B = latents.shape[0]
     if text.ndim != 3 or (text.shape[0], text.shape[2]) != (B, cfg.joint_attention_dim):
         raise Mistake(f"text is {list(text.shape)}; it must be [{B}, T, {cfg.joint_attention_dim}]")
@@ -341,14 +340,14 @@ def _check_inputs(cfg, latents, text, pooled, timestep, guidance, grid):
         if x is not None and np.shape(x) != shape:
             raise Mistake(f"{name} is {list(np.shape(x))}; it must be {list(shape)}")
     if cfg.guidance_embeds and guidance is None:
-        raise Mistake("this model has a guidance embedding: pass guidance [B], for example 3.5")
+        raise Mistake("this model has a guidance embedding and guidance is None; pass guidance [B], for example 3.5")
     if guidance is not None and not cfg.guidance_embeds:
-        raise Mistake("this model has no guidance embedding (it is of the schnell kind): leave guidance out")
+        raise Mistake("this model has no guidance embedding (like schnell); do not pass guidance")
 
 
-# ---------------------------------------------------------------- its tensors, and loading
+# ---------------------------------------------------------------- tensors and loading
 
-# Our module → the torch modules that make it up ("{}": the layer), in diffusers' files and in Black Forest Labs' own.
+# Our module → the torch modules that it joins ("{}": the layer), in diffusers' files and in Black Forest Labs' files.
 DIFFUSERS = {
     "": ("", {
         "img_in": "x_embedder", "txt_in": "context_embedder", "out.mod": "norm_out.linear", "out.proj": "proj_out",
@@ -381,13 +380,13 @@ BFL = {
 
 
 def _names(layout):
-    """{our module: [torch modules]} of a layout."""
+    """Return {our module: [torch modules]} for a file layout."""
     return {ours + k: [prefix + name for name in v.split()]
             for ours, (prefix, part) in layout.items() for k, v in part.items()}
 
 
 def table(cfg: Config, layout: dict = DIFFUSERS) -> dict:
-    """Every tensor of the transformer, once (see `weights.Tensor`), under the names of one file layout."""
+    """Return every tensor's declaration (see `weights.Tensor`) under the names of one file layout."""
     D, C, K, names = cfg.width, cfg.in_channels, cfg.attention_head_dim, _names(layout)
     depth = {"double": cfg.num_layers, "single": cfg.num_single_layers}
 
@@ -423,13 +422,13 @@ def table(cfg: Config, layout: dict = DIFFUSERS) -> dict:
 def load_transformer(path: str | Path, *, put: Callable | None = None, dtype=jnp.bfloat16,
                      unpack: Callable | None = None, last: int | None = None, variant: str | None = None
                      ) -> tuple[Config, dict]:
-    """(Config, params) from a diffusers `transformer/` folder, or from a single safetensors file with diffusers' names
-    or Black Forest Labs', which may hold a whole pipeline.
+    """Load (Config, params) from a diffusers `transformer/` folder, or from a safetensors file with the names of
+    diffusers or of Black Forest Labs. Such a file may hold a whole pipeline.
 
-    put: (name, array [in, out] of one layer, a numpy array) → the leaf to keep, called once per weight as it streams
-    from disk; the layers' leaves are then stacked. unpack: see `weights.open_weights`; what it joins, `put` gets as it
-    is (`quant.put` and `quant.unpack` are such functions). last: the last layer that will be run; the blocks after it,
-    and what comes after the blocks, are not loaded. Raises ValueError on a missing, unexpected or misshapen tensor.
+    put: (name, numpy array [in, out] of one layer) → the leaf to keep, called once per weight as it streams from disk;
+    the layers' leaves are then stacked. unpack: see `weights.open_weights`; `put` receives what it joins, unchanged
+    (`quant.put` and `quant.unpack` work this way). last: the last layer to run; later blocks and the output layers are
+    not loaded. Raise ValueError if a tensor is missing, unexpected or has the wrong shape.
     """
     cfg, tensors, weights = open_transformer(path, unpack, variant)
     if last is not None:
@@ -441,11 +440,12 @@ def load_transformer(path: str | Path, *, put: Callable | None = None, dtype=jnp
     return cfg, tensor_files.load_tensors(tensors, weights, put=put, dtype=dtype)
 
 
-def open_transformer(path, unpack=None, variant=None):
-    """(Config, table, {name: lazy slice}) of what `load_transformer` loads."""
+def open_transformer(path: str | Path, unpack: Callable | None = None, variant: str | None = None
+                     ) -> tuple[Config, dict, dict]:
+    """Return (Config, table, {name: lazy slice}) for `load_transformer`."""
     path = Path(path)
     if (path / "transformer").is_dir():
-        path = path / "transformer"                              # of a whole pipeline
+        path = path / "transformer"                              # the folder is a whole pipeline
     weights = tensor_files.open_weights(path, unpack, variant=variant, prefixes=PREFIXES)
     if "x_embedder.weight" in weights or (path.is_dir() and "img_in.weight" not in weights):
         layout, file = DIFFUSERS, (path if path.is_dir() else path.parent) / "config.json"
@@ -456,23 +456,23 @@ def open_transformer(path, unpack=None, variant=None):
     return cfg, table(cfg, layout), weights
 
 
-def read_config(file):
-    """`Config` from a diffusers config.json. Raises ValueError where it is of another kind of model."""
+def read_config(file: str | Path) -> Config:
+    """Read a `Config` from a diffusers config.json. Raise ValueError if it describes another kind of model."""
     given = tensor_files.read_json(file)
     if given.get("_class_name", "FluxTransformer2DModel") != "FluxTransformer2DModel":
-        raise Mistake(f"{file} describes a {given['_class_name']}; FLUX.1's transformer is a FluxTransformer2DModel")
+        raise Mistake(f"{file} describes a {given['_class_name']}; FLUX.1 needs a FluxTransformer2DModel")
     for name in ("num_layers", "num_single_layers"):
         if given.get(name) is None:
-            raise Mistake(f"{file} does not say {name}: it is not of a FLUX.1 transformer")
+            raise Mistake(f"{file} does not say {name}; the config of a FLUX.1 transformer must have it")
     return tensor_files.read_config(Config, given)
 
 
 @dataclass(frozen=True)
 class _Swapped:
-    """A lazy slice whose halves change places: BFL's last modulation is (shift, scale), diffusers' (scale, shift)."""
+    """Swap the halves of a lazy slice: BFL's last modulation is (shift, scale), diffusers' is (scale, shift)."""
     piece: object
 
-    def get_shape(self):
+    def get_shape(self) -> list[int]:
         return self.piece.get_shape()
 
     def __getitem__(self, item):
@@ -480,7 +480,7 @@ class _Swapped:
 
 
 def _config_of(weights, layout, path):
-    """A single file brings no config: it follows from names and shapes, and the RoPE split from FLUX.1's 16:56:56."""
+    """Infer the config of a single file from names and shapes. The RoPE split follows FLUX.1's ratio 16:56:56."""
     names = {ours: theirs[0].format(0) for ours, theirs in _names(layout).items()}
     shape = lambda ours: weights[f"{names[ours]}.weight"].get_shape()
     try:

@@ -1,27 +1,30 @@
-"""4-bit NF4 and int8 weights that multiply like arrays, exact, with Pallas kernels for TPUs and a plain XLA form.
+"""NF4 (4-bit) and int8 weights that multiply like arrays: exact, with Pallas kernels for TPUs or in plain XLA.
 
-Stands alone: copy this one file. It needs jax and numpy.
+This file works alone: copy it. It needs jax and numpy.
 
-    q = quant.nf4(w)                       # w [..., in, out] → 4.5 bits a weight, bitsandbytes' NormalFloat4
-    q = quant.int8(w)                      # one scale per output column; activations get one per row as they come
+    q = quant.nf4(w)                       # w [..., in, out] → 4.5 bits per weight, bitsandbytes' NormalFloat4
+    q = quant.int8(w)                      # one scale per output column; each row of activations gets its own scale
     y = x @ q                              # a pytree: jit, scan over stacked layers, q[i], device_put, grad to x
     w = quant.dequantize(q)
 
-Blocks of 64 run along the input axis, so that a split of the output axis never cuts one. A byte holds the codes of two
-rows that lie half a span of (mostly) 1,024 inputs apart, not of two neighbours: both nibbles of a tile then decode to
-whole tiles, and nothing is ever interleaved. A weight knows its chip, "cpu" or for example "v5e" (default: of JAX's
-first device, when it is quantized); `plan` says from it and from the sizes alone which product is a kernel. Sources:
-NF4: QLoRA (arXiv 2305.14314), rounding as bitsandbytes 0.50 does it; int8: LLM.int8 (arXiv
-2208.07339) without its outliers.
+Blocks of 64 run along the input axis, so splitting the output axis never cuts a block. A byte holds the codes of two
+rows that are half a span (usually 1,024 inputs) apart, not of two neighbors: both nibbles of a tile then decode to
+whole tiles, and no interleaving is needed. A weight stores its chip, such as "cpu" or "v5e" (default: JAX's first
+device at the time of quantization). `plan` chooses kernel or plain XLA from the chip and the sizes alone.
+Sources: NF4 is from QLoRA (arXiv 2305.14314), rounded as in bitsandbytes 0.50; int8 is LLM.int8 (arXiv 2208.07339)
+without its outliers.
 """
 import json
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 TABLE = np.array([                                               # QLoRA, appendix E
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -29,36 +32,36 @@ TABLE = np.array([                                               # QLoRA, append
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)
 BOUNDS = (TABLE[:-1] + TABLE[1:]) / 2                            # a value on a bound takes the lower code
 BLOCK, SPAN = 64, 1024
-TINY = np.float32(1e-38)                                         # stands in for the scale of a block of zeros
+TINY = np.float32(1e-38)                                         # replaces the scale of a block of zeros
 
 
 class Mistake(ValueError):
-    """What the caller can put right; its message is one line that names the value and what would be right."""
+    """Report an error that the caller can fix. Its one-line message names the value and says what would be right."""
 
 
 class Quantized:
-    """What NF4 and Int8 share: they look like the array [..., in, out] that they stand for."""
+    """Share the behavior of NF4 and Int8: both look like the array [..., in, out] that they represent."""
     ndim = property(lambda self: len(self.shape))
-    __array_ufunc__ = None                                       # so that numpy leaves `x @ q` to us
+    __array_ufunc__ = None                                       # so numpy leaves `x @ q` to this class
 
-    def __rmatmul__(self, x):
+    def __rmatmul__(self, x: Array | np.ndarray) -> Array:
         return matmul(jnp.asarray(x), self)
 
-    def __getitem__(self, i):
-        """Of stacked weights one layer, or a slice of layers. The last two axes stay whole."""
+    def __getitem__(self, i: Any) -> "Quantized":
+        """Return one layer or a slice of layers of stacked weights. The last two axes stay whole."""
         if self.ndim < 3:
             raise IndexError(f"a quantized weight of shape {list(self.shape)} is not stacked; it cannot be indexed")
         return jax.tree.map(lambda leaf: leaf[i], self)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
-    def astype(self, dtype):
-        """The same codes; what they decode to has another type."""
+    def astype(self, dtype: Any) -> "Quantized":
+        """Return the same codes, which now decode to `dtype`."""
         return replace(self, kind=jnp.dtype(dtype).name)
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         return jnp.dtype(self.kind)
 
 
@@ -66,9 +69,9 @@ class Quantized:
          meta_fields=["rows", "block", "kind", "chip"])
 @dataclass(frozen=True)
 class NF4(Quantized):
-    """Values TABLE[code] * scale. rows: the length of the input axis, which is filled up to whole blocks. codes
-    [..., in / 2, out] uint8: of each span of inputs the first half is in the low nibbles, the second in the high ones.
-    scales: float32 [..., in / block, out]. kind: the dtype it decodes to."""
+    """Hold 4-bit weights, TABLE[code] * scale. codes: uint8 [..., in / 2, out]; the low nibbles hold the first half of
+    each span of inputs, the high nibbles the second half. scales: float32 [..., in / block, out]. rows: length of the
+    input axis before padding to whole blocks. kind: the dtype that it decodes to."""
     codes: jax.Array
     scales: jax.Array
     rows: int
@@ -77,49 +80,49 @@ class NF4(Quantized):
     chip: str
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return (*self.codes.shape[:-2], self.rows, self.codes.shape[-1])
 
     @property
-    def span(self):
-        """How many inputs a step of the kernels takes: with scales that fill tiles of 8 rows, or all there are."""
+    def span(self) -> int:
+        """Return how many inputs one kernel step takes: their scales fill tiles of 8 rows, or it takes all inputs."""
         return _span(2 * self.codes.shape[-2], self.block)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["kind", "chip"])
 @dataclass(frozen=True)
 class Int8(Quantized):
-    """values [..., in, out] int8 times scales [..., 1, out] float32. kind: the dtype it decodes to."""
+    """Hold int8 `values` [..., in, out] and float32 `scales` [..., 1, out]. kind: the dtype that it decodes to."""
     values: jax.Array
     scales: jax.Array
     kind: str
     chip: str
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
 
 # ---------------------------------------------------------------- quantize
 
 
-def nf4(w, block=BLOCK, *, dtype=None, chip=None):
-    """w [..., in, out] → NF4, on the host: with bitsandbytes' codes and scales for each block of `block` inputs.
+def nf4(w: Array | np.ndarray, block: int = BLOCK, *, dtype: Any = None, chip: str | None = None) -> NF4:
+    """Quantize w [..., in, out] to NF4 on the host, with bitsandbytes' codes and scales for each `block` inputs.
 
-    A last block that is not full is scaled by its own values. dtype: what it decodes to (default: w's). Raises
-    ValueError for NaN or Inf and for a block that is not an even number.
+    A last block that is not full is scaled by its own values. dtype: the type that it decodes to (default: w's type).
+    Raise ValueError for NaN, for Inf and for a block that is not an even number.
     """
     w, kind = _checked(w, dtype)
     if block < 2 or block % 2:
         raise Mistake(f"block is {block}; it must be an even number of weights, such as 64")
     codes, scales = (np.asarray(part) for part in _fast_codes(jax.device_put(w, _host()), block))
-    if scales.min() < 1e-30:                                     # XLA takes the smallest floats for zeros
+    if scales.min() < 1e-30:                                     # XLA flushes the smallest floats to zero
         codes, scales = _codes(w, block, np)
     return _pack(codes, scales, w.shape[-2], block, kind, chip)
 
 
-def int8(w, *, dtype=None, chip=None):
-    """w [..., in, out] → Int8: round(127 w / max |w|) of each output column. Raises ValueError for NaN or Inf."""
+def int8(w: Array | np.ndarray, *, dtype: Any = None, chip: str | None = None) -> Int8:
+    """Quantize w [..., in, out] to round(127 w / max |w|) in each output column. Raise ValueError for NaN or Inf."""
     w, kind = _checked(w, dtype)
     w = w.astype(np.float32)
     scales = np.abs(w).max(-2, keepdims=True) / np.float32(127)
@@ -127,18 +130,17 @@ def int8(w, *, dtype=None, chip=None):
     return Int8(jnp.asarray(values), jnp.asarray(scales), kind, chip or chip_of())
 
 
-def put(name, *, dtype=None, chip=None):
-    """For `flux.load`: (name, array) → leaf, quantizing the weights of the blocks of transformer and T5 as `name` says
-    (nf4, int8 or none). What else there is, is small, and stays as it is. Raises ValueError for another name."""
+def put(name: str, *, dtype: Any = None, chip: str | None = None) -> Callable:
+    """Return a function (name, array) → leaf for `flux.load`. It quantizes the block weights of transformer and T5 as
+    `name` says (nf4, int8 or none); other arrays are small and stay unchanged. Raise ValueError for another name."""
     chip = chip or chip_of()
     if name not in FORMATS:
-        raise Mistake(f"unknown quantization {name!r}: it is one of {', '.join(FORMATS)}")
+        raise Mistake(f"unknown quantization {name!r}: use one of {', '.join(FORMATS)}")
     if name == "int8" and chip == "v4":
-        warnings.warn("a TPU v4 multiplies no int8: weights stay 8 bits in memory and are decoded to be used",
-                      stacklevel=2)
+        warnings.warn("TPU v4 multiplies no int8: weights stay int8 in memory and are decoded for use", stacklevel=2)
 
     def leaf(path, array):
-        packed = isinstance(array, NF4)                          # from a checkpoint of bitsandbytes
+        packed = isinstance(array, NF4)                          # from a bitsandbytes checkpoint
         wanted = path.startswith(QUANTIZED) and array.ndim == 2
         if packed and not (name == "nf4" and wanted):
             array = np.asarray(dequantize(array))
@@ -152,11 +154,11 @@ def put(name, *, dtype=None, chip=None):
 
 
 FORMATS = ("nf4", "int8", "none")
-QUANTIZED = ("transformer.double.", "transformer.single.", "t5.block.")        # the names of what `put` quantizes
+QUANTIZED = ("transformer.double.", "transformer.single.", "t5.block.")        # prefixes of names that `put` quantizes
 
 
-def chip_of(device=None):
-    """"cpu", "gpu", or a TPU's generation ("v4", "v5e", "v5p", "v6e", …) of a device, by default JAX's first one."""
+def chip_of(device: jax.Device | None = None) -> str:
+    """Return "cpu", "gpu" or the TPU generation ("v4", "v5e", "v5p", "v6e", …) of `device` (default: JAX's first)."""
     device = device or jax.devices()[0]
     if device.platform != "tpu":
         return device.platform
@@ -167,17 +169,16 @@ def chip_of(device=None):
 def _checked(w, dtype):
     w = np.asarray(w)
     if w.ndim < 2:
-        raise Mistake(f"a weight of shape {list(w.shape)}; quantization needs [..., in, out]")
-    if not np.isfinite(w.astype(np.float32).sum()):              # a sum of finite numbers may overflow: then look again
+        raise Mistake(f"the weight has shape {list(w.shape)}; quantization needs [..., in, out]")
+    if not np.isfinite(w.astype(np.float32).sum()):              # a finite sum may overflow too: look again
         bad = np.argwhere(~np.isfinite(w.astype(np.float32)))
         if len(bad):
-            raise Mistake(f"the weight holds {w[tuple(bad[0])]} at {bad[0].tolist()}; only finite numbers can be "
-                             "quantized")
+            raise Mistake(f"the weight holds {w[tuple(bad[0])]} at {bad[0].tolist()}; all numbers must be finite")
     return w, jnp.dtype(dtype or w.dtype).name
 
 
 def _host():
-    """The CPU, whose divisions are exact, also where JAX computes elsewhere."""
+    """Return the CPU device, because its divisions are exact; JAX may compute on another device."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -185,14 +186,14 @@ def _host():
 
 
 def _block_count(rows, block):
-    """How many blocks of inputs are kept: whole ones, as many in the low nibbles as in the high ones."""
+    """Return how many whole blocks of inputs to store: as many in the low nibbles as in the high nibbles."""
     return 2 * -(-rows // (2 * block))
 
 
 def _codes(w, block, np):
-    """(uint8 index into TABLE of the nearest value [..., in, out], float32 scales [..., n, out]) of w, zeros behind its
-    last input. bitsandbytes multiplies full blocks by the reciprocal and divides the rest; the two differ in the last
-    bit, and so, on a bound, in the code."""
+    """Return uint8 indices of the nearest values in TABLE [..., in, out] and float32 scales [..., n, out]. Zeros pad w
+    after its last input. bitsandbytes multiplies full blocks by the reciprocal and divides the rest: the two differ in
+    the last bit, so a value on a bound gets another code."""
     *stack, rows, out = w.shape
     n, full = _block_count(rows, block), rows // block
     w = np.pad(w.astype(np.float32), [*[(0, 0)] * len(stack), (0, n * block - rows), (0, 0)])
@@ -214,7 +215,7 @@ def _span(rows, block):
 
 
 def _pack(codes, scales, rows, block, kind, chip):
-    """NF4 from codes [..., in, out] and scales [..., n, out]."""
+    """Build NF4 from codes [..., in, out] and scales [..., n, out]."""
     *stack, n, out = codes.shape
     halves = codes.reshape(*stack, -1, 2, _span(n, block) // 2, out)
     packed = (halves[..., 0, :, :] | halves[..., 1, :, :] << 4).reshape(*stack, n // 2, out)
@@ -224,8 +225,8 @@ def _pack(codes, scales, rows, block, kind, chip):
 # ---------------------------------------------------------------- decode
 
 
-def dequantize(q):
-    """The array [..., in, out] that q stands for, in q.dtype; exact: products in float32, rounded once."""
+def dequantize(q: Quantized) -> Array:
+    """Return the array [..., in, out] that q represents, in q.dtype. Products are in float32 and rounded once."""
     if isinstance(q, Int8):
         return (q.values.astype(jnp.float32) * q.scales).astype(q.dtype)
     *stack, n, out = q.codes.shape
@@ -236,7 +237,7 @@ def dequantize(q):
 
 
 def _values(codes):
-    """TABLE[codes] in float32, by selects: TPUs are slow to gather, and CPUs do these eight at a time."""
+    """Return TABLE[codes] in float32 by selects: TPUs gather slowly, and CPUs do eight selects at a time."""
     values = list(TABLE)
     for bit in range(4):
         values = [jnp.where(codes >> bit & 1 == 1, b, a) for a, b in zip(values[::2], values[1::2])]
@@ -247,10 +248,10 @@ def _values(codes):
 
 
 @jax.custom_vjp
-def matmul(x, q):
-    """x [..., in] @ q [in, out] → [..., out] in x's type, accumulated in float32. Gradients flow to x alone.
+def matmul(x: Array, q: Quantized) -> Array:
+    """Return x [..., in] @ q [in, out], [..., out] in x's type, accumulated in float32. Gradients flow only to x.
 
-    With Int8, each row of x is rounded to 8 bits too. Raises TypeError where the shapes do not fit.
+    With Int8, each row of x is rounded to 8 bits too. Raise TypeError if the shapes do not fit.
     """
     if q.ndim != 2 or x.shape[-1:] != q.shape[:1]:
         raise TypeError(f"cannot multiply {list(x.shape)} by a quantized weight of shape {list(q.shape)}")
@@ -279,17 +280,17 @@ def _matmul_backward(q, g):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def int8_plain(x, q):
-    """The product with Int8 in plain XLA: exact in int32, then scaled by row and column."""
-    if q.chip == "v4":                                           # has no int8 product
+def int8_plain(x: Array, q: Int8) -> Array:
+    """Multiply x by Int8 in plain XLA: exact in int32, then scaled by row and column."""
+    if q.chip == "v4":                                           # v4 has no int8 product
         return x @ dequantize(q.astype(x.dtype))
     values, scales = round_rows(x)
     product = jax.lax.dot(values, q.values, preferred_element_type=jnp.int32)
     return (product.astype(jnp.float32) * scales * q.scales).astype(x.dtype)
 
 
-def round_rows(x):
-    """x [M, in] → (int8 values [M, in], float32 scales [M, 1]): each row scaled to ±127 and rounded."""
+def round_rows(x: Array) -> tuple[Array, Array]:
+    """Scale each row of x [M, in] to ±127 and round. Return int8 values [M, in] and float32 scales [M, 1]."""
     x = x.astype(jnp.float32)
     scales = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True), TINY * 127) / 127
     return jnp.round(x / scales).astype(jnp.int8), scales
@@ -300,32 +301,30 @@ def round_rows(x):
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of one grid step: rows of x, columns of the output, inputs (with NF4 always a span), and how many columns
-    are worked on at a time (0: all; see `interleave`)."""
-    rows: int
-    columns: int
-    depth: int
-    chunk: int = 0
+    """Hold the sizes of one grid step."""
+    rows: int                                                    # of x
+    columns: int                                                 # of the output
+    depth: int                                                   # inputs; with NF4 always a span
+    chunk: int = 0                                               # columns at a time (0: all), see `interleave`
 
 
 @dataclass(frozen=True)
 class Chip:
-    """The largest tiles of products with NF4, with NF4 transposed, and with int8; MiB of VMEM that they may fill; and
-    along which axis TABLE is gathered (0: sublanes, in two halves of 8 rows; 1: lanes, where the chip has no other)."""
+    """Hold the largest tiles per product, the VMEM limit and the gather axis of a TPU generation."""
     nf4: Tiles
-    transposed: Tiles
-    int8: "Tiles | None"
-    vmem: int
-    axis: int
+    transposed: Tiles                                            # NF4 transposed
+    int8: Tiles | None
+    vmem: int                                                    # MiB that the tiles may fill
+    axis: int                  # of the gather from TABLE. 0: sublanes, two halves of 8 rows; 1: lanes, if no sublanes
 
 
-# Bundles of one step with 3,072 rows, ours / plain bfloat16's with the same tile (bench/bundles.py, libtpu 0.0.42):
-# NF4 v4 9,814 / 8,815, v5e 23,345 / 23,166, v5p 11,975 / 11,796 (1,536 rows), v6e 12,023 / 11,568; with 256 rows v4
-# 4,794 / 2,458, v5e 2,991 / 2,192, v6e 2,582 / 1,310. Transposed v4 10,859 / 9,345, v5e 45,228 / 44,292, v5p 23,257 /
-# 22,369 (1,536 rows), v6e 12,623 / 12,217; with 256 rows v4 5,118 / 2,652, v5e 5,015 / 4,144, v6e 2,591 / 1,339. Int8
-# v5e 8,128 / 13,831, v6e 9,598 / 18,710. What was worse on v5e: two products of half a span each (12,606 / 11,183 with
-# 256 columns), the whole tile decoded first (12,557), transposed 512 columns (26,781 / 24,003); on v6e 512 columns
-# (8,210 / 7,817); on v4 columns in chunks (11,265 / 8,815; transposed 13,094 / 9,345).
+# Bundles of one step with 3,072 rows: ours / plain bfloat16 with the same tile (bench/bundles.py, libtpu 0.0.42). NF4:
+# v4 9,814 / 8,815, v5e 23,345 / 23,166, v5p 11,975 / 11,796 (1,536 rows), v6e 12,023 / 11,568; with 256 rows v4
+# 4,794 / 2,458, v5e 2,991 / 2,192, v6e 2,582 / 1,310. Transposed: v4 10,859 / 9,345, v5e 45,228 / 44,292, v5p 23,257 /
+# 22,369 (1,536 rows), v6e 12,623 / 12,217; with 256 rows v4 5,118 / 2,652, v5e 5,015 / 4,144, v6e 2,591 / 1,339. Int8:
+# v5e 8,128 / 13,831, v6e 9,598 / 18,710. Worse on v5e: two products of half a span each (12,606 / 11,183 with 256
+# columns), decoding the whole tile first (12,557), transposed with 512 columns (26,781 / 24,003). Worse on v6e: 512
+# columns (8,210 / 7,817). Worse on v4: columns in chunks (11,265 / 8,815; transposed 13,094 / 9,345).
 CHIPS = {
     "v4": Chip(Tiles(1024, 512, SPAN), Tiles(1024, 512, SPAN), None, 16, 1),
     "v5e": Chip(Tiles(3072, 512, SPAN, 128), Tiles(3072, 1024, SPAN, 128), Tiles(1536, 256, 3072, 128), 100, 0),
@@ -334,10 +333,10 @@ CHIPS = {
 }
 
 
-def plan(q, rows, transposed=False):
-    """The Tiles with which a product of x [rows, in] and q (or, [rows, out], and q transposed) is a kernel, or None
-    where it is plain XLA's: on other chips than those of CHIPS, for weights smaller than a tile of the matrix unit,
-    for those that do not divide, and for int8 transposed, whose scales lie along what is summed."""
+def plan(q: Quantized, rows: int, transposed: bool = False) -> Tiles | None:
+    """Return the Tiles of the kernel for x [rows, in] @ q (or x [rows, out] @ q transposed), or None for plain XLA:
+    for chips outside CHIPS, for weights that are smaller than a tile of the matrix unit or do not divide into tiles,
+    and for int8 transposed, because its scales lie along the summed axis."""
     chip, coded = CHIPS.get(q.chip), isinstance(q, NF4)
     if not chip or (transposed and not coded):
         return None
@@ -356,12 +355,12 @@ def plan(q, rows, transposed=False):
 
 
 def _divisor(n, most, unit):
-    """The largest multiple of unit, up to most, that divides n; 0 if there is none."""
+    """Return the largest multiple of unit, at most `most`, that divides n; 0 if there is none."""
     return next((size for size in range(most // unit * unit, 0, -unit) if n % size == 0), 0)
 
 
-def nf4_kernel(x, q, tiles, *, interpret=False):
-    """x [M, in] @ NF4 [in, out] → [M, out] in x's type: codes come from HBM, are decoded in VMEM and multiplied."""
+def nf4_kernel(x: Array, q: NF4, tiles: Tiles, *, interpret: Any = False) -> Array:
+    """Return x [M, in] @ NF4 [in, out], [M, out] in x's type: load codes from HBM, decode in VMEM, then multiply."""
     from jax.experimental import pallas as pl
     (M, _), (half, out), chip = x.shape, q.codes.shape, CHIPS[q.chip]
     x = jnp.pad(x, ((0, 0), (0, 2 * half - q.rows)))
@@ -386,8 +385,8 @@ def nf4_kernel(x, q, tiles, *, interpret=False):
     )(x, signed(q.codes, chip), q.scales)
 
 
-def nf4_transposed_kernel(g, q, tiles, *, interpret=False):
-    """g [M, out] @ NF4 [in, out] transposed → [M, in] in g's type."""
+def nf4_transposed_kernel(g: Array, q: NF4, tiles: Tiles, *, interpret: Any = False) -> Array:
+    """Return g [M, out] @ NF4 [in, out] transposed, [M, in] in g's type."""
     from jax.experimental import pallas as pl
     (M, out), half, chip = g.shape, tiles.depth // 2, CHIPS[q.chip]
     ragged = out % tiles.columns
@@ -396,7 +395,7 @@ def nf4_transposed_kernel(g, q, tiles, *, interpret=False):
         start_total(total)
         decode = decoder(codes, scales, q.block, chip.axis, g.dtype)
 
-        def inside(x):                                           # what lies behind the last column is not zero
+        def inside(x):                                           # padding after the last column is not zero
             column = jax.lax.broadcasted_iota(jnp.int32, (1, tiles.columns), 1) + pl.program_id(2) * tiles.columns
             return jnp.where(column < out, x, 0) if ragged else x
 
@@ -421,8 +420,8 @@ def nf4_transposed_kernel(g, q, tiles, *, interpret=False):
     )(g, signed(q.codes, chip), q.scales)[:, :q.rows]
 
 
-def int8_kernel(x, q, tiles, *, interpret=False):
-    """The same numbers as `int8_plain`, in tiles: int8 products, summed in int32, scaled when they are written."""
+def int8_kernel(x: Array, q: Int8, tiles: Tiles, *, interpret: Any = False) -> Array:
+    """Return the same numbers as `int8_plain`, in tiles: sum int8 products in int32, and scale them on writing."""
     from jax.experimental import pallas as pl
     (M, _), (rows, out), chip = x.shape, q.shape, CHIPS[q.chip]
     values, scales = round_rows(x)
@@ -443,10 +442,10 @@ def int8_kernel(x, q, tiles, *, interpret=False):
     )(values, q.values, scales, q.scales)
 
 
-def interleave(pieces, decode, multiply, rows):
-    """multiply(rows, piece, low, high) of all rows with every piece of a tile, which decode(piece, part) gives in two
-    parts (0: low nibbles, 1: high). Each part of the next piece is decoded before the product of one half of the rows
-    with this one: the compiler hides vector work behind the matrix unit's only where the two stand side by side."""
+def interleave(pieces: Sequence[slice], decode: Callable, multiply: Callable, rows: int) -> None:
+    """Call multiply(rows, piece, low, high) for all rows and every piece of a tile; decode(piece, part) returns its low
+    (part 0) or high nibbles. Each part of the next piece is decoded just before half of the rows is multiplied by this
+    piece: the compiler overlaps vector and matrix work only if they are adjacent."""
     halves = [span(0, rows // 2), span(rows // 2, rows // 2)] if len(pieces) > 1 else [slice(None)]
     coming = [decode(pieces[0], part) for part in (0, 1)]
     for piece, following in zip(pieces, [*pieces[1:], None]):
@@ -457,18 +456,18 @@ def interleave(pieces, decode, multiply, rows):
             multiply(half, piece, *parts)
 
 
-def spans(length, size):
-    """Slices of `size`, or of all where it is 0 or does not divide."""
+def spans(length: int, size: int) -> list[slice]:
+    """Return slices of `size` that cover `length`; one slice if size is 0 or does not divide it."""
     size = size if size and length % size == 0 else length
     return [span(start, size) for start in range(0, length, size)]
 
 
-def span(start, size):
+def span(start: int, size: int) -> slice:
     return slice(start, start + size)
 
 
-def decoder(codes, scales, block, axis, dtype):
-    """(inputs, columns, part) → of a tile's codes that part (0: low nibbles, 1: high) as `dtype`, rounded once."""
+def decoder(codes: Any, scales: Any, block: int, axis: int, dtype: Any) -> Callable:
+    """Return (inputs, columns, part) → that part (0: low nibbles, 1: high) of a tile as `dtype`, rounded once."""
     tables, half = gather_tables(axis), codes.shape[0]
 
     def decode(inputs, columns, part):
@@ -478,9 +477,9 @@ def decoder(codes, scales, block, axis, dtype):
     return decode
 
 
-def decode_rows(codes, scales, first, block, tables, part, axis):
-    """Codes [n, columns] of rows first … → float32 values, exact: the very products that `dequantize` makes."""
-    codes, rows = codes.astype(jnp.int32), []                    # narrower types cannot be shifted
+def decode_rows(codes: Array, scales: Array, first: int, block: int, tables: list, part: int, axis: int) -> Array:
+    """Decode codes [n, columns] of the rows from `first` on to float32, with exactly the products of `dequantize`."""
+    codes, rows = codes.astype(jnp.int32), []                    # TPUs cannot shift narrower types
     for r in range(0, len(codes), 8):
         values = [look_up(tables, codes[r:r + 8, c:c + 128], part, axis) for c in range(0, codes.shape[1], 128)]
         scale = (first + r) // block
@@ -488,9 +487,9 @@ def decode_rows(codes, scales, first, block, tables, part, axis):
     return jnp.concatenate(rows, 0)
 
 
-def look_up(tables, codes, part, axis):
-    """TABLE at the low (part 0) or high nibbles of bytes [8, 128]; for axis 0 they are sign-extended (see `signed`)."""
-    gather = partial(jnp.take_along_axis, axis=axis, mode="promise_in_bounds")     # no tests for bounds
+def look_up(tables: list[Array], codes: Array, part: int, axis: int) -> Array:
+    """Return TABLE at the low (part 0) or high nibbles of bytes [8, 128], sign-extended if axis is 0 (see `signed`)."""
+    gather = partial(jnp.take_along_axis, axis=axis, mode="promise_in_bounds")     # no bounds checks
     if axis:
         return gather(tables[0], codes >> 4 if part else codes & 15)
     place = (codes >> 4 if part else codes) & 7
@@ -498,8 +497,8 @@ def look_up(tables, codes, part, axis):
     return jnp.where(upper, gather(tables[1], place), gather(tables[0], place))
 
 
-def gather_tables(axis):
-    """TABLE in registers of 8 x 128. A kernel may not hold constant arrays: they are made of iotas and selects."""
+def gather_tables(axis: int) -> list[Array]:
+    """Return TABLE in registers of 8 x 128, built from iotas and selects: a kernel may not capture constant arrays."""
     place = jax.lax.broadcasted_iota(jnp.int32, (8, 128), axis)
     tables = []
     for part in (TABLE,) if axis else (TABLE[:8], TABLE[8:]):
@@ -510,14 +509,15 @@ def gather_tables(axis):
     return tables
 
 
-def signed(codes, chip):
-    """For a table in two halves the same bytes as int8: sign-extended, a test of the fourth bit of the high nibble
-    costs no instruction."""
+def signed(codes: Array, chip: Chip) -> Array:
+    """Return the codes as int8 for a table in two halves: the sign is then the fourth bit of the high nibble, and
+    sign-extended bytes need no instruction to test it."""
     return codes if chip.axis else jax.lax.bitcast_convert_type(codes, jnp.int8)
 
 
-def output(M, N, rows, columns, dtype, accumulator, chip, interpret):
-    """What every kernel says about its output [M, N], its running total, and the compiler."""
+def output(M: int, N: int, rows: int, columns: int, dtype: Any, accumulator: Any, chip: Chip,
+           interpret: Any) -> dict[str, Any]:
+    """Return the arguments of `pallas_call` for the output [M, N], the running total and the compiler."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu
     parameters = tpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -527,7 +527,7 @@ def output(M, N, rows, columns, dtype, accumulator, chip, interpret):
             "scratch_shapes": [tpu.VMEM((rows, columns), accumulator)], "compiler_params": parameters}
 
 
-def start_total(total):
+def start_total(total: Any) -> None:
     from jax.experimental import pallas as pl
 
     @pl.when(pl.program_id(2) == 0)
@@ -535,7 +535,7 @@ def start_total(total):
         total[...] = jnp.zeros_like(total)
 
 
-def write_total(y, total, finish=lambda sums: sums):
+def write_total(y: Any, total: Any, finish: Callable = lambda sums: sums) -> None:
     from jax.experimental import pallas as pl
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
@@ -543,8 +543,8 @@ def write_total(y, total, finish=lambda sums: sums):
         y[...] = finish(total[...]).astype(y.dtype)
 
 
-def precision(x):
-    """Products of float32 as float32 has them; the matrix unit's own (bfloat16) else."""
+def precision(x: Array) -> jax.lax.Precision:
+    """Return full precision for float32, and the matrix unit's default (bfloat16) for other types."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
@@ -555,16 +555,16 @@ STATE = ".quant_state.bitsandbytes__nf4"
 SIBLINGS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
 
 
-def unpack(weights):
-    """For `flux.load`: of the tensors that bitsandbytes wrote for one weight, one `Packed`; all others as they are.
+def unpack(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Join the tensors that bitsandbytes wrote for each weight into one `Packed`, for `flux.load`; keep all others.
 
-    weights: {name: lazy slice}. Raises ValueError for its other 4-bit type.
+    weights: {name: lazy slice}. Raise ValueError for the other 4-bit type of bitsandbytes.
     """
     packed = {}
     for name in weights:
         weight, found, kind = name.partition(".quant_state.")
         if found and kind != "bitsandbytes__nf4":
-            raise Mistake(f"{weight} is quantized as {kind}; of bitsandbytes' types only nf4 can be read")
+            raise Mistake(f"{weight} is quantized as {kind}; only nf4 of bitsandbytes' types can be read")
         if found:
             packed[weight] = Packed(weight, {s: weights[weight + s] for s in ("", *SIBLINGS) if weight + s in weights})
     used = {weight + s for weight in packed for s in SIBLINGS}
@@ -572,23 +572,23 @@ def unpack(weights):
 
 
 class Packed:
-    """A weight [out, in] as bitsandbytes stores NF4, read when it is asked for: two neighbouring inputs a byte, the
-    first in the high nibble, in blocks that run on from one output to the next."""
+    """Read, on demand, a weight [out, in] that bitsandbytes stored as NF4. A byte holds two neighboring inputs, the
+    first in the high nibble. Blocks continue from one output to the next."""
 
-    def __init__(self, name, parts):
+    def __init__(self, name: str, parts: Mapping[str, Any]) -> None:
         self.parts, self.state = parts, json.loads(bytes(parts[STATE][:]))
         if not np.allclose(parts[".quant_map"][:], TABLE):
-            raise Mistake(f"{name} has a table of its own; only NormalFloat4's can be read")
+            raise Mistake(f"{name} has its own quantization table; only the NormalFloat4 table can be read")
 
-    def get_shape(self):
+    def get_shape(self) -> list[int]:
         return list(self.state["shape"])
 
-    def __getitem__(self, item):
+    def __getitem__(self, item: Any) -> np.ndarray:
         return np.asarray(dequantize(self.joined([self], "float32"))).T[item]
 
-    def joined(self, pieces, dtype):
-        """NF4 [in, out] of weights side by side on the output axis: with the codes and scales of the file. Where its
-        blocks do not end with the inputs, ours are shorter, and some share a scale."""
+    def joined(self, pieces: "Sequence[Packed]", dtype: Any) -> NF4:
+        """Join weights on the output axis as NF4 [in, out], with the codes and scales of the file. If the file's blocks
+        do not end where the inputs end, these blocks are shorter and some share a scale."""
         rows = self.get_shape()[1]
         block = int(np.gcd(rows, self.state["blocksize"]))
         n = _block_count(rows, block)
@@ -596,17 +596,17 @@ class Packed:
         scales = _fill(np.concatenate([piece.scales(block) for piece in pieces], 1), n)
         return _pack(codes, scales, rows, block, jnp.dtype(dtype).name, None)
 
-    def codes(self):
-        """[in, out]"""
+    def codes(self) -> np.ndarray:
+        """Return the codes [in, out]."""
         packed = self.parts[""][:].reshape(-1)
         flat = np.stack([packed >> 4, packed & 15], 1).reshape(-1)
         shape = self.get_shape()
         return flat[:shape[0] * shape[1]].reshape(shape).T
 
-    def scales(self, block):
-        """float32 [in / block, out]: of the file's block in which each of ours lies."""
+    def scales(self, block: int) -> np.ndarray:
+        """Return float32 scales [in / block, out]: for each block, the scale of the file's block that contains it."""
         scales = self.parts[".absmax"][:].reshape(-1)
-        if ".nested_absmax" in self.parts:                       # in 8 bits: "double quantization"
+        if ".nested_absmax" in self.parts:                       # 8-bit scales: "double quantization"
             groups = np.arange(len(scales)) // self.state["nested_blocksize"]
             scales = (self.parts[".nested_quant_map"][:][scales] * self.parts[".nested_absmax"][:][groups]
                       + np.float32(self.state["nested_offset"]))
@@ -615,5 +615,5 @@ class Packed:
 
 
 def _fill(array, n):
-    """Zeros behind the rows of array, up to n."""
+    """Pad array with zero rows up to n rows."""
     return np.pad(array, ((0, n - len(array)), (0, 0)))

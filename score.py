@@ -2,24 +2,26 @@
 
     python score.py ckpt/                                  # → ckpt/eval.json, which dash.py shows
     python score.py sae/ --model schnell --layer 18 --site img --out eval.json      # an SAE that does not say where
-    python score.py ckptB/ --attribute 123 --prompt "a red cube" --from ckptA/      # what makes feature 123 fire
+    python score.py ckptB/ --attribute 123 --prompt "a red cube" --from ckptA/      # why feature 123 fires
 
 Copy it with `attribution.py`, `session.py` and what these import. From Python:
 
     subject = session.subject(model, "ckpt")
     found = score.score(model, subject, score.dataset(model, captions, images))     # the contents of eval.json
 
-The loss is that of flow matching, |v - (noise - x0)|² per channel, where the model sees (1 - t) x0 + t noise at a noise
-level t. "Zero" and "mean" put zeros, or the mean residual of the stream at that level, in the place of the residual:
-what is lost if the layer said nothing. *Loss recovered* is (ablated - spliced) / (ablated - clean), as language models'
-SAEs report it: 1 is no loss at all, 0 as bad as nothing. "Change" compares velocities with the clean model's own, and
-needs no true image.
+The loss is the flow-matching loss, |v - (noise - x0)|² per channel. At noise level t the model sees
+(1 - t) x0 + t noise. There are four variants. "clean" is the unchanged model. "spliced" replaces the residual by the
+SAE's reconstruction. "zero" and "mean" replace it by zeros, or by the mean residual of the stream at that noise level:
+they show the loss without what the layer says. *Loss recovered* is (ablated - spliced) / (ablated - clean), as for SAEs
+of language models: 1 means that nothing is lost, 0 that the SAE is as bad as the ablation. "Change" compares velocities
+with those of the clean model, and needs no true images.
 
-B batch, N images or tokens, L noise levels, D model width, F features. A "variant" is clean, spliced, zero or mean.
+B batch, N images or tokens, L noise levels, D model width, F features.
 """
 import json
 import math
 import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,8 +29,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from tqdm import tqdm
 
+import apply
 import checkpoint as saved
 import data as sources
 import flux
@@ -39,34 +43,35 @@ from session import Mistake
 
 VARIANTS = ("clean", "spliced", "zero", "mean")
 FILE, KIND = "eval.json", "fae score"
-EVALUATED = 65536                                                # tokens for FVU and what goes with it
+EVALUATED = 65536                                                # tokens for FVU, L0 and dead features
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """What is noised: packed latents x0 [N, I, C] with their captions. origin: in words, for the report."""
+    """Images to add noise to: packed latents x0 [N, I, C] with their captions. origin: says where they are from."""
     prompts: list[str]
     latents: np.ndarray
     grid: tuple[int, int]
     origin: str
 
 
-# ---------------------------------------------------------------- what takes the residual's place
+# ---------------------------------------------------------------- replacing the residual
 
 
 @lru_cache
-def splicing(cfg):
-    """`flux.Edit`'s function that puts the reconstruction by the SAE shared[name] in the residual's place."""
-    return lambda name, value, each, shared: sae.splice(shared[name], cfg, value)
+def splicing(cfg: sae.Config) -> Callable:
+    """Return a `flux.Edit`'s function that replaces the residual by its reconstruction, with the SAE shared[name]."""
+    return lambda name, value, each, shared: apply.splice(shared[name], cfg, value)
 
 
-def constant(name, value, each, shared):
-    """`flux.Edit`'s function that puts shared[name] [D] in the place of every token."""
+def constant(name: str, value: Array, each: None, shared: dict[str, Array]) -> Array:
+    """Replace every token's residual by shared[name] [D]: the function of a `flux.Edit`."""
     return jnp.broadcast_to(shared[name].astype(value.dtype), value.shape)
 
 
-def edits(subject, variant, level, means=None):
-    """The `flux.Edit`s of a variant at a noise level. means: {name: [D]} at that level, for "mean"."""
+def edits(subject: session.Subject, variant: str, level: float, means: dict[str, Array] | None = None
+          ) -> tuple[flux.Edit, ...]:
+    """Return the `flux.Edit`s of a variant at a noise level. means: {name: [D]} at that level, for "mean"."""
     if variant == "clean":
         return ()
     if variant == "spliced":
@@ -79,13 +84,14 @@ def edits(subject, variant, level, means=None):
 # ---------------------------------------------------------------- the measures
 
 
-def score(model, subject, data, *, captions=None, levels=8, steps=4, tokens=EVALUATED, seed=0, batch=16,
-          text_tokens=None, progress=None):
-    """All measures of an SAE, as JSON can hold them (None: undefined). Raises ValueError for values not finite.
+def score(model: flux.Model, subject: session.Subject, data: Data, *, captions: Sequence[str] | None = None,
+          levels: int = 8, steps: int = 4, tokens: int = EVALUATED, seed: int = 0, batch: int = 16,
+          text_tokens: int | None = None, progress: Callable[[str, float], object] | None = None) -> dict:
+    """Return all measures of an SAE, ready for JSON (None: undefined). Raise ValueError if the loss is not finite.
 
-    levels: noise levels of the loss, those of sampling in as many steps. steps: in which images are drawn. captions
-    (default: those of data), tokens: of the SAE's statistics, which need no images, and many tokens to tell a rare
-    feature from a dead one. progress: called with the name of the measure and the share done.
+    levels: number of noise levels of the loss, those of sampling in as many steps. steps: sampling steps of the images.
+    captions (default: those of data), tokens: for the SAE's statistics. These need no images, but many tokens, to tell
+    a rare feature from a dead one. progress: called with the name of the measure and the finished share of it.
     """
     tell = progress or (lambda name, share: None)
     starts = list(prepared(model, data, levels, seed, batch, text_tokens))
@@ -106,8 +112,10 @@ def score(model, subject, data, *, captions=None, levels=8, steps=4, tokens=EVAL
                           partial(tell, "statistics")), **weights(subject.params)}
 
 
-def prepared(model, data, steps, seed, batch, text_tokens=None):
-    """(rows of `data`, `flux.Start` from their noise) by batches of one size: the last repeats its last image."""
+def prepared(model: flux.Model, data: Data, steps: int, seed: int, batch: int, text_tokens: int | None = None
+             ) -> Iterator[tuple[np.ndarray, flux.Start]]:
+    """Yield (rows of `data`, `flux.Start` from their noise). All batches have one size: the last repeats its last
+    image."""
     levels = flux.sigmas(model.scheduler, steps, data.latents.shape[1])
     for first in range(0, len(data.prompts), batch):
         rows = np.arange(first, min(first + batch, len(data.prompts)))
@@ -116,8 +124,9 @@ def prepared(model, data, steps, seed, batch, text_tokens=None):
         yield rows, sources.beginning(model, prompts, full, levels, data.grid, seed, text_tokens)
 
 
-def losses(model, subject, data, starts, progress):
-    """Flow-matching loss, and squared change of the velocity, [variants, L, N] each."""
+def losses(model: flux.Model, subject: session.Subject, data: Data, starts: Sequence[tuple[np.ndarray, flux.Start]],
+           progress: Callable[[float], object]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the flow-matching loss and the squared change of the velocity, [variants, L, N] each."""
     sigmas, n = starts[0][1].sigmas[:-1], len(data.prompts)
     loss, change = np.zeros((2, len(VARIANTS), len(sigmas), n))
     sums, clean = [dict.fromkeys(subject.names, 0.0) for _ in sigmas], {}
@@ -128,8 +137,9 @@ def losses(model, subject, data, starts, progress):
             for i, level in enumerate(sigmas):
                 z = _noised(x0, start.latents, level)
                 for variant in variants:
-                    run = partial(flux.catch, names=subject.names, layer=subject.layer) if variant == "clean" else \
-                        partial(flux.velocity, edits=edits(subject, variant, level, means[i]))
+                    run = (partial(flux.velocity_and_values, names=subject.names, layer=subject.layer)
+                           if variant == "clean" else
+                           partial(flux.velocity, edits=edits(subject, variant, level, means[i])))
                     v = run(model.params, model.cfg, z, *flux.at(start, i), grid=start.grid, walk=model.walk)
                     if variant == "clean":
                         v, found = v
@@ -142,7 +152,8 @@ def losses(model, subject, data, starts, progress):
             progress((b + 1 + len(starts) * (variants == ("mean",))) / len(starts) / 2)
     if not np.isfinite(loss).all():
         bad = VARIANTS[int(np.argmin(np.isfinite(loss).all((1, 2))))]
-        raise Mistake(f"the loss is NaN or Inf: {bad}, layer {subject.layer}")
+        raise Mistake(f"the loss of the variant {bad} is NaN or Inf at layer {subject.layer}; check the weights, or "
+                      "try --dtype float32")
     return loss, change
 
 
@@ -153,27 +164,30 @@ def _noised(x0, noise, level):
 
 @jax.jit
 def _errors(v, x0, noise, clean):
-    """Mean squares [B] over tokens and channels: of v against the flow's target, and against the clean model's."""
+    """Return the mean squared errors [B] of v, over tokens and channels: to the target and to the clean velocity."""
     v = v.astype(jnp.float32)
     return jnp.mean((v - (noise - x0)) ** 2, (1, 2)), jnp.mean((v - clean) ** 2, (1, 2))
 
 
-def summary(loss, change):
-    """Means of [variants, ...] as a dict, with what is recovered of zero- and mean-ablation."""
-    loss = dict(zip(VARIANTS, loss.reshape(len(VARIANTS), -1).mean(1).tolist()))
-    change = dict(zip(VARIANTS, change.reshape(len(VARIANTS), -1).mean(1).tolist()))
+def summary(loss: np.ndarray, change: np.ndarray) -> dict:
+    """Return the means of [variants, ...] as a dict, with the loss recovered from zero and mean ablation."""
+    loss, change = (dict(zip(VARIANTS, a.reshape(len(VARIANTS), -1).mean(1).tolist())) for a in (loss, change))
     return loss | {f"recovered_{a}": recovered(loss["clean"], loss["spliced"], loss[a]) for a in VARIANTS[2:]} | {
         "change": {name: change[name] for name in VARIANTS[1:]}}
 
 
-def recovered(clean, spliced, ablated):
-    """(ablated - spliced) / (ablated - clean); None where ablation does not harm."""
+def recovered(clean: float, spliced: float, ablated: float) -> float | None:
+    """Return (ablated - spliced) / (ablated - clean), or None if the ablation does no harm."""
     return (ablated - spliced) / (ablated - clean) if ablated - clean > 1e-6 * abs(clean) else None
 
 
-def distances(model, subject, starts, progress):
-    """Of images drawn with a variant in all steps, against the clean ones of the same noise: {variant: {"rmse": root
-    mean square over pixels in levels of 255, the mean over images; "psnr": dB, of the mean square over all images}}."""
+def distances(model: flux.Model, subject: session.Subject, starts: Sequence[tuple[np.ndarray, flux.Start]],
+              progress: Callable[[float], object]) -> dict[str, dict[str, float | None]]:
+    """Draw images with each variant in all steps, and compare them with clean images from the same noise.
+
+    Return {variant: {"rmse": root mean square over an image's pixels, in levels of 255, mean over images; "psnr": in
+    dB, from the mean square over all images}}.
+    """
     steps, n = len(starts[0][1].sigmas) - 1, sum(len(rows) for rows, _ in starts)
     sums, squares, clean = [dict.fromkeys(subject.names, 0.0) for _ in range(steps)], {}, []
     for rows, start in starts:
@@ -193,15 +207,18 @@ def distances(model, subject, starts, progress):
             for variant, square in squares.items()}
 
 
-def decibels(square):
-    """PSNR of a mean square over uint8 pixels; None where images are the same."""
+def decibels(square: float) -> float | None:
+    """Return the PSNR for a mean squared error of uint8 pixels; None if the images are equal."""
     return float(10 * np.log10(255 ** 2 / square)) if square > 0 else None
 
 
-def statistics(model, subject, captions, grid, tokens, seed, batch, text_tokens, progress):
-    """`sae.evaluate` on the activations of the kind that it was trained on: from noise, at its own noise levels, of at
-    least so many tokens; the captions begin again with new noise where they are too few. Means over groups by their
-    tokens; "density": share of tokens at which each feature fires, as a histogram."""
+def statistics(model: flux.Model, subject: session.Subject, captions: Sequence[str], grid: tuple[int, int], tokens: int,
+               seed: int, batch: int, text_tokens: int | None, progress: Callable[[float], object]) -> dict:
+    """Return `apply.evaluate` on at least `tokens` tokens of activations like those of training: from noise, at the
+    SAE's own noise levels. If there are too few captions, they repeat with new noise.
+
+    The means over groups are weighted by tokens. "density": histogram of the share of tokens on which a feature fires.
+    """
     totals, done, numbers = {}, 0, np.arange(batch)
     levels = np.append(subject.levels, 0).astype(np.float32)
     while done < tokens:
@@ -213,10 +230,10 @@ def statistics(model, subject, captions, grid, tokens, seed, batch, text_tokens,
             rows = np.asarray(x, np.float32)
             rows = rows[real] if name.endswith("txt") and not subject.padding else rows
             p = subject.at(subject.levels[t])[name]
-            totals[t, name] = sae.added(totals.get((t, name), {}), p, subject.cfg, rows)
+            totals[t, name] = apply.added(totals.get((t, name), {}), p, subject.cfg, rows)
         done, numbers = done + math.prod(acts.shape[:3]), numbers + batch
         progress(min(done / tokens, 1))
-    each = list(map(sae.evaluation, totals.values()))
+    each = list(map(apply.evaluation, totals.values()))
     share = np.array([one.tokens for one in each]) / sum(one.tokens for one in each)
     density = sum(w * one.density for w, one in zip(share, each))
     names = ("fvu", "fvu_standardized", "l0", "cosine", "variance_explained")
@@ -225,16 +242,16 @@ def statistics(model, subject, captions, grid, tokens, seed, batch, text_tokens,
         "density": histogram(density)}
 
 
-def histogram(density):
-    """Features by the power of ten of their density, in half decades from 1e-6 on; "never": those without any."""
+def histogram(density: np.ndarray) -> dict:
+    """Count features by the power of ten of their density, in half decades from 1e-6 on. "never": those at 0."""
     edges = np.arange(-6, 0.5, 0.5)
     counts, _ = np.histogram(np.log10(density[density > 0]).clip(-6, 0), edges)
     return {"never": int((density == 0).sum()), "log10_from": edges[:-1].tolist(), "features": counts.tolist()}
 
 
-def weights(params):
-    """Quantiles of decoder rows' norms, and of the cosines between each feature's encoder column and decoder row, in
-    the space of the file: raw residuals. (Normalization scales the two against each other there.)"""
+def weights(params: Sequence[dict[str, Array]]) -> dict[str, dict[str, float]]:
+    """Return quantiles of the decoder rows' norms, and of the cosine between each feature's encoder column and decoder
+    row, in the space of the file: raw residuals. (There, normalization scales the two in opposite ways.)"""
     enc, dec = (np.concatenate([np.asarray(part, np.float64) for part in parts])
                 for parts in zip(*((p["W_enc"].T, p["W_dec"]) for p in params)))
     norms = np.linalg.norm(dec, axis=1)
@@ -247,10 +264,11 @@ def weights(params):
 # ---------------------------------------------------------------- true images
 
 
-def dataset(model, prompts, images=None, *, size=None, steps=4, seed=0, batch=16, text_tokens=None,
-            origin="images that were given"):
-    """`Data` from images uint8 [N, H, W, 3], encoded by the VAE. Without any, the model's own samples in `steps` steps
-    of sampling stand in for true ones, from other noise than the loss's."""
+def dataset(model: flux.Model, prompts: Sequence[str], images: np.ndarray | Sequence[np.ndarray] | None = None, *,
+            size: int | tuple[int, int] | None = None, steps: int = 4, seed: int = 0, batch: int = 16,
+            text_tokens: int | None = None, origin: str = "images that were given") -> Data:
+    """Return `Data` from images uint8 [N, H, W, 3], encoded by the VAE. Without images, use the model's own samples in
+    `steps` steps; their noise differs from that of the loss."""
     size = size or min(256, model.size)
     grid, out = flux.token_grid(model, size), []
     for first in range(0, len(prompts), batch):
@@ -272,13 +290,13 @@ def _encoded(params, cfg, images):
     return flux.pack(vae.encode(params, cfg, images.astype(jnp.float32) / 127.5 - 1))
 
 
-def folder_of_images(folder, n, size):
-    """(captions, images uint8 [N, H, W, 3]) of a folder: name.txt beside each name.png (or .jpg, .webp). Cut to the
-    middle, and scaled."""
+def folder_of_images(folder: str | Path, n: int, size: int | tuple[int, int]) -> tuple[list[str], np.ndarray]:
+    """Return (captions, images uint8 [N, H, W, 3]) of a folder with a name.txt for each name.png (or .jpg, .webp). Crop
+    the images to the middle, and scale them."""
     from PIL import Image, ImageOps
     files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))[:n]
     if not files:
-        raise Mistake(f"--images {folder}: there is no folder with .png, .jpg or .webp files")
+        raise Mistake(f"--images {folder}: there is no folder with .png, .jpg or .webp files at this path")
     if missing := [f for f in files if not f.with_suffix(".txt").is_file()]:
         raise Mistake(f"--images {folder}: {missing[0].name} has no caption {missing[0].with_suffix('.txt').name}")
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
@@ -286,26 +304,26 @@ def folder_of_images(folder, n, size):
     return [f.with_suffix(".txt").read_text(encoding="utf-8").strip() for f in files], np.stack(read)
 
 
-
-
 # ---------------------------------------------------------------- the command line
 
 
-def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, tokens=EVALUATED, prompts="", prompt_field="",
-         images="", model="", layer=None, site="", seed=0, batch=None, dtype="", quant="", transformer="",
-         attribute=None, prompt="", **unknown):
+def main(checkpoint: str = "ckpt", out: str = "", n: int = 64, levels: int = 8, steps: int | None = None,
+         tokens: int = EVALUATED, prompts: str = "", prompt_field: str = "", images: str = "", model: str = "",
+         layer: int | None = None, site: str = "", seed: int = 0, batch: int | None = None, dtype: str = "",
+         quant: str = "", transformer: str = "", attribute: int | None = None, prompt: str = "", **unknown) -> None:
     """Score the SAE in the folder `checkpoint`, print a table, and write eval.json into it, or to --out FILE.
 
-    --n: images. --levels: noise levels of the loss. --steps: in which images are drawn. --tokens: for FVU, L0 and dead
-    features. --images FOLDER: true images, a name.txt with the caption beside each; otherwise nano's scenes are
-    rendered, and other models' own samples stand in. --model, --layer, --site: where the checkpoint does not say.
-    --attribute 123 --prompt "a red cube" [--from ckptA/]: what makes this feature fire, of the prompt's tokens and of
-    the features of an earlier layer's SAE.
+    --n: number of images. --levels: noise levels of the loss. --steps: sampling steps of the images. --tokens: for FVU,
+    L0 and dead features. --images FOLDER: true images, each with its caption in a name.txt beside it. The default is
+    renders of nano's scenes, and for other models the model's own samples. --model, --layer, --site: needed if the
+    checkpoint does not state them.
+    --attribute 123 --prompt "a red cube" [--from ckptA/]: print why this feature fires: how much each of the prompt's
+    tokens and each feature of an earlier layer's SAE adds to it.
     """
-    upstream = str(unknown.pop("from", ""))                      # a word of Python's own
+    upstream = str(unknown.pop("from", ""))                      # `from` is a keyword of Python
     session.no_unknown_flags(unknown)
     numbers = {"n": n, "levels": levels, "steps": steps, "tokens": tokens, "seed": seed, "batch": batch, "layer": layer}
-    session.check_whole({name: value for name, value in numbers.items() if value is not None})
+    session.check_whole(numbers)
     asked = attribute is not None
     if asked != bool(prompt) or (upstream and not asked):
         raise Mistake('--attribute needs a prompt: --attribute 123 --prompt "a red cube" --from ckptA/')
@@ -327,10 +345,13 @@ def main(checkpoint="ckpt", out="", n=64, levels=8, steps=None, tokens=EVALUATED
     attribution.explain(load(), target, attribute, prompt, source, seed)
 
 
-def captions(subject, folder, prompts, field, images, n):
-    """(captions, images uint8 or None for the model's own, origin), from the flags and what the checkpoint says; more
-    than n captions where there are, for the SAE's statistics: enough for images of 64 tokens, as nano's. folder: of the
-    model."""
+def captions(subject: session.Subject, folder: Path, prompts: str, field: str, images: str, n: int
+             ) -> tuple[list[str], np.ndarray | list[np.ndarray] | None, str]:
+    """Return (captions, images uint8 or None for the model's own, origin), from the flags and the checkpoint.
+
+    There may be more than n captions, for the SAE's statistics: enough for images of 64 tokens, like nano's.
+    folder: of the model.
+    """
     size, many = subject.size or min(256, flux.default_size(folder)), max(n, EVALUATED // 64)
     if images:
         if prompts:
@@ -339,21 +360,21 @@ def captions(subject, folder, prompts, field, images, n):
     texts, drawn = sources.examples(*session.prompts_of(subject, prompts, field), many)
     if not drawn or not (folder / "scenes.py").is_file() or not isinstance(size, int):
         return texts, None, ""
-    render = sources.scenes().render                             # this model draws them, as squares
+    render = sources.scenes().render                             # the model was trained on square renders of scenes
     return texts, [render(scene, size).image for scene in drawn[:n]], "renders of held-out scenes"
 
 
-def report(file, model, target, n, given, levels, steps, tokens, seed, batch):
-    """Measure, write and print."""
+def report(file: Path, model: flux.Model, target: session.Subject, n: int, given: tuple, levels: int, steps: int | None,
+           tokens: int, seed: int, batch: int | None) -> None:
+    """Score the SAE, write the result to `file`, and print it. given: the result of `captions`."""
     texts, images, origin = given
     steps = steps or session.default_steps(model.cfg)
     batch = batch or min(session.default_batch(model.cfg), n, len(texts))
     options = {"seed": seed, "batch": batch, "text_tokens": target.text_tokens}
     data = dataset(model, texts[:n], images, size=target.size, steps=steps, origin=origin, **options)
     print(f"data: {len(data.prompts)} images, {data.origin}")
+    places = {"loss": 0, "images": 1, "statistics": 2}
     with tqdm(total=3.0, desc="scoring", dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}|") as bar:
-        places = {"loss": 0, "images": 1, "statistics": 2}
-
         def progress(name, share):
             bar.set_description(name)
             bar.update(places[name] + share - bar.n)
@@ -366,8 +387,8 @@ def report(file, model, target, n, given, levels, steps, tokens, seed, batch):
     print(f"scores: {file}")
 
 
-def check_out(file):
-    """Refuse, before any work, to write where something else is."""
+def check_out(file: Path) -> None:
+    """Raise Mistake, before any work, if `file` cannot be made or exists and was not written by score.py."""
     if not file.parent.is_dir():
         raise Mistake(f"--out {file}: there is no folder {file.parent}")
     if file.exists():
@@ -379,8 +400,8 @@ def check_out(file):
             raise Mistake(f"{file} exists and was not written by score.py; choose another --out")
 
 
-def write(file, found):
-    """JSON that appears whole or not at all."""
+def write(file: Path, found: dict) -> None:
+    """Write JSON atomically: the file appears whole or not at all."""
     new = file.with_name(f".{file.name}.{os.getpid()}{saved.TMP}")
     try:
         with open(new, "w", encoding="utf-8") as stream:
@@ -392,8 +413,8 @@ def write(file, found):
         new.unlink(missing_ok=True)
 
 
-def table(found):
-    """The scores, as text."""
+def table(found: dict) -> str:
+    """Return the scores as text."""
     show = lambda x, digits=4: "–" if x is None else f"{x:.{digits}f}"
     heads = [name.rjust(10) for name in VARIANTS] + [f"rec. {name}".rjust(12) for name in VARIANTS[2:]]
     lines = ["t".ljust(16) + "".join(heads)]

@@ -1,4 +1,4 @@
-"""What every tool does first: read flags, say which model runs and how, hold the output folder, end well on a signal.
+"""Do what every tool does first: read flags, open an SAE and its model, lock the output folder, handle signals.
 
 Copy it with `flux.py`, `data.py`, `quant.py`, `sae.py`, `shard.py`, and what these import.
 
@@ -10,7 +10,8 @@ import inspect
 import os
 import signal
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import Field, dataclass, replace
 from pathlib import Path
 
 import jax
@@ -32,17 +33,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 # ---------------------------------------------------------------- the command line
 
 
-def command(function):
-    """Run `function` as a command line: its parameters are the flags.
+def command(function: Callable) -> None:
+    """Run `function` as a command-line program. Its parameters are the flags.
 
-    A user's mistake ends in one line on stderr and exit code 2; any other exception is a bug and shows its traceback.
-    Ctrl-C ends with 130. A flag whose default is True or False, or that is annotated as `bool | None`, takes nothing,
-    true or false.
+    A user's mistake prints one line on stderr and exits with code 2; any other exception is a bug and shows its
+    traceback. Ctrl-C exits with 130. A flag with the default True or False, or with the annotation `bool | None`, is
+    given alone, with true, or with false.
     """
     import fire
     from fire import decorators
     parameters = inspect.signature(function).parameters.values()
-    if {"-h", "--help"} & set(sys.argv[1:]):                     # **unknown would make an unknown flag of it
+    if {"-h", "--help"} & set(sys.argv[1:]):                     # else **unknown would take --help as an unknown flag
         function.__signature__ = inspect.Signature([p for p in parameters if p.kind != p.VAR_KEYWORD])
         fire.Fire(function, ["--", "--help"])
     flags = {p.name: _parser(p) for p in parameters if p.kind != p.VAR_POSITIONAL}
@@ -58,9 +59,11 @@ def command(function):
             sys.exit(128 + signal.SIGINT)
 
 
-def with_flags(function, declared):
-    """The function, which takes keywords alone, with flags for some of them: fields of a dataclass, whose metadata hold
-    their `help`. Their defaults are only for --help: the function gets what was given."""
+def with_flags(function: Callable, declared: Iterable[Field]) -> Callable:
+    """Return `function`, which takes only keywords, with a flag for each declared dataclass field.
+
+    The metadata of a field hold its `help`. Its default appears in --help only: the function gets just the given flags.
+    """
     own = [p for p in inspect.signature(function).parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
     more = [inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
             for field in declared]
@@ -71,12 +74,12 @@ def with_flags(function, declared):
 
 
 def _parser(flag):
-    """What makes a value of a flag's text. Words stay words: fire would read the prompt "1, 2" as a tuple."""
+    """Return the function that parses a flag's text. Strings stay strings: fire would read "1, 2" as a tuple."""
     from fire import parser
 
     def boolean(text):
         if text.lower() not in ("true", "false"):
-            raise Mistake(f"--{flag.name} {text}: it takes nothing, true or false")
+            raise Mistake(f"--{flag.name} {text}: this flag takes nothing, true or false")
         return text.lower() == "true"
 
     if isinstance(flag.default, bool) or flag.annotation == bool | None:
@@ -86,8 +89,8 @@ def _parser(flag):
 
 
 class _Lasting:
-    """A stream that goes on when nobody takes it any more: `train.py | head`, or a closed terminal, ends no training.
-    Lines go out one by one, also into a pipe."""
+    """Wrap a stream so that writing never fails: training continues after `train.py | head` or a closed terminal.
+    Flush every line, also into a pipe."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -112,17 +115,17 @@ class _Lasting:
 
 
 def no_unknown_flags(flags: dict) -> None:
-    """Raise Mistake where a command got flags that it does not know."""
+    """Raise Mistake if `flags`, which the command does not know, is not empty."""
     if flags:
         names = ", ".join(f"--{name}" for name in flags)
         raise Mistake(f"unknown flag{'s' * (len(flags) > 1)} {names} (see --help)")
 
 
 def check_whole(flags: dict) -> None:
-    """Raise Mistake for one of `flags` {name: value} that is not a whole number from 1 (0 where that fits)."""
+    """Raise Mistake if a value of `flags` {name: value} is not None and no whole number from 1 (or 0, if it fits)."""
     for name, value in flags.items():
         least = 0 if name in ("layer", "size", "text_tokens", "seed") else 1
-        if type(value) is not int or not least <= value < 2 ** 31:
+        if value is not None and (type(value) is not int or not least <= value < 2 ** 31):
             raise Mistake(f"--{name} {value}: it must be a whole number from {least}")
 
 
@@ -130,7 +133,7 @@ def check_whole(flags: dict) -> None:
 
 
 def announce(model: str) -> str:
-    """Print which model runs, and why it was chosen; "auto" becomes a name, a folder its absolute path."""
+    """Print and return the model's name, and print why it was chosen. Replace "auto", and make a folder absolute."""
     name, why = default_model() if model == "auto" else (model, "as asked")
     name = located(name)
     print(f"model: {name} ({why})")
@@ -138,76 +141,77 @@ def announce(model: str) -> str:
 
 
 def located(model: str) -> str:
-    """A model's name as it is the same anywhere: of a folder the absolute path; else what is bundled or on the hub."""
+    """Return a model's name that is valid in any folder: absolute for a folder, unchanged for nano or the hub."""
     bundled = model == "nano" and flux.resolve(model).samefile(Path(flux.__file__).parent / "nano")
     return os.path.abspath(model) if Path(model).is_dir() and not bundled else model
 
 
 def revision_of(folder: Path) -> str | None:
-    """The revision of a model in a folder of the hub's cache; None elsewhere."""
+    """Return the revision of a model in the hub's cache folder, or None for other folders."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
 def default_model() -> tuple[str, str]:
-    """What "auto" stands for on this machine, and why: ("schnell" or "nano", reason)."""
+    """Return what "auto" means on this machine: ("schnell" or "nano", reason)."""
     kind = jax.devices()[0].platform
     return ("nano", "JAX sees only a CPU") if kind == "cpu" else ("schnell", f"JAX sees a {kind.upper()}")
 
 
 def default_dtype() -> str:
-    """The type of a model's numbers where nobody says: float32 on a CPU, else bfloat16."""
+    """Return the default dtype of a model: float32 on a CPU, else bfloat16."""
     return "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
 
 
 def default_quant(folder: Path) -> str:
-    """The format of the weights where nobody says: nf4 where JAX sees an accelerator, none for nano and on a CPU."""
+    """Return the default weight format: none for nano and on a CPU, nf4 on an accelerator."""
     return "none" if jax.devices()[0].platform == "cpu" or (folder / "scenes.py").is_file() else "nf4"
 
 
 def default_steps(cfg: flux.Config) -> int:
-    """Sampling steps of a model where nobody says: 28 of FLUX.1-dev's kind, else 4."""
+    """Return the default number of sampling steps: 28 for models like FLUX.1-dev, else 4."""
     return 28 if cfg.guidance_embeds else 4
 
 
 def default_batch(cfg: flux.Config) -> int:
-    """Images a forward pass of the tools where nobody says."""
+    """Return the default number of images per forward pass of the tools."""
     return shard.batch(1, 16) if cfg.width <= 512 else shard.batch(4)
 
 
 def quantized(name: str) -> dict:
-    """Arguments of `flux.load` for weights in the format `name`: nf4, int8 or none. Raises Mistake for another."""
+    """Return the arguments of `flux.load` for the weight format nf4, int8 or none. Raise Mistake for another name."""
     return {"put": quant.put(name), "unpack": quant.unpack}
 
 
 def precision(folder: Path, run: dict | None = None, dtype: str = "", quant: str = "") -> tuple[str, str]:
-    """(dtype, quant) in which a tool loads the model in `folder`, also printed: the flags --dtype and --quant, else
-    what the checkpoint's `run` says, else what train.py would choose. Raises Mistake for unknown ones."""
-    run, said = run or {}, []
-    for flag, given, default in (("dtype", dtype, default_dtype()), ("quant", quant, default_quant(folder))):
-        value, why = ((given, "as asked") if given else (run[flag], "as the run has it") if run.get(flag) else
-                      (default, "default"))
-        said.append((value, why))
-    (dtype, _), (quant, _) = said
+    """Return and print (dtype, quant) for the model in `folder`. The flags --dtype and --quant come first, then the
+    checkpoint's `run`, then the defaults of train.py. Raise Mistake for unknown values."""
+    def chosen(flag, given, default):
+        saved = (run or {}).get(flag)
+        return (given, "as asked") if given else (saved, "from the run") if saved else (default, "default")
+
+    dtype, why = chosen("dtype", dtype, default_dtype())
+    quant, reason = chosen("quant", quant, default_quant(folder))
     check_dtype(dtype)
     quantized(quant)
-    print(f"precision: {dtype} ({said[0][1]}), quantization {quant} ({said[1][1]})")
+    print(f"precision: {dtype} ({why}), quantization {quant} ({reason})")
     return dtype, quant
 
 
 def check_dtype(dtype: str) -> None:
+    """Raise Mistake if `dtype` is not one of DTYPES."""
     if dtype not in DTYPES:
-        raise Mistake(f"--dtype {dtype}: it is one of {', '.join(DTYPES)}")
+        raise Mistake(f"--dtype {dtype}: it must be one of {', '.join(DTYPES)}")
 
 
 def load_model(name: str, run: dict | None = None, *, dtype: str = "", quant: str = "", transformer: str = "",
                **options) -> flux.Model:
-    """`flux.load` as `precision` says, over all devices. transformer: a file or folder to take the transformer from;
-    default: the one of the checkpoint's `run`, or the model's own. A model on the hub has the run's revision."""
+    """Call `flux.load` with the dtype and format that `precision` returns, over all devices. transformer: a file or
+    folder with the transformer; default: the run's, or the model's own. A hub model is loaded at the run's revision."""
     run, unpack = run or {}, quantized("none")["unpack"]
     if run.get("revision") and name == run["model"]:
         name = f"{name}@{run['revision']}"
     transformer = transformer or run.get("transformer") or None
-    folder, _ = flux.read_config(name, transformer, unpack)          # not yet its weights
+    folder, _ = flux.read_config(name, transformer, unpack)          # its weights come later
     dtype, quant = precision(folder, run, dtype, quant)
     placed = shard.arguments(shard.several(), quantized(quant))
     return flux.load(name, dtype=jnp.dtype(dtype), transformer=transformer, **placed, **options)
@@ -218,11 +222,11 @@ def load_model(name: str, run: dict | None = None, *, dtype: str = "", quant: st
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Subject:
-    """An SAE at its place in a model, as its metadata say, or flags.
+    """An SAE and its place in a model, from its metadata or from flags.
 
-    params: of each group of tokens (see `checkpoint.load_groups`). run: train.py's flags; {} of a foreign SAE. names:
-    of the streams that it reads, as blocks sow them. levels: noise levels that it was trained at. typical, fired [F]:
-    see `steer.calibrated`.
+    params: one dict per group of tokens (see `checkpoint.load_groups`). run: the flags of train.py, {} for an SAE from
+    elsewhere. names: the streams that the SAE reads, by the names that the blocks sow. levels: the noise levels of
+    training. typical, fired [F]: see `steer.calibrated`.
     """
     name: str
     params: list
@@ -240,56 +244,57 @@ class Subject:
         return f"<SAE {self.name}: {self.cfg.features:,} features of layer {self.layer} ({self.site}) of {self.model}>"
 
     @property
-    def timesteps(self):
+    def timesteps(self) -> int:
+        """Number of noise levels in training."""
         return self.run.get("timesteps", 1)
 
     @property
-    def size(self):
-        """Pixels, an int or (height, width); None: the model's."""
+    def size(self) -> int | tuple[int, int] | None:
+        """Image size in pixels, one side or (height, width); None: the model's own."""
         size = self.run.get("size") or None
         return tuple(size) if isinstance(size, list) else size
 
     @property
-    def text_tokens(self):
-        """A prompt; None: the model's."""
+    def text_tokens(self) -> int | None:
+        """T5 tokens per prompt; None: the model's own."""
         return self.run.get("text_tokens") or None
 
     @property
-    def padding(self):
-        """Whether it was trained on T5's padding."""
+    def padding(self) -> bool:
+        """Whether the SAE was trained on T5's padding."""
         return self.run.get("padding", True)
 
-    def check_feature(self, feature):
-        """Raise Mistake unless it is one of the SAE's features."""
+    def check_feature(self, feature: int) -> None:
+        """Raise Mistake if the SAE has no such feature."""
         if isinstance(feature, bool) or not isinstance(feature, (int, np.integer)) or not (
                 0 <= feature < self.cfg.features):
             raise Mistake(f"feature {feature}: {self.name} has features 0 to {self.cfg.features - 1}")
 
     def nearest(self, level: float) -> int:
-        """The number of the noise level of training that is nearest to this one."""
+        """Return the index of the training noise level nearest to `level`."""
         return int(np.abs(self.levels - level).argmin())
 
     def of(self, t: int) -> dict[str, sae.Params]:
-        """{name of the stream: parameters} of the noise level of training number t. One SAE is for all."""
+        """Return {stream name: parameters} for training noise level number t. A single SAE serves all levels."""
         n = len(self.names)
         return dict(zip(self.names, self.params * n if len(self.params) == 1 else self.params[t * n:(t + 1) * n]))
 
     def at(self, level: float) -> dict[str, sae.Params]:
-        """{name of the stream: parameters} at a noise level: those of the nearest one of training."""
+        """Return {stream name: parameters} for the training noise level nearest to `level`."""
         return self.of(self.nearest(level))
 
 
 def opened(folder: str | Path, *, model: str = "", layer: int | None = None, site: str = "",
            writes: bool = True) -> Subject:
-    """The `Subject` in a checkpoint's folder, before any model is looked at: without names and levels.
+    """Return the `Subject` in a checkpoint folder without reading a model: names and levels are still missing.
 
-    model, layer, site: of an SAE that does not say. writes: whether it has to write what it reads, which a transcoder
-    does not. Raises Mistake where a flag is missing or contradicts it.
+    model, layer, site: needed if the checkpoint does not state them. writes: whether the SAE must reconstruct its own
+    input, which a transcoder does not. Raise Mistake if a flag is missing or contradicts the checkpoint.
     """
     folder = Path(folder)
     params, cfg = checkpoint.load_groups(folder)
     if writes and cfg.d_out is not None:
-        raise Mistake(f"{folder} is a transcoder, which writes what belongs to another layer: this needs an SAE")
+        raise Mistake(f"{folder} is a transcoder, which predicts another layer: this tool needs an SAE")
     about = checkpoint.load_metadata(folder)
     for flag, value in (("layer", layer), ("site", site or None)):
         if value is not None and about.get(flag, value) != value:
@@ -303,8 +308,8 @@ def opened(folder: str | Path, *, model: str = "", layer: int | None = None, sit
 
 
 def placed(subject: Subject, folder: Path, cfg: flux.Config) -> Subject:
-    """The `Subject` with names and levels, for the model in `folder` with the transformer Config `cfg` (as
-    `flux.read_config` gives them). Raises Mistake where it does not fit."""
+    """Return the `Subject` with names and levels added. `flux.read_config` returns `folder` and `cfg` of its model.
+    Raise Mistake if the SAE does not fit the model."""
     names = flux.residual_names(cfg, subject.layer, subject.site)
     if subject.cfg.d_in != cfg.width:
         raise Mistake(f"the SAE in {subject.name} is for width {subject.cfg.d_in}, but {subject.model} has width "
@@ -313,27 +318,27 @@ def placed(subject: Subject, folder: Path, cfg: flux.Config) -> Subject:
     levels = flux.sigmas(flux.read_scheduler(folder), subject.timesteps, rows * columns)[:-1]
     if len(subject.params) not in (1, len(names) * len(levels)):
         raise Mistake(f"{subject.name} has SAEs for {len(subject.params)} groups of tokens; site {subject.site} with "
-                      f"{len(levels)} timestep(s) has {len(names) * len(levels)}")
+                      f"{len(levels)} timestep(s) needs {len(names) * len(levels)}")
     return replace(subject, names=names, levels=levels)
 
 
 def subject(model: flux.Model, folder: str | Path, *, layer: int | None = None, site: str = "") -> Subject:
-    """The `Subject` in a checkpoint's folder, in a model of `flux.load`. layer, site: of an SAE that does not say.
-    Raises Mistake where it does not fit."""
+    """Return the `Subject` in a checkpoint folder for a loaded model. layer, site: needed if the checkpoint does not
+    state them. Raise Mistake if the SAE does not fit the model."""
     found = opened(folder, model=str(model.source), layer=layer, site=site)
     return placed(found, model.source, model.cfg)
 
 
-def streams(subject, acts, start):
-    """(step, name of the stream, [B, tokens, D]) of what `flux.capture` gave, [steps, B, N, D]."""
+def streams(subject: Subject, acts: jax.Array, start: flux.Start) -> Iterator[tuple[int, str, jax.Array]]:
+    """Split the activations [steps, B, N, D] of `flux.capture`. Yield (step, stream name, [B, tokens, D])."""
     for _, t, part in flux.token_groups(subject.site, len(acts), start.condition[0].shape[1]):
         name = subject.names[0 if len(subject.names) == 1 or part.start is None or part.start == 0 else 1]
         yield t, name, acts[t, :, part]
 
 
 def prompts_of(subject: Subject, source: str = "", field: str = "") -> tuple[str, str | None, bool | None]:
-    """(source, field, held_out) of the prompts to look at it with, for `data.examples`: those that are asked for, or
-    those of its own source that no training step saw."""
+    """Return (source, field, held_out) for `data.examples`: the given prompts, or held-out prompts of the SAE's own
+    source."""
     own, field = subject.run.get("prompts"), field or subject.run.get("prompt_field")
     if source and source != own:
         return source, field, None
@@ -348,12 +353,12 @@ def prompts_of(subject: Subject, source: str = "", field: str = "") -> tuple[str
 
 
 @contextlib.contextmanager
-def claim(out):
-    """Hold the folder `out` for this process, however it ends. Raises Mistake where another process holds it, or where
-    it cannot be written.
+def claim(out: Path | str) -> Iterator[None]:
+    """Lock the folder `out` for this process until the block ends. Raise Mistake if another process has locked it, or
+    if it cannot be written.
 
-    The lock is a file beside the folder, or inside it where it is a mount or its parent cannot be written. Where the
-    system or the file system has no locks, it says so and goes on without one.
+    The lock is a file beside the folder, or inside it if the folder is a mount or its parent cannot be written. On a
+    system without file locks, print a warning and continue.
     """
     path = lock_of(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -366,15 +371,15 @@ def claim(out):
         if locked:
             stack.callback(path.unlink, missing_ok=True)
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                raise _held(out)                                 # another run has just ended, and a third begun
+                raise _held(out)                                 # that run ended, and a third locked a new file
         else:
-            file.close()                                         # Windows removes no open file
+            file.close()                                         # Windows cannot remove an open file
             path.unlink(missing_ok=True)
         yield
 
 
-def lock_of(out):
-    """Where `claim` locks the folder `out`. Raises Mistake where that cannot be written."""
+def lock_of(out: Path | str) -> Path:
+    """Return the path of the lock file of the folder `out`. Raise Mistake if it cannot be written."""
     whole = Path(out).resolve()
     there = next(path for path in (whole, *whole.parents) if path.is_dir())
     if not os.access(there, os.W_OK):
@@ -384,7 +389,7 @@ def lock_of(out):
 
 
 def _lock(file):
-    """Whether the file could be locked; raises BlockingIOError where another process has done so."""
+    """Return whether the file system could lock the file. Raise BlockingIOError if another process has locked it."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -392,7 +397,7 @@ def _lock(file):
     except BlockingIOError:
         raise
     except (ImportError, OSError) as error:                      # Windows; some network file systems
-        print(f"no lock on {file.name} ({error}): start no second run into this folder")
+        print(f"no lock on {file.name} ({error}): do not start a second run in this folder")
         return False
 
 
@@ -401,31 +406,34 @@ def _held(out):
 
 
 @contextlib.contextmanager
-def stopping():
-    """stop(step=0): the number of the signal that asks to end (SIGTERM, as before a TPU is taken away; SIGINT, Ctrl-C;
-    SIGHUP, a closed terminal), else 0. A second one ends the process at once. Several hosts agree on the step."""
+def stopping() -> Iterator[Callable[..., int]]:
+    """Yield stop(step=0), which returns the number of the signal that asks to end, or 0.
+
+    The signals are SIGTERM (sent before a TPU is taken away), SIGINT (Ctrl-C) and SIGHUP (a closed terminal). A second
+    signal ends the process at once. Several hosts stop at the same step.
+    """
     asked, agreed, several = [], [], jax.process_count() > 1
 
     def ask(number, _):
         if asked:
             os._exit(128 + number)
         asked.append(number)
-        with contextlib.suppress(OSError):                       # print() may be in the middle of another
-            os.write(2, f"\n{signal.Signals(number).name}: ending soon; once more ends at once\n".encode())
+        with contextlib.suppress(OSError):                       # os.write: a print() may be in progress
+            os.write(2, f"\n{signal.Signals(number).name}: ending soon; a second signal ends at once\n".encode())
         if several:
-            os.kill(os.getpid(), signal.SIGTERM)                 # JAX catches this one, and tells the other hosts
+            os.kill(os.getpid(), signal.SIGTERM)                 # JAX handles this one and tells the other hosts
 
     def stop(step=0):
         if not several:
             return asked[0] if asked else 0
         from jax.experimental import multihost_utils
-        if not agreed and multihost_utils.reached_preemption_sync_point(step):           # true at one step only
+        if not agreed and multihost_utils.reached_preemption_sync_point(step):           # true only once
             agreed.append((asked or [signal.SIGTERM])[0])
         return agreed[0] if agreed else 0
 
     names = ("SIGINT", "SIGHUP") if several else ("SIGTERM", "SIGINT", "SIGHUP")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]             # Windows has no SIGHUP
-    # What is ignored stays so: SIGHUP under nohup, SIGINT in the background of a script.
+    # Ignored signals stay ignored: SIGHUP under nohup, SIGINT in a script's background process.
     old = {number: signal.signal(number, ask) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield stop

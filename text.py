@@ -1,4 +1,4 @@
-"""Text encoders of FLUX.1: T5 (one vector per token) and CLIP (one pooled vector), with their tokenizers.
+"""Run FLUX.1's text encoders, T5 (one vector per token) and CLIP (one pooled vector), and their tokenizers.
 
 Copy `weights.py` with this file.
 
@@ -6,9 +6,10 @@ Copy `weights.py` with this file.
     ids = text.t5_tokenizer("FLUX.1-schnell/tokenizer_2", 256)(["a red cube"])      # [B, T] int32
     states = text.t5(params, cfg, ids)                                              # [B, T, D]
 
-Letters: B batch, T tokens, D model width, H heads, K head width, L layers. Weights are [in, out], blocks are stacked
-on axis 0. Sources: T5 v1.1 (arXiv 2002.05202, 1910.10683), CLIP (arXiv 2103.00020), as `transformers` runs them.
+Letters: B batch, T tokens, D model width, H heads, K head width, L layers. Weights are [in, out]; blocks are stacked
+on axis 0. Sources: T5 v1.1 (arXiv 2002.05202, 1910.10683) and CLIP (arXiv 2103.00020), as `transformers` runs them.
 """
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from weights import Mistake, Tensor, linear, load_tensors, open_weights, read_config, read_json
@@ -25,7 +27,7 @@ from weights import Mistake, Tensor, linear, load_tensors, open_weights, read_co
 
 @dataclass(frozen=True)
 class T5Config:
-    """`text_encoder_2/config.json`, by its own names; the defaults are T5 v1.1 XXL's."""
+    """Hold the fields of `text_encoder_2/config.json` under their own names. The defaults are those of T5 v1.1 XXL."""
     vocab_size: int = 32128
     d_model: int = 4096
     d_kv: int = 64
@@ -42,8 +44,8 @@ class T5Config:
             raise Mistake(f"T5 feed_forward_proj is {self.feed_forward_proj!r}; FLUX uses 'gated-gelu'")
 
 
-def t5_table(cfg):
-    """Every tensor of the T5 encoder."""
+def t5_table(cfg: T5Config) -> dict:
+    """Return the `Tensor` declarations of the T5 encoder."""
     D, inner, L = cfg.d_model, cfg.num_heads * cfg.d_kv, cfg.num_layers
     attn, ff = "encoder.block.{}.layer.0.", "encoder.block.{}.layer.1."
 
@@ -53,7 +55,7 @@ def t5_table(cfg):
     def norm(name, layers=None):
         return Tensor((D,), {f"{name}layer_norm.weight": D}, layers, mean=1.0)
 
-    # T5's own initialization: attention is not scaled by 1/sqrt(K), so the query weights carry that factor.
+    # T5's own initialization: T5 does not scale attention scores by 1/sqrt(K), so the query weights carry that factor.
     return {
         "embed": Tensor((cfg.vocab_size, D), {"shared.weight": D}, std=1.0),
         "bias": Tensor((cfg.relative_attention_num_buckets, cfg.num_heads),
@@ -72,20 +74,21 @@ def t5_table(cfg):
     }
 
 
-def load_t5(folder, *, put=None, dtype=jnp.bfloat16, unpack=None, variant=None):
-    """(T5Config, params) from a transformers folder (config.json and safetensors); see `weights.open_weights`."""
+def load_t5(folder: Path | str, *, put: Callable | None = None, dtype=jnp.bfloat16, unpack: Callable | None = None,
+            variant: str | None = None) -> tuple[T5Config, dict]:
+    """Load (T5Config, params) from a transformers folder (config.json and safetensors); see `weights.open_weights`."""
     cfg, weights = t5_config(folder), open_weights(folder, unpack, variant=variant)
-    ignore = ("encoder.embed_tokens.weight",)                    # a second name of shared.weight
+    ignore = ("encoder.embed_tokens.weight",)                    # a second name for shared.weight
     return cfg, load_tensors(t5_table(cfg), weights, put=put, dtype=dtype, ignore=ignore)
 
 
-def t5_config(folder):
-    """`T5Config` of a folder. Raises ValueError where it holds another kind of model."""
+def t5_config(folder: Path | str) -> T5Config:
+    """Read the `T5Config` of a folder. Raise ValueError if the folder holds another kind of model."""
     return _config(folder, T5Config, "t5")
 
 
-def t5(params, cfg, ids, *, walk=None):
-    """Encoder states [B, T, D] of token ids [B, T]. No attention mask: FLUX lets every token see the padding.
+def t5(params: dict, cfg: T5Config, ids: Array, *, walk: Callable | None = None) -> Array:
+    """Return the encoder states [B, T, D] of token ids [B, T]. There is no attention mask: FLUX attends to padding.
 
     walk: (block, x, stack, layers, bias) → (x, {}) runs the stacked blocks; the default is one `lax.scan`.
     """
@@ -97,7 +100,7 @@ def t5(params, cfg, ids, *, walk=None):
 
 @partial(jax.jit, static_argnums=2)
 def _t5_begin(embed, bias, cfg, ids):
-    """Embeddings [B, T, D] and the bias of positions [H, T, T], which all blocks share."""
+    """Return the embeddings [B, T, D] and the position bias [H, T, T], which all blocks share."""
     return embed[ids], bias.astype(jnp.float32)[_buckets(cfg, ids.shape[1])].transpose(2, 0, 1)
 
 
@@ -108,7 +111,7 @@ def _t5_end(norm, cfg, x):
 
 @lru_cache
 def _t5_block(cfg):
-    """(x, parameters of one layer, bias) → (x, {}); the same object for the same cfg, so that it is compiled once."""
+    """Return the block (x, parameters of one layer, bias) → (x, {}). Cached per cfg, so that JAX compiles it once."""
     def block(x, p, bias):
         h = _rms_norm(x, p["norm1"], cfg.layer_norm_epsilon)
         q, k, v = (_heads(y, cfg.num_heads) for y in (h @ p["q"], *jnp.split(h @ p["kv"], 2, axis=-1)))
@@ -121,7 +124,7 @@ def _t5_block(cfg):
 
 
 def _buckets(cfg, length):
-    """Relative position buckets [T, T] (Raffel et al., section 2.1): half for each direction, exact near, log far."""
+    """Return relative position buckets [T, T] (Raffel et al., section 2.1): half per direction, exact near, log far."""
     distance = np.arange(length)[None] - np.arange(length)[:, None]          # key minus query
     half = cfg.relative_attention_num_buckets // 2
     exact, n = half // 2, np.abs(distance)
@@ -135,7 +138,7 @@ def _buckets(cfg, length):
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """`text_encoder/config.json`, by its own names; the defaults are CLIP ViT-L/14's."""
+    """Hold the fields of `text_encoder/config.json` under their own names. The defaults are those of CLIP ViT-L/14."""
     vocab_size: int = 49408
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -148,7 +151,7 @@ class CLIPConfig:
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
-            raise Mistake(f"CLIP hidden_act is {self.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
+            raise Mistake(f"CLIP hidden_act is {self.hidden_act!r}; it must be one of {', '.join(ACTIVATIONS)}")
 
 
 ACTIVATIONS = {
@@ -157,8 +160,8 @@ ACTIVATIONS = {
 }
 
 
-def clip_table(cfg, prefix=""):
-    """Every tensor of the CLIP text encoder; files of transformers 4 prefix all names with "text_model."."""
+def clip_table(cfg: CLIPConfig, prefix: str = "") -> dict:
+    """Return the `Tensor` declarations of the CLIP text encoder. transformers 4 uses the prefix "text_model."."""
     D, L = cfg.hidden_size, cfg.num_hidden_layers
     block = prefix + "encoder.layers.{}."
 
@@ -182,15 +185,16 @@ def clip_table(cfg, prefix=""):
     }
 
 
-def load_clip(folder, *, put=None, dtype=jnp.bfloat16, unpack=None, variant=None):
-    """(CLIPConfig, params) from a transformers folder (config.json and safetensors); see `weights.open_weights`."""
+def load_clip(folder: Path | str, *, put: Callable | None = None, dtype=jnp.bfloat16, unpack: Callable | None = None,
+              variant: str | None = None) -> tuple[CLIPConfig, dict]:
+    """Load (CLIPConfig, params) from a transformers folder; see `weights.open_weights`."""
     cfg, weights = clip_config(folder), open_weights(folder, unpack, variant=variant, prefixes=("text_model.",))
-    ignore = ("embeddings.position_ids",)                        # a buffer that old files carry
+    ignore = ("embeddings.position_ids",)                        # a buffer in old files
     return cfg, load_tensors(clip_table(cfg), weights, put=put, dtype=dtype, ignore=ignore)
 
 
-def clip_config(folder):
-    """`CLIPConfig` of a folder. Raises ValueError where it holds another kind of model."""
+def clip_config(folder: Path | str) -> CLIPConfig:
+    """Read the `CLIPConfig` of a folder. Raise ValueError if the folder holds another kind of model."""
     return _config(folder, CLIPConfig, "clip_text_model")
 
 
@@ -198,15 +202,15 @@ def _config(folder, cls, kind):
     file = Path(folder) / "config.json"
     given = read_json(file)
     if given.get("model_type", kind) != kind:
-        raise Mistake(f"{file} says model_type {given['model_type']!r}; FLUX.1 has {kind!r} there")
+        raise Mistake(f"{file} says model_type {given['model_type']!r}; FLUX.1 needs {kind!r}")
     return read_config(cls, given)
 
 
-def clip(params, cfg, ids):
-    """Pooled text vector [B, D] of token ids [B, T ≤ max_position_embeddings]: the state at the end-of-text token."""
+def clip(params: dict, cfg: CLIPConfig, ids: Array) -> Array:
+    """Return the pooled text vector [B, D] of token ids [B, T ≤ max_position_embeddings]: the end-of-text state."""
     length = ids.shape[1]
     if length > cfg.max_position_embeddings:
-        raise Mistake(f"{length} CLIP tokens, but the model has {cfg.max_position_embeddings} positions")
+        raise Mistake(f"got {length} CLIP tokens; the model has only {cfg.max_position_embeddings} positions")
     x = params["embed"][ids] + params["position"][:length]
     causal = jnp.where(np.tril(np.ones((length, length), bool)), 0.0, -jnp.inf)
     K = cfg.hidden_size // cfg.num_attention_heads
@@ -220,12 +224,12 @@ def clip(params, cfg, ids):
         return x + h @ p["fc2"]["w"] + p["fc2"]["b"], None
 
     x, _ = jax.lax.scan(block, x, params["block"])
-    # Configs from before transformers 4.31 say eos_token_id 2 and mean "the highest id", which is end-of-text.
+    # Configs older than transformers 4.31 say eos_token_id 2 but mean the highest id, which is the end-of-text token.
     end = jnp.argmax(ids if cfg.eos_token_id == 2 else ids == cfg.eos_token_id, axis=1)
     return _layer_norm(x[jnp.arange(len(ids)), end], params["norm"], cfg.layer_norm_eps)
 
 
-# ---------------------------------------------------------------- what both share
+# ---------------------------------------------------------------- shared by T5 and CLIP
 
 
 def _heads(x, heads):
@@ -233,14 +237,14 @@ def _heads(x, heads):
 
 
 def _attend(q, k, v, bias):
-    """softmax(q kᵀ + bias) v, [B, T, H, K] → [B, T, H K]; the softmax in float32, which bfloat16 would blur."""
+    """Return softmax(q kᵀ + bias) v: [B, T, H, K] → [B, T, H K]. The softmax needs float32's precision."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) + bias
     out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
     return out.reshape(*out.shape[:2], -1)
 
 
 def _rms_norm(x, weight, eps):
-    y = x.astype(jnp.float32)                                    # squares overflow or round away in half precision
+    y = x.astype(jnp.float32)                                    # in half precision, squares overflow or underflow
     return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)).astype(x.dtype) * weight
 
 
@@ -253,37 +257,37 @@ def _layer_norm(x, p, eps):
 # ---------------------------------------------------------------- tokenizers
 
 
-def t5_tokenizer(folder, length, vocab_size=None):
-    """A function from prompts to ids [B, length] int32: `tokenizer.json`, truncated to, and padded with <pad>.
-    vocab_size: of the model; a tokenizer that knows more tokens raises ValueError."""
+def t5_tokenizer(folder: Path | str, length: int, vocab_size: int | None = None) -> Callable:
+    """Return a function from prompts to ids [B, length] int32, from `tokenizer.json`.
+
+    Prompts are truncated to `length` and padded with <pad>. Raise ValueError if the tokenizer has more tokens than
+    `vocab_size`, the model's number."""
     return _encoder(*_opened("t5", folder, length, "<pad>", vocab_size))
 
 
-def t5_words(folder, prompts, length):
-    """For each prompt its tokens as they stand in the text, at most `length`, without the padding (to which FLUX.1
-    attends too)."""
+def t5_words(folder: Path | str, prompts: Sequence[str], length: int) -> list[list[str]]:
+    """Return each prompt's tokens as pieces of its text: at most `length`, without padding (FLUX.1 attends to it)."""
     tokenizer, _ = _opened("t5", folder, length, None)
     return [[prompt[a:b] if b > a else token for token, (a, b) in zip(code.tokens, code.offsets)]
             for prompt, code in zip(prompts, tokenizer.encode_batch(prompts))]
 
 
-def clip_tokenizer(folder, length=77, vocab_size=None):
-    """As `t5_tokenizer`, from `vocab.json` and `merges.txt` (byte-level BPE) or else `tokenizer.json`."""
+def clip_tokenizer(folder: Path | str, length: int = 77, vocab_size: int | None = None) -> Callable:
+    """Do the same as `t5_tokenizer` for CLIP, from `vocab.json` and `merges.txt` (BPE) or else `tokenizer.json`."""
     return _encoder(*_opened("clip", folder, length, "<|endoftext|>", vocab_size))
 
 
-def tokenizer_config(folder):
-    """`tokenizer_config.json` and `special_tokens_map.json` of a folder, as one dict; {} where it has neither."""
+def tokenizer_config(folder: Path | str) -> dict:
+    """Return `special_tokens_map.json` and `tokenizer_config.json` as one dict; {} if the folder has neither."""
     files = [Path(folder) / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
     return {key: value for file in files if file.exists() for key, value in read_json(file).items()}
 
 
 def _opened(kind, folder, length, pad, vocab_size=None):
-    """(tokenizer that truncates to `length`, length). pad: fill up to `length` with the folder's padding token, by
-    default this one; None: do not. It is opened once, until its files change: to open one of 32,128 pieces takes as
-    long as to encode a thousand prompts."""
+    """Return (tokenizer that truncates to `length`, length). pad: the padding token if the folder names none; None: do
+    not pad. Cached until the files change: opening 32,128 tokens takes as long as encoding a thousand prompts."""
     if isinstance(length, bool) or not isinstance(length, (int, np.integer)):
-        raise Mistake(f"a length of {length!r} tokens; it must be a whole number")
+        raise Mistake(f"the length in tokens is {length!r}; it must be a whole number")
     folder = Path(folder).absolute()
     stamp = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*")) if file.name in FILES)
     return _open(kind, folder, int(length), pad, vocab_size, stamp), int(length)
@@ -294,15 +298,15 @@ FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", 
 
 @lru_cache(maxsize=16)
 def _open(kind, folder, length, pad, vocab_size, stamp):
-    """What `_opened` keeps: one tokenizer for each length, since length and padding are part of its state."""
+    """Open a tokenizer. The cache holds one per length, because length and padding are part of its state."""
     settings, split = tokenizer_config(folder), kind == "clip" and (folder / "vocab.json").exists()
     tokenizer = _open_clip(folder, settings) if split else _open_json(folder, kind)
     if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
         raise Mistake(f"the tokenizer in {folder} knows {tokenizer.get_vocab_size()} tokens, but its model only "
-                      f"{vocab_size}: they are not of one pipeline")
+                      f"{vocab_size}; both must come from the same pipeline")
     fewest = max(tokenizer.num_special_tokens_to_add(False), 1)
     if length < fewest:
-        raise Mistake(f"a length of {length} tokens; it must be a whole number from {fewest}")
+        raise Mistake(f"the length in tokens is {length}; it must be a whole number of at least {fewest}")
     tokenizer.enable_truncation(length)
     tokenizer.no_padding()
     if pad:
@@ -312,8 +316,8 @@ def _open(kind, folder, length, pad, vocab_size, stamp):
 
 
 def _encoder(tokenizer, length):
-    return lambda prompts: np.array(
-        [code.ids for code in tokenizer.encode_batch(list(prompts))], np.int32).reshape(-1, length)
+    ids = lambda prompts: [code.ids for code in tokenizer.encode_batch(list(prompts))]
+    return lambda prompts: np.array(ids(prompts), np.int32).reshape(-1, length)
 
 
 def _content(token):
@@ -323,27 +327,27 @@ def _content(token):
 def _open_json(folder, kind):
     file = folder / "tokenizer.json"
     if not file.exists() and (folder / "spiece.model").exists():
-        raise Mistake(f"{folder} holds spiece.model but no tokenizer.json; transformers (with sentencepiece) makes it: "
+        raise Mistake(f"{folder} has spiece.model but no tokenizer.json; transformers (with sentencepiece) makes it: "
                       f"T5TokenizerFast.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})")
     if not file.exists() and kind == "clip":
-        raise FileNotFoundError(f"{folder} holds neither vocab.json and merges.txt nor tokenizer.json")
+        raise FileNotFoundError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json")
     return _open_tokenizer(lambda: Tokenizer.from_file(str(file)), file)
 
 
 def _open_clip(folder, settings):
-    """CLIP's byte-level BPE from `vocab.json` and `merges.txt`."""
+    """Open CLIP's byte-level BPE from `vocab.json` and `merges.txt`."""
     start, end, unknown, pad = (_content(settings.get(f"{name}_token", default)) for name, default in (
         ("bos", "<|startoftext|>"), ("eos", "<|endoftext|>"), ("unk", "<|endoftext|>"), ("pad", "<|endoftext|>")))
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     options = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "unk_token": unknown}
-    tokenizer = _open_tokenizer(
-        lambda: Tokenizer(models.BPE.from_file(str(vocab), str(merges), **options)), vocab, merges)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    make = lambda: Tokenizer(models.BPE.from_file(str(vocab), str(merges), **options))
+    tokenizer = _open_tokenizer(make, vocab, merges)
+    clean = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    tokenizer.normalizer = normalizers.Sequence(clean)
     words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(words), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    # The ends of text are single tokens even inside a prompt, as the file says of them or as CLIP defines them.
+    # Special tokens stay single tokens inside a prompt, with the options of the file or else CLIP's.
     given = {t["content"]: t for t in settings.get("added_tokens_decoder", {}).values()}
     options = {name: {k: given.get(name, {}).get(k, False) for k in ("lstrip", "rstrip", "normalized", "single_word")}
                for name in dict.fromkeys((start, end, unknown, pad))}
@@ -360,4 +364,4 @@ def _open_tokenizer(make, *files):
     try:
         return make()
     except Exception as error:                                   # `tokenizers` raises bare Exceptions
-        raise Mistake(f"{' and '.join(map(str, files))}: not a tokenizer: {error}") from None
+        raise Mistake(f"{' and '.join(map(str, files))}: not a tokenizer that can be read: {error}") from None

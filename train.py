@@ -4,10 +4,10 @@
     python train.py --layer 10 --features 16384            # on a TPU: FLUX.1-schnell
     python train.py --model FOLDER --prompts captions.jsonl.gz --prompt_field text --resume
 
-Copy it with `recipe.py`, what the two import, and `nano/` for the bundled model. A run is a pure function of its flags.
-It works through the prompts in chunks: a chunk's activations are shuffled whole, then the SAE trains on them batch by
-batch, while the next chunk is harvested between the steps. The step number alone says where a run stands, so a resumed
-run harvests its chunk again and goes on bit for bit, and no activations are ever stored.
+Copy it with `recipe.py`, what the two import, and `nano/` for the bundled model. The flags alone decide what a run
+computes. It takes the prompts in chunks: it shuffles all activations of a chunk and trains the SAE on them batch by
+batch; between the steps it harvests the next chunk. The step number alone says where a run is. A resumed run therefore
+harvests its chunk again and continues bit for bit, and no activations are ever stored.
 """
 import contextlib
 import itertools
@@ -16,14 +16,18 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+import apply
 import checkpoint
 import data
 import flux
@@ -36,10 +40,13 @@ from session import Mistake
 # ---------------------------------------------------------------- the run
 
 
-def train(run, model, prompts, out, *, mesh=None, resume, log_every, save_every, stop=lambda step: False):
-    """Train to `run.steps`; checkpoints into the folder `out`. Returns rows of the closing table. mesh: of several
-    devices, over which the SAE's features are split. Of several hosts the first one writes. stop(step): whether to
-    end before that step; then a checkpoint is written, and None returned."""
+def train(run: Run, model: flux.Model, prompts: Iterator[str], out: Path, *, mesh: Mesh | None = None, resume: bool,
+          log_every: int, save_every: int, stop: Callable = lambda step: False) -> dict[str, dict] | None:
+    """Train to `run.steps`, with checkpoints in the folder `out`. Return the rows of the closing table.
+
+    mesh: several devices, over which the SAE's features are split. With several hosts, only the first writes files.
+    stop(step): whether to end before that step. The function then writes a checkpoint and returns None.
+    """
     activations = data.Activations(run, model, prompts, mesh)
     prompts_each = f", from {activations.forwards * run.prompt_batch:,} prompts each"
     count = prompts_each if activations.all_taken else " without padding"
@@ -48,23 +55,13 @@ def train(run, model, prompts, out, *, mesh=None, resume, log_every, save_every,
     metadata, window = describe(run, model), []
     with tqdm(total=run.steps, unit="step", dynamic_ncols=True, disable=not shard.first()) as bar:
         if resume:
-            state, cfg, unlogged = load_state(out, run)
-            step, first = int(state.step), unlogged.pop("position", None)
-            activations.seek(step // activations.batches, None if first is None else int(first))
-            window = [dict(zip(unlogged, values)) for values in zip(*unlogged.values())]
-            if shard.first():
-                trim_metrics(out, step)
-        else:
-            if not activations.ready(0, partial(stop, 0), bar):
-                return None
-            half, order = activations.order(0)
-            first, cfg = (half, order[:65536]), config(run, model.cfg.width, activations.groups)
-            state = sae.init(jax.random.key(run.seed), cfg, activations.rows[first].astype(np.float32),
-                             activations.groups_of(first))
-            if run.init:
-                state = sae.unfold(checkpoint.load(begun_from(run.init))[0], cfg, state)
+            state, cfg, window = resumed_state(run, activations, out)
+        elif activations.ready(0, partial(stop, 0), bar):
+            state, cfg = first_state(run, activations, model.cfg.width)
             if shard.first():
                 begin(out, state, cfg, metadata)
+        else:
+            return None
         bar.initial = bar.n = bar.last_print_n = int(state.step)         # or the time left would count old steps
         state = loop(run, activations, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop)
         if int(state.step) < run.steps:
@@ -77,16 +74,36 @@ def train(run, model, prompts, out, *, mesh=None, resume, log_every, save_every,
     return rows
 
 
+def resumed_state(run, activations, out):
+    """Return the state and Config of the checkpoint, and the metrics of the steps that are not in metrics.jsonl yet."""
+    state, cfg, unlogged = load_state(out, run)
+    step, first = int(state.step), unlogged.pop("position", None)
+    activations.seek(step // activations.batches, None if first is None else int(first))
+    if shard.first():
+        trim_metrics(out, step)
+    return state, cfg, [dict(zip(unlogged, values)) for values in zip(*unlogged.values())]
+
+
+def first_state(run, activations, width):
+    """Return a new state and its Config, from the first activations that training uses."""
+    half, order = activations.order(0)
+    first, cfg = (half, order[:65536]), config(run, width, activations.groups)
+    state = sae.init(jax.random.key(run.seed), cfg, activations.rows[first].astype(np.float32),
+                     activations.groups_of(first))
+    return (sae.unfold(checkpoint.load(begun_from(run.init))[0], cfg, state) if run.init else state), cfg
+
+
 @lru_cache
-def stepper(mesh, form, *leaves):
-    """`sae.step`, compiled once in a process for runs of the same shapes. form, leaves: where its results lie."""
+def stepper(mesh: Mesh, form: Any, *leaves: Any) -> Callable:
+    """Return the jitted `sae.step`. It compiles once per process for runs of equal shapes. form, leaves: a pytree of
+    the shardings of its results."""
     return jax.jit(partial(sae.step, mesh=mesh), static_argnums=1, donate_argnums=0,
                    out_shardings=jax.tree.unflatten(form, leaves))
 
 
 def loop(run, activations, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop):
-    """Steps from where `state` stands to the end, or until stop(step), and then a checkpoint. `window`: metrics of the
-    steps that are not in metrics.jsonl yet."""
+    """Train from the step of `state` to the end, or until stop(step), and save a checkpoint. Return the state.
+    window: metrics of the steps that are not in metrics.jsonl yet."""
     def keep():
         unlogged = {name: np.array([m[name] for m in window]) for name in (window or [{}])[0]}
         save(out, shard.whole(state._replace(spare=None)), cfg, metadata, unlogged | activations.place(int(state.step)))
@@ -105,7 +122,7 @@ def loop(run, activations, state, cfg, mesh, window, out, metadata, bar, log_eve
         window.append(metrics)
         bar.update()
         if (step + 1) % log_every == 0 or step + 1 == run.steps:
-            window = jax.device_get(window)                      # waits for the steps, so that the time is theirs
+            window = jax.device_get(window)                      # waits for the steps, so that the time includes them
             line = summary(step + 1, run.batch, window, (len(window) - old) * run.batch / (time.monotonic() - since))
             if shard.first():
                 with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -119,16 +136,20 @@ def loop(run, activations, state, cfg, mesh, window, out, metadata, bar, log_eve
     return state
 
 
-def summary(step, batch, window, speed):
-    """A line of metrics.jsonl: means over the window, but for `dead`, which is the last value."""
+def summary(step: int, batch: int, window: list[dict], speed: float) -> dict[str, float]:
+    """Return a line of metrics.jsonl: means over the window, except `dead`, which is the last value."""
     means = {name: float(np.mean([m[name] for m in window])) for name in window[0]}
     return {"step": step, "tokens": step * batch, **means, "dead": float(window[-1]["dead"]), "tokens_per_s": speed}
 
 
-def evaluate(run, activations, state, cfg, stop=lambda: False):
-    """Rows of the closing table, on activations of prompts that are held out (or of seen ones, where none are) and of
-    new noise: the SAE, PCA with k components fitted on these very activations (which flatters it), and random features
-    (an SAE before any step). None where stop() came first."""
+def evaluate(run: Run, activations: data.Activations, state: sae.State, cfg: sae.Config,
+             stop: Callable = lambda: False) -> dict[str, dict] | None:
+    """Return the rows of the closing table, or None if stop() ended it.
+
+    The rows are the SAE, PCA with k components (fitted to the same activations, which flatters it), and random features
+    (an SAE before training). The activations come from held-out prompts (from seen ones if none are held out) and
+    from new noise.
+    """
     prompts = data.stream(run.prompts, run.prompt_field, run.held_out or None)
     x, group, number = [], [], data.TABLE
     while sum(map(len, x)) < min(activations.tokens, 65536):
@@ -153,13 +174,13 @@ def evaluate(run, activations, state, cfg, stop=lambda: False):
     return rows | {"random features": mean_score(scores(fresh, cfg, parts))}
 
 
-def scores(state, cfg, parts):
-    """`sae.evaluate` of each group's SAE on the group's activations."""
-    return [sae.evaluate(sae.fold(state, cfg, g), cfg, part) for g, part in enumerate(parts)]
+def scores(state: sae.State, cfg: sae.Config, parts: list[np.ndarray]) -> list[apply.Evaluation]:
+    """Return `apply.evaluate` of each group's SAE on the group's activations."""
+    return [apply.evaluate(sae.fold(state, cfg, g), cfg, part) for g, part in enumerate(parts)]
 
 
-def mean_score(each):
-    """Over groups by their tokens; a feature is dead where it fires in none of them."""
+def mean_score(each: list[apply.Evaluation]) -> dict[str, float]:
+    """Return the means over groups, weighted by tokens. A feature is dead if it fires in no group."""
     tokens = np.array([score.tokens for score in each])
     mean = {name: float(np.average([getattr(score, name) for score in each], weights=tokens))
             for name in each[0]._fields if name not in ("tokens", "density")}
@@ -169,27 +190,27 @@ def mean_score(each):
 # ---------------------------------------------------------------- files
 
 
-def describe(run, model):
-    """Metadata of the checkpoint: what is needed to reproduce it."""
+def describe(run: Run, model: flux.Model) -> dict[str, Any]:
+    """Return the checkpoint's metadata: all that is needed to reproduce it."""
     return {"model": run.model, "revision": run.revision, "layer": run.layer, "site": run.site, "seed": run.seed,
             "normalization": f"{run.normalization}, folded into the weights",
             "versions": {"jax": jax.__version__, "numpy": np.__version__}, "run": asdict(run)}
 
 
-def save(out, state, cfg, metadata, extra=None):
-    """A checkpoint; state.safetensors too says of which run it is."""
+def save(out: Path, state: sae.State, cfg: sae.Config, metadata: dict, extra: dict | None = None) -> None:
+    """Write a checkpoint on the first host. state.safetensors holds the run's flags too."""
     if shard.first():
         name = np.frombuffer(json.dumps(metadata["run"]).encode(), np.uint8)
         checkpoint.save_state(out, state, cfg, metadata=metadata, extra={"run": name} | (extra or {}))
 
 
-def load_state(out, run):
-    """(state, its Config, extra) to go on from. Of several hosts each has to see the checkpoint, and the same one.
-    Raises Mistake for the state of another run, whose shapes may well be the same."""
+def load_state(out: Path, run: Run) -> tuple[sae.State, sae.Config, dict[str, np.ndarray]]:
+    """Return the state, its Config and extra arrays to resume from. Every host must see the same checkpoint. Raises
+    Mistake for the state of another run, even if its shapes are the same."""
     state, cfg, extra = shard.together(checkpoint.load_state, out)
     ours, theirs = json.loads(json.dumps(asdict(run))), json.loads(bytes(extra.pop("run", b"{}")))
     for name, value in theirs.items():
-        moved = name == "prompts" and run.prompts_sha256         # a file is known by its contents
+        moved = name == "prompts" and run.prompts_sha256         # a file is identified by its contents
         if name != "steps" and not moved and value != ours.get(name, value):
             raise Mistake(f"--resume: {out / checkpoint.STATE} is of another run than {out / checkpoint.CONFIG}: its "
                           f"{name} is {value}, not {ours[name]}")
@@ -201,11 +222,14 @@ def load_state(out, run):
     return state, cfg, extra
 
 
-def begin(out, state, cfg, metadata):
-    """The first checkpoint. A folder that is there stays, as it may be a mount or `.`; in it the new checkpoint is made
-    whole, and then takes the place of an old one, file by file, cfg.json last: so --overwrite always works again."""
+def begin(out: Path, state: sae.State, cfg: sae.Config, metadata: dict) -> None:
+    """Write the first checkpoint.
+
+    An existing folder stays: it may be a mount or the current folder. The new checkpoint is completed inside it, then
+    replaces an old one file by file, cfg.json last, so that --overwrite works again after a kill.
+    """
     fresh = out / f".new{checkpoint.TMP}" if out.exists() else out
-    shutil.rmtree(out / f".new{checkpoint.TMP}", ignore_errors=True)    # of a run that was killed right here
+    shutil.rmtree(out / f".new{checkpoint.TMP}", ignore_errors=True)    # left by a run that was killed here
     save(fresh, state, cfg, metadata, {"position": np.array(0)})
     if fresh == out:
         return
@@ -220,16 +244,16 @@ def begin(out, state, cfg, metadata):
     fresh.rmdir()
 
 
-def ours(out):
-    """Names of what a checkpoint has in the folder `out`."""
+def ours(out: Path) -> set[str]:
+    """Return the names of the files and folders that runs write into `out`."""
     about = checkpoint.load_metadata(out) if (out / checkpoint.CONFIG).is_file() else {}
     groups = (about.get("training") or {}).get("groups") or ()
     written = checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.STATE, "metrics.jsonl"
     return {*written, "eval.json", *groups}                      # eval.json: score.py's
 
 
-def check_out(out, resume, overwrite):
-    """Refuse, before any work, to touch a folder that is not meant."""
+def check_out(out: Path, resume: bool, overwrite: bool) -> None:
+    """Raise Mistake, before any work, if the run must not write into the folder `out`."""
     if resume and overwrite:
         raise Mistake("--resume and --overwrite exclude each other")
     if resume:
@@ -246,9 +270,9 @@ def check_out(out, resume, overwrite):
             raise Mistake(f"--overwrite: {out} holds something that is not ours: {', '.join(foreign[:5])}")
 
 
-def trim_metrics(out, step):
-    """Keep the lines up to `step`: not those that a killed run wrote after its last checkpoint, which will come again,
-    nor what is torn or damaged."""
+def trim_metrics(out: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl up to `step`. Drop torn lines, and lines that a killed run wrote after its last
+    checkpoint: they will come again."""
     file, new = out / "metrics.jsonl", out / ".metrics.jsonl.new"
     lines = file.read_bytes().splitlines() if file.exists() else []
     kept = (line for line in lines if (read := checkpoint.logged(line)) and 0 <= read["step"] <= step)
@@ -262,25 +286,20 @@ def trim_metrics(out, step):
 def main(*, out="ckpt", resume=False, overwrite=False, log_every=20, save_every=200, push="", distributed="", **flags):
     """Train a sparse autoencoder on the residual stream of one layer, and write it to a folder.
 
-    A flag left out takes what suits the model or, with --resume, what the checkpoint says. SIGTERM, SIGHUP and Ctrl-C
-    write a checkpoint first; a second one ends at once.
+    A flag that is left out gets a default that suits the model or, with --resume, the checkpoint's value.
+    SIGTERM, SIGHUP and Ctrl-C write a checkpoint before the run ends; a second signal ends it at once.
 
     Args:
         out: the checkpoint's folder
         resume: go on from the checkpoint; only --steps may differ
-        overwrite: start anew where a checkpoint is
-        log_every: steps from a line of metrics.jsonl to the next
-        save_every: steps from a checkpoint to the next
-        push: owner/repo on the Hugging Face hub, where it goes at the end; with --resume, a finished one at once
-        distributed: this process is one of several (of a TPU pod; elsewhere: host:port,processes,number)
+        overwrite: replace a checkpoint that is there
+        log_every: steps between two lines of metrics.jsonl
+        save_every: steps between two checkpoints
+        push: owner/repo on the Hugging Face hub, to upload to at the end; with --resume, a finished run at once
+        distributed: this process is one of several (on a TPU pod; elsewhere: host:port,processes,number)
     """
-    given = {name: value for name, value in flags.items() if value not in (None, "")}
-    session.no_unknown_flags({name: value for name, value in flags.items() if name not in FLAGS})
-    if type(given.get("matryoshka")) is int:
-        given["matryoshka"] = (given["matryoshka"],)
-    model = given.pop("model", "auto")
+    out, (model, given) = Path(out), read_flags(flags)
     session.check_whole({"log_every": log_every, "save_every": save_every})
-    out = Path(out)
     if distributed:
         shard.join(*([] if distributed in (True, "True", "true") else address(distributed)))
     with shard.as_one(f"if a host was lost, go on from the checkpoint in {out}: --resume on all of them"), \
@@ -288,21 +307,15 @@ def main(*, out="ckpt", resume=False, overwrite=False, log_every=20, save_every=
         shard.together(lambda: shard.first() and held.enter_context(session.claim(out)))
         shard.together(lambda: push and shard.first() and checkpoint.check_push(push))
         stop = held.enter_context(session.stopping())
-        run, stream = shard.together(prepare, str(model), given, out, resume, overwrite)
+        run, stream = shard.together(prepare, model, given, out, resume, overwrite)
         if push and resume and finished(out, run):
-            shard.together(publish, out, run, push)
-            return
-        print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of "
-              f"{run.batch:,} tokens, prompts from {run.prompts}{', one in twenty held out' * run.held_out}")
-        if mesh := shard.several():
-            images = run.prompt_batch * run.seeds_per_prompt
-            print(f"devices: {mesh.size}, each with 1/{mesh.size} of the blocks' weights and of the features, and "
-                  f"{-(-images // mesh.size)} of the {images} images of a pass")
+            return shard.together(publish, out, run, push)
+        announce(run)
         last = max(run.layer, run.transcoder or 0) if run.timesteps == 1 else None     # more timesteps need all layers
         loaded = session.load_model(run.model, asdict(run), last=last)
         run = replace(run, size=run.size or min(256, loaded.size), text_tokens=run.text_tokens or loaded.text_tokens)
-        rows = train(run, loaded, stream, out, mesh=mesh, resume=resume, log_every=log_every, save_every=save_every,
-                     stop=stop)
+        rows = train(run, loaded, stream, out, mesh=shard.several(), resume=resume, log_every=log_every,
+                     save_every=save_every, stop=stop)
         number = stop(run.steps)
         print(table(rows, run) if rows else f"stopped by {signal.Signals(number).name}; --resume goes on")
         print(f"checkpoint: {out if out.exists() else 'none yet'}")
@@ -316,14 +329,33 @@ FLAGS = {field.name: field for field in fields(Run)}
 main = session.with_flags(main, FLAGS.values())
 
 
-def finished(out, run):
-    """Whether the folder holds the end of this run, and not a step on the way."""
+def read_flags(flags: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the model's name and the flags of `Run` that were given. Raises Mistake for unknown ones."""
+    session.no_unknown_flags({name: value for name, value in flags.items() if name not in FLAGS})
+    given = {name: value for name, value in flags.items() if value not in (None, "")}
+    if type(given.get("matryoshka")) is int:
+        given["matryoshka"] = (given["matryoshka"],)
+    return str(given.pop("model", "auto")), given
+
+
+def announce(run: Run) -> None:
+    """Print what the run computes, and on which devices."""
+    print(f"run: layer {run.layer} ({run.site}), {run.features:,} features, k {run.k}, {run.steps:,} steps of "
+          f"{run.batch:,} tokens, prompts from {run.prompts}{', one in twenty held out' * run.held_out}")
+    if mesh := shard.several():
+        images = run.prompt_batch * run.seeds_per_prompt
+        print(f"devices: {mesh.size}, each with 1/{mesh.size} of the blocks' weights and of the features, and "
+              f"{-(-images // mesh.size)} of the {images} images of a pass")
+
+
+def finished(out: Path, run: Run) -> bool:
+    """Return whether the folder holds the end of this run, not a step on the way."""
     about, state = checkpoint.load_metadata(out), checkpoint.load_state(out)[0]
     return "evaluation" in about and saved(out) == run and int(state.step) == run.steps
 
 
-def publish(out, run, repo):
-    """Put the finished checkpoint on the hub, on the first host."""
+def publish(out: Path, run: Run, repo: str) -> None:
+    """Push the finished checkpoint to the hub, on the first host."""
     if not shard.first():
         return
     base = flux.REPOS.get(run.model, run.model)
@@ -331,12 +363,12 @@ def publish(out, run, repo):
         base = base if base.count("/") == 1 and not Path(base).exists() else None
         print(f"pushed: {checkpoint.push(out, repo, base)}")
     except session.MISTAKES as error:
-        raise Mistake(f"{error}; the checkpoint is whole, to try again: python train.py --resume --out {out} "
-                         f"--push {repo}") from None
+        raise Mistake(f"{error}; the checkpoint is complete, try again with: python train.py --resume --out {out} "
+                      f"--push {repo}") from None
 
 
-def address(given):
-    """`shard.join`'s arguments from the flag --distributed host:port,processes,number."""
+def address(given: str | tuple) -> tuple[str, int, int]:
+    """Return the arguments of `shard.join` from the flag --distributed host:port,processes,number."""
     try:
         where, processes, number = given if isinstance(given, tuple) else str(given).split(",")
         return str(where), int(processes), int(number)
@@ -344,9 +376,10 @@ def address(given):
         raise Mistake(f"--distributed {given}: it takes nothing, or host:port,processes,number") from None
 
 
-def prepare(model, given, out, resume, overwrite):
-    """(Run, stream of prompts): all that can be checked before the model is loaded. Only the first host looks into a
-    folder that it shall write."""
+def prepare(model: str, given: dict[str, Any], out: Path, resume: bool, overwrite: bool
+            ) -> tuple[Run, Iterator[str]]:
+    """Return the Run and its stream of prompts, after all checks that need no weights. Only the first host checks a
+    folder that the run will write."""
     if resume or shard.first():
         check_out(out, resume, overwrite)
     given |= {name: absolute(given[name]) for name in ("transformer", "init") if name in given}
@@ -366,8 +399,8 @@ def prepare(model, given, out, resume, overwrite):
     return run, itertools.chain([next(stream)], stream)          # a bad source of prompts fails here
 
 
-def table(rows, run):
-    """The closing table, as text."""
+def table(rows: dict[str, dict], run: Run) -> str:
+    """Return the closing table as text."""
     title = "held-out" if run.held_out else "seen prompts, new noise"
     columns = {"fvu_standardized": "FVU (std.)", "fvu": "FVU (raw)", "l0": "L0", "dead": "dead %", "cosine": "cosine",
                "variance_explained": "var. expl."}

@@ -1,31 +1,32 @@
-"""The image autoencoder of FLUX.1 (diffusers' `AutoencoderKL`): encode, decode, load, init, save.
+"""Run FLUX.1's image autoencoder (diffusers' `AutoencoderKL`): load, encode, decode, init, save.
 
 Copy `weights.py` with this file.
 
     cfg, params = vae.load("FLUX.1-schnell/vae")
     latents = vae.encode(params, cfg, images)            # [B, H, W, 3] in -1…1 → [B, H/8, W/8, 16], about unit variance
-    images = vae.decode(params, cfg, latents)            # and back; not clipped
+    images = vae.decode(params, cfg, latents)            # the inverse, not clipped
 
 Images and activations are [B, H, W, C] (torch: [B, C, H, W]), convolutions [height, width, in, out], linear layers
-[in, out]. Arithmetic is in the parameters' dtype, what comes out is float32. `table` declares every tensor once.
+[in, out]. The model computes in the dtype of its parameters and returns float32. `table` declares every tensor once.
 Source: arXiv 2112.10752 (latent diffusion), as `diffusers` runs it.
 """
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 import weights as tensor_files
 from weights import Mistake, Tensor, linear, open_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-EPSILON = 1e-6                                                   # of every group norm; diffusers does not configure it
+EPSILON = 1e-6                                                   # for every group norm; fixed in diffusers too
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-# Files written before diffusers 0.15 name the attention's linear layers so, and may hold them as 1x1 convolutions.
+# Attention layer names before diffusers 0.15. Such files may store these linear layers as 1x1 convolutions.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 # ---------------------------------------------------------------- configuration
@@ -33,7 +34,7 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 @dataclass(frozen=True)
 class Config:
-    """What `config.json` says, with diffusers' names and defaults. sample_size: of the training images, unused here."""
+    """Hold the fields of `config.json` under diffusers' names, with its defaults. This file ignores sample_size."""
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
@@ -49,47 +50,49 @@ class Config:
     sample_size: int = 32
 
     @property
-    def downsampling(self):
-        """Pixels a side per latent: 8 for FLUX.1, whose four levels halve three times."""
+    def downsampling(self) -> int:
+        """Return the pixels per latent on each side: 8 for FLUX.1, which has four levels and halves three times."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def config(source):
-    """`Config` from a folder that holds config.json, from that file, or from its contents as a dict."""
+def config(source: dict | Path | str) -> Config:
+    """Read a `Config` from a folder with config.json, from that file, or from its contents as a dict."""
     if not isinstance(source, dict):
         path = Path(source)
         source = tensor_files.read_json(path / "config.json" if path.is_dir() else path)
     if source.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise Mistake(f"_class_name is {source['_class_name']!r}, only 'AutoencoderKL' is supported")
+        raise Mistake(f"_class_name is {source['_class_name']!r}; only 'AutoencoderKL' is supported")
     cfg = tensor_files.read_config(Config, source)
     _check_config(cfg, source)
     return cfg
 
 
 def _check_config(cfg, source):
-    """Raise ValueError, with the value, for what this file would compute wrongly or not at all."""
+    """Raise ValueError for settings that this file does not support, and name the value."""
+    levels = len(cfg.block_out_channels)
     for key, supported in BLOCKS.items():
-        kinds = source.get(key, [supported] * len(cfg.block_out_channels))
+        kinds = source.get(key, [supported] * levels)
         for kind in kinds:
             if kind != supported:
-                raise Mistake(f"{key} has {kind!r}, only {supported!r} is supported")
-        if len(kinds) != len(cfg.block_out_channels):
-            raise Mistake(f"{key} has {len(kinds)} entries for {len(cfg.block_out_channels)} block_out_channels")
+                raise Mistake(f"{key} has {kind!r}; only {supported!r} is supported")
+        if len(kinds) != levels:
+            raise Mistake(f"{key} has {len(kinds)} entries for {levels} block_out_channels; it must have {levels}")
     if cfg.act_fn not in ("silu", "swish"):
-        raise Mistake(f"act_fn is {cfg.act_fn!r}, only 'silu' is supported")
+        raise Mistake(f"act_fn is {cfg.act_fn!r}; only 'silu' is supported")
     for key in ("latents_mean", "latents_std"):
         if source.get(key) is not None:
             raise Mistake(f"{key} is {source[key]}; only scaling_factor and shift_factor are supported")
     for channels in cfg.block_out_channels:
         if channels % cfg.norm_num_groups:
-            raise Mistake(f"block_out_channels has {channels}, no multiple of norm_num_groups={cfg.norm_num_groups}")
+            raise Mistake(f"block_out_channels has {channels}; each must be a multiple of norm_num_groups, "
+                          f"{cfg.norm_num_groups}")
 
 
 # ---------------------------------------------------------------- the table of tensors: load, initialize, save
 
 
-def table(cfg):
-    """Every tensor of the model, as the nested dict that the parameters have as well."""
+def table(cfg: Config) -> dict:
+    """Return every tensor's declaration, in the same nested dict as the parameters."""
     channels, wide = cfg.block_out_channels, cfg.block_out_channels[-1]
     encoder = {
         "conv_in": _conv("encoder.conv_in", cfg.in_channels, channels[0]),
@@ -128,7 +131,7 @@ def _resnet(name, n_in, n_out):
 
 
 def _levels(name, channels, n_in, depth, resample):
-    """`depth` resnet blocks for each entry of `channels`, and between two levels a convolution that resamples."""
+    """Declare `depth` resnet blocks per entry of `channels`, with a resampling convolution between two levels."""
     levels = {}
     for i, n_out in enumerate(channels):
         levels[str(i)] = {"resnets": {str(j): _resnet(f"{name}.{i}.resnets.{j}", n_out if j else n_in, n_out)
@@ -149,12 +152,13 @@ def _middle(name, channels, attention):
     return block
 
 
-def load(folder, *, put=None, dtype=jnp.bfloat16, variant=None):
-    """(Config, params) of a diffusers `vae/` folder: config.json and safetensors, one file or sharded with an index.
+def load(folder: Path | str, *, put: Callable | None = None, dtype=jnp.bfloat16, variant: str | None = None
+         ) -> tuple[Config, dict]:
+    """Load (Config, params) from a diffusers `vae/` folder: config.json and safetensors, one file or sharded.
 
-    put: (name, array in our layout) → the leaf to keep, called tensor by tensor as they stream from disk; the name is
-    the path in the parameters, "encoder.conv_in.w". variant: see `weights.open_weights`. A missing, unexpected or
-    misshapen tensor raises ValueError.
+    put: (name, array in our layout) → the leaf to keep, called for each tensor as it streams from disk. The name is the
+    path in the parameters, such as "encoder.conv_in.w". variant: see `weights.open_weights`. Raise ValueError if a
+    tensor is missing, unexpected or has the wrong shape.
     """
     cfg = config(folder)
     weights = _today(open_weights(folder, variant=variant))
@@ -162,7 +166,7 @@ def load(folder, *, put=None, dtype=jnp.bfloat16, variant=None):
 
 
 def _today(weights):
-    """The weights under the names that diffusers gives them now; its old 1x1 convolutions are linear layers now."""
+    """Rename old weights to diffusers' names of today, and make linear layers of the old 1x1 convolutions."""
     today = {}
     for name, piece in weights.items():
         module, _, last = name.rpartition(".")
@@ -174,13 +178,13 @@ def _today(weights):
     return today
 
 
-def init(key, cfg, dtype=jnp.float32):
-    """Random parameters as `table` declares them: normal with variance 1 / inputs, norms at one, biases at zero."""
+def init(key: Array, cfg: Config, dtype=jnp.float32) -> dict:
+    """Return random parameters as `table` declares them: normal with variance 1 / inputs, norms one, biases zero."""
     return tensor_files.init_tensors(table(cfg), key, dtype)
 
 
-def save(folder, params, cfg, dtype=jnp.bfloat16):
-    """Write a folder that `load` and `diffusers.AutoencoderKL.from_pretrained` read. Each file appears complete."""
+def save(folder: Path | str, params: dict, cfg: Config, dtype=jnp.bfloat16) -> None:
+    """Write a folder that `load` and `diffusers.AutoencoderKL.from_pretrained` read. Write each file atomically."""
     folder = Path(folder)
     tensor_files.save_tensors(table(cfg), params, folder / f".{WEIGHTS}", dtype)
     os.replace(folder / f".{WEIGHTS}", folder / WEIGHTS)
@@ -193,20 +197,20 @@ def save(folder, params, cfg, dtype=jnp.bfloat16):
 # ---------------------------------------------------------------- encode and decode
 
 
-def encode(params, cfg, images, key=None):
-    """Images [B, H, W, 3] in -1…1 → latents [B, h, w, C], shifted and scaled: the posterior's mode, or with `key` a
-    sample of it. H and W must be multiples of `cfg.downsampling`."""
+def encode(params: dict, cfg: Config, images: Array, key: Array | None = None) -> Array:
+    """Encode images [B, H, W, 3] in -1…1 to latents [B, h, w, C], shifted and scaled. Return the posterior's mode, or a
+    sample if there is a `key`. H and W must be multiples of `cfg.downsampling`."""
     mean, log_variance = moments(params, cfg, images)
     if key is not None:
         mean += jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
     return (mean - (cfg.shift_factor or 0.0)) * cfg.scaling_factor
 
 
-def moments(params, cfg, images):
-    """Mean and log variance, float32 [B, h, w, C] each, of the posterior of images [B, H, W, 3], before the shift."""
+def moments(params: dict, cfg: Config, images: Array) -> tuple[Array, Array]:
+    """Return the posterior's mean and log variance for images [B, H, W, 3], each float32 [B, h, w, C], not shifted."""
     if images.ndim != 4 or images.shape[-1] != cfg.in_channels or any(n % cfg.downsampling for n in images.shape[1:3]):
         raise Mistake(f"images are {list(images.shape)}, should be [B, H, W, {cfg.in_channels}], with H and W "
-                         f"multiples of {cfg.downsampling}")
+                      f"multiples of {cfg.downsampling}")
     p, groups = params["encoder"], cfg.norm_num_groups
     x = conv(p["conv_in"], images.astype(p["conv_in"]["w"].dtype))
     for level in _in_order(p["down"]):
@@ -217,18 +221,18 @@ def moments(params, cfg, images):
     x = middle(p["mid"], x, groups)
     x = conv(p["conv_out"], jax.nn.silu(group_norm(p["norm_out"], x, groups)))
     x = conv(p["quant_conv"], x) if cfg.use_quant_conv else x
-    # Float32 from here on: shift and scale stretch the differences between latents, and with them any rounding.
+    # Use float32 from here on: shift and scale also increase rounding errors.
     mean, log_variance = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(log_variance, -30.0, 20.0)                               # diffusers' bounds
 
 
-def decode(params, cfg, latents):
-    """Latents [B, h, w, C] as `encode` gives them → images float32 [B, H, W, 3], about -1…1 but not clipped."""
+def decode(params: dict, cfg: Config, latents: Array) -> Array:
+    """Decode latents [B, h, w, C] from `encode` to images [B, H, W, 3], float32, about -1…1 but not clipped."""
     if latents.ndim != 4 or latents.shape[-1] != cfg.latent_channels:
         raise Mistake(f"latents are {list(latents.shape)}, should be [B, h, w, {cfg.latent_channels}]")
     p, groups = params["decoder"], cfg.norm_num_groups
     x = latents.astype(jnp.float32) / cfg.scaling_factor + (cfg.shift_factor or 0.0)
-    x = x.astype(p["conv_in"]["w"].dtype)                                          # not sooner, see `moments`
+    x = x.astype(p["conv_in"]["w"].dtype)                                          # not earlier, see `moments`
     x = conv(p["post_quant_conv"], x) if cfg.use_post_quant_conv else x
     x = middle(p["mid"], conv(p["conv_in"], x), groups)
     for level in _in_order(p["up"]):
@@ -241,21 +245,19 @@ def decode(params, cfg, latents):
 
 
 def _in_order(blocks):
-    """The values of {"0": …, "1": …}; a pytree's own order would put "10" before "2"."""
+    """Return the values of {"0": …, "1": …} in numeric order. A pytree's own order puts "10" before "2"."""
     return [blocks[str(i)] for i in range(len(blocks))]
 
 
-def conv(p, x, stride=1, padding="SAME"):
-    """3x3 or 1x1 convolution of x [B, H, W, C]. SAME pads evenly, as torch does, because the sizes are odd."""
+def conv(p: dict, x: Array, stride: int = 1, padding: str | tuple = "SAME") -> Array:
+    """Apply a 3x3 or 1x1 convolution to x [B, H, W, C]. For odd kernels, SAME pads evenly, as torch does."""
     x = lax.conv_general_dilated(x, p["w"], (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return x + p["b"]
 
 
-def group_norm(p, x, groups):
-    """Normalize x [B, H, W, C] over space and the C / groups channels of each group.
-
-    In float32: the statistics run over up to a million values a group, which bfloat16 cannot even count.
-    """
+def group_norm(p: dict, x: Array, groups: int) -> Array:
+    """Normalize x [B, H, W, C] over space and the C / groups channels of each group, in float32: a group has up to a
+    million values, and bfloat16 cannot even count that far."""
     B, H, W, C = x.shape
     y = x.astype(jnp.float32).reshape(B, H * W, groups, C // groups)
     y = y - y.mean((1, 3), keepdims=True)
@@ -263,26 +265,26 @@ def group_norm(p, x, groups):
     return (y.reshape(x.shape) * p["w"].astype(jnp.float32) + p["b"].astype(jnp.float32)).astype(x.dtype)
 
 
-def resnet(p, x, groups):
-    """Two convolutions around which the input is added; a 1x1 convolution fits it where the channels change."""
+def resnet(p: dict, x: Array, groups: int) -> Array:
+    """Apply two convolutions and add the input; a 1x1 convolution adapts the input if the channels change."""
     y = conv(p["conv1"], jax.nn.silu(group_norm(p["norm1"], x, groups)))
     y = conv(p["conv2"], jax.nn.silu(group_norm(p["norm2"], y, groups)))
     return y + (conv(p["shortcut"], x) if "shortcut" in p else x)
 
 
-def middle(p, x, groups):
-    """Resnet block, attention if the model has it, resnet block, at the lowest resolution."""
+def middle(p: dict, x: Array, groups: int) -> Array:
+    """Apply a resnet block, attention (if the model has it) and a resnet block, at the lowest resolution."""
     first, second = _in_order(p["resnets"])
     x = resnet(first, x, groups)
     return resnet(second, attention(p["attention"], x, groups) if "attention" in p else x, groups)
 
 
-def attention(p, x, groups):
-    """x [B, H, W, C] plus attention with one head over all its positions."""
+def attention(p: dict, x: Array, groups: int) -> Array:
+    """Add one-head attention over all positions to x [B, H, W, C]."""
     B, H, W, C = x.shape
     y = group_norm(p["norm"], x, groups).reshape(B, H * W, C)
     q, k, v = (y @ p[name]["w"] + p[name]["b"] for name in "qkv")
-    # Float32: a softmax in bfloat16 would round each of up to 16,384 weights to 8 bits before they are summed.
+    # Use float32: bfloat16 would round each of up to 16,384 softmax weights to 8 bits before their sum.
     weights = jax.nn.softmax(jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * C ** -0.5)
     y = weights.astype(x.dtype) @ v
     return x + (y @ p["out"]["w"] + p["out"]["b"]).reshape(x.shape)

@@ -1,19 +1,19 @@
-"""The kernels on TPUs, counted by the real compiler, as Markdown: python bench/bundles.py [v5e v6e]
+"""Count the cost of our TPU kernels with the real compiler, as Markdown: python bench/bundles.py [v5e v6e]
 
-Quantized products: scheduled bundles of one grid step, ours against a plain bfloat16 Pallas product with the same
-tiles. The tiles divide all of FLUX.1's shapes: only the number of steps is another, and a ratio holds for all of them.
-Bytes are per shape.
+Quantized products: scheduled bundles of one grid step, for our kernel and for a plain bfloat16 Pallas product with the
+same tiles. The tiles divide all of FLUX.1's shapes: shapes differ only in the number of steps, so the ratio holds for
+all. Bytes are per shape.
 
-A sparse decoder, forward and backward, beside the dense one, in cycles:
-- dense: three products of B x F x D multiply-adds at the matrix unit's peak (v5e: 4 units of 128 x 128, so 65,536 a
-  cycle; v6e 4 x 256 x 256; v4 and v5p 8 x 128 x 128), in bfloat16, and in the three passes of Precision.HIGH, which is
-  about as precise as the kernels' float32. A floor: the [B, F] activations that it makes and reads are not counted.
-- kernels: bundles of each loop x its trips, and of all else in a step x steps, as if every branch were taken. Entries
-  lie in n / 1024 + F / 256 visits, each with 7 on average that are outside of whole groups. v4 and v5p have two cores,
-  which share slices of D. HBM: rows read twice, their gradient written, tokens and entries, at peak bandwidth. The
-  larger of both counts, since blocks of rows are fetched while others are worked on.
-- sort: XLA's of (feature, place, value), and back of (place, gradient): 1.05 cycles an entry each, from the trips of
-  its loops for 262,144 entries on v5e. Not counted: the lists of visits, below 2 %.
+A sparse decoder, forward and backward, compared with the dense one, in cycles:
+- dense: three products of B x F x D multiply-adds at the peak of the matrix unit (v5e: 4 units of 128 x 128, so 65,536
+  per cycle; v6e 4 x 256 x 256; v4 and v5p 8 x 128 x 128), in bfloat16 and in the three passes of Precision.HIGH, which
+  is about as precise as the kernels' float32. This is a lower bound: writing and reading [B, F] is not counted.
+- kernels: bundles of each loop times its trips, plus the other bundles of a step times the steps, as if every branch
+  were taken. There are n / 1024 + F / 256 visits, each with 7 entries on average outside of whole groups. On v4 and v5p
+  two cores share the slices of D. HBM: time at peak bandwidth to read the rows twice, write their gradient, and move
+  tokens and entries. The larger of both numbers counts, because rows are fetched while others are computed.
+- sort: XLA's sort of (feature, place, value), and of (place, gradient) back: 1.05 cycles per entry each, from the trips
+  of its loops for 262,144 entries on v5e. The lists of visits are not counted; they take less than 2 %.
 """
 import importlib.metadata
 import sys
@@ -33,7 +33,8 @@ SORT = 1.05
 CORES = {"v4": 2, "v5p": 2}
 
 
-def main(*chips):
+def main(*chips: str) -> None:
+    """Print the tables for these chips, or for all."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     print(", ".join(f"{name} {version}" for name, version in versions.items()) + "\n")
     print("| chip | kernel | rows | tile | bundles | bfloat16 | ratio |\n|---|---|--:|---|--:|--:|--:|")
@@ -53,7 +54,8 @@ def main(*chips):
         print(f"| {n_in} x {out} | {2 * n:,} | " + " | ".join(f"{size / (2 * n):.3f}" for size in sizes) + " |")
 
 
-def compare(chip, kernel):
+def compare(chip: str, kernel: str) -> None:
+    """Print the rows of one quantized kernel beside the bfloat16 product."""
     ours = tpu.run(chip, [{"kernel": kernel, "rows": rows, "size": SHAPES[0]} for rows in ROWS])
     seen = {}
     for answer in ours:
@@ -70,7 +72,8 @@ def compare(chip, kernel):
         print(f"| {chip} | {kernel} | {answer['rows']} | {tile} | {n:,} | {plain:,} | {n / plain:.3f} |", flush=True)
 
 
-def sparse(chip, B, F, D, k):
+def sparse(chip: str, B: int, F: int, D: int, k: int) -> None:
+    """Print the row of the sparse decoder at one size."""
     answers = tpu.run(chip, [{"kernel": kernel, "rows": B, "size": (F, D), "k": k} for kernel in tpu.SPARSE])
     if errors := [answer["error"] for answer in answers if "error" in answer]:
         print(f"| {chip} | {errors[0]} |")
@@ -84,14 +87,14 @@ def sparse(chip, B, F, D, k):
           + f" | {dense / total:.1f} | {3 * dense / total:.1f} |", flush=True)
 
 
-def cycles(chip, answer):
-    """Bundles x trips of a sparse kernel on the busiest core."""
+def cycles(chip: str, answer: dict) -> float:
+    """Return bundles x trips of a sparse kernel on the busiest core."""
     (F, _), entries, tiles = answer["size"], answer["rows"] * answer["k"], answer["tiles"]
     chunks, blocks, tokens = (-(-n // size) for n, size in (
         (entries, kernels_tpu.ENTRIES), (F, kernels_tpu.ROWS), (answer["rows"], kernels_tpu.ROWS)))
     visits, tile = chunks + blocks - 1, kernels_tpu.ROWS // 8
-    zeros = kernels_tpu.ROWS * tiles["pitch"] / 128              # for one block of rows
-    apart = (kernels_tpu.GROUP - 1) / 2 * visits                 # before whole groups, and after
+    zeros = kernels_tpu.ROWS * tiles["pitch"] / 128              # loop trips to clear one block of rows
+    apart = (kernels_tpu.GROUP - 1) / 2 * visits                 # entries before whole groups, and as many after
     walk = [apart, (entries - 2 * apart) / kernels_tpu.GROUP, apart]
     if answer["kernel"] == tpu.SPARSE[0]:
         trips = [tokens * zeros, blocks * tile, *walk, tokens * tile]

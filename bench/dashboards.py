@@ -1,12 +1,12 @@
-"""How large and how quick dashboards are, as Markdown tables: python bench/dashboards.py [pages|memory] [FEATURES ...]
+"""Measure size and speed of dashboards, as Markdown tables: python bench/dashboards.py [pages|memory] [FEATURES ...]
 
-memory: what the statistics of 1,000 images of 256 x 256 pixels need besides the model and the SAE: of image tokens in
-one step, and of both streams (256 text tokens) in four. Codes are random: 32 features a token, of 1,024 that an image
-has, which are drawn by a popularity of heavy tail. Each row is a process of its own.
+memory: the memory that the statistics of 1,000 images of 256 x 256 pixels need besides the model and the SAE, for image
+tokens in one step, and for both streams (256 text tokens) in four steps. Codes are random: 32 features per token, from
+1,024 features per image, drawn with a heavy-tailed popularity. Each row runs in its own process.
 
-pages: random statistics of 1,000 images: 64 image tokens a picture, every feature with all of its examples, and maps in
-which a fifth of the tokens fire; real features fire at fewer. First paint and sorting are medians of nine in Chromium,
-from disk, with a cold cache.
+pages: pages from random statistics of 1,000 images with 64 image tokens each. Every feature has all its examples, and a
+fifth of the tokens fire in each map, more than for real features. First paint and sorting are medians of nine runs in
+Chromium, from disk, with a cold cache.
 """
 import dataclasses
 import resource
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,8 @@ import pages
 import stats
 
 
-def build(features, folder, images=1000):
-    """A dashboard; returns seconds, megabytes and files."""
+def build(features: int, folder: Path, images: int = 1000) -> tuple[float, float, int]:
+    """Write a dashboard. Return seconds, megabytes and number of files."""
     found, rng = large(features, images), np.random.default_rng(1)
     found.quantile_image[:] = rng.integers(0, images, found.quantile_image.shape)
     found.quantile_value[:] = rng.random(found.quantile_value.shape)
@@ -48,8 +49,8 @@ def build(features, folder, images=1000):
     return seconds, sum(path.stat().st_size for path in files) / 1e6, len(files)
 
 
-def browse(folder, runs=9):
-    """Milliseconds to the index's first paint, to the filled table, and to sort it."""
+def browse(folder: Path, runs: int = 9) -> list[float]:
+    """Return milliseconds to the first paint of the index, to the filled table, and to sort it."""
     from playwright.sync_api import sync_playwright
     paints, fills, sorts = [], [], []
     with sync_playwright() as playwright:
@@ -69,7 +70,8 @@ def browse(folder, runs=9):
     return [statistics.median(values) for values in (paints, fills, sorts)]
 
 
-def pages_table(features):
+def pages_table(features: Sequence[int]) -> None:
+    """Print the table of pages, a row per number of features."""
     print("| features | seconds to write | MB | files | first paint, ms | filled, ms | sort, ms |\n|" + "---:|" * 7)
     for count in features:
         with tempfile.TemporaryDirectory() as folder:
@@ -79,15 +81,17 @@ def pages_table(features):
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def memory_table(features):
-    print("| features | activations of | most memory, GB | saved state, MB | statistics, MB | pairs that fire "
-          "together, millions | ms an image | s to finish |\n|---:|---|" + "---:|" * 6, flush=True)
+def memory_table(features: Sequence[int]) -> None:
+    """Print the table of memory; each row is a subprocess."""
+    print("| features | activations of | peak memory, GB | saved state, MB | statistics, MB | pairs that fire "
+          "together, millions | ms per image | s to finish |\n|---:|---|" + "---:|" * 6, flush=True)
     for count in features:
         for timesteps, text in ((1, 0), (4, 256)):
             subprocess.run([sys.executable, __file__, "row", str(count), str(timesteps), str(text)], check=True)
 
 
-def memory_row(features, timesteps, text, images=1000, k=32, width=1024):
+def memory_row(features: int, timesteps: int, text: int, images: int = 1000, k: int = 32, width: int = 1024) -> None:
+    """Collect random statistics in this process, and print the row."""
     layout, rng = stats.Layout(timesteps, text, (16, 16)), np.random.default_rng(0)
     counts, popularity = stats.Counts(features, layout), 2 * np.log(rng.exponential(size=features))
     before, took, state = peak(), 0, 0
@@ -98,7 +102,7 @@ def memory_row(features, timesteps, text, images=1000, k=32, width=1024):
             start = time.perf_counter()
             counts.add(i, rng.lognormal(size=at.shape).astype(np.float32), here[at], 0)
             took += time.perf_counter() - start
-            if i % (images // 4) == images // 4 - 1:             # as every minute
+            if i % (images // 4) == images // 4 - 1:             # as dash.py does every minute
                 dash.Partial(Path(folder), {}).save(counts.settled(), i)
                 state = (Path(folder) / "partial.safetensors").stat().st_size
         pairs, start = len(counts.a["pair"]), time.perf_counter()
@@ -113,12 +117,13 @@ def memory_row(features, timesteps, text, images=1000, k=32, width=1024):
           f"{pairs / 1e6:.1f} | {1e3 * took / images:.0f} | {seconds:.0f} |", flush=True)
 
 
-def peak():
-    """Of this process, GB."""
+def peak() -> float:
+    """Return the peak memory of this process in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9         # Linux counts KiB
 
 
-def main(what="pages", *features):
+def main(what: str = "pages", *features: str) -> None:
+    """Print one of the tables; "row" is for internal use."""
     features = [int(n) for n in features]
     if what == "row":
         memory_row(*features)

@@ -1,13 +1,13 @@
-"""Dead features on activations with FLUX's pathologies, standardized and raw, as a Markdown table.
+"""Count dead features on synthetic activations as difficult as FLUX's, standardized and raw, as a Markdown table.
 
     python bench/dead.py [--features 16384] [--steps 600] [--kinds "pca,std,scale,plain std,plain scale"]
 
-The activations are sparse sums of a known dictionary, so that there is something to find, made as hard as FLUX.1's:
-scales of the dimensions over four orders of magnitude, one direction with 58 % of the raw variance, means far from
-zero, heavy tails. "scale" divides by one number, so that tokens have the mean square D: raw activations, but for the
-unit. All else is the same: the recipe of train.py at small models; "plain" is without what keeps features alive there,
-AuxK and the restraint of the rate. "dead": no firing on 131,072 held-out tokens; "silent": none in the last
-`dead_after` tokens (512,000 for 16,384 features), by the trainer's own counter.
+The activations are sparse sums of a known dictionary, so there is something to find. They have the difficulties of
+FLUX.1's: scales of the dimensions over four orders of magnitude, one direction with 58 % of the raw variance, means far
+from zero, heavy tails. "scale" divides by one number, so that tokens have the mean square D: these are the raw
+activations in another unit. The rest is the recipe of train.py for small models. "plain" removes what keeps features
+alive there, AuxK and the restraint of the rate. "dead" features do not fire on 131,072 held-out tokens. "silent"
+features did not fire in the last `dead_after` tokens (512,000 for 16,384 features), by the trainer's own counter.
 """
 import os
 import statistics
@@ -25,24 +25,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import apply
 import recipe as recipes
 import sae
 import session
 
-BATCH, HELD_OUT = 2048, range(10 ** 6, 10 ** 6 + 32)             # tokens; numbers of batches of twice as many
-SHARE = 0.58                                                     # of the variance, along one direction
+BATCH, HELD_OUT = 2048, range(10 ** 6, 10 ** 6 + 32)             # tokens per step; numbers of the larger test batches
+SHARE = 0.58                                                     # of the variance along one direction
 STEP = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
 
 
 class Pathological:
-    """A source of activations: `batch(number, tokens)` gives [tokens, D] float32, the same for the same number.
+    """A source of synthetic activations.
 
-    In units of each dimension's own scale, a token sums `active` of the directions `rows` [sources, D], drawn with
-    frequencies that fall as a power law, times log-normal amplitudes. Scales are log-normal, from 0.01 to 100. One
-    direction more, `line` [D], has a Student-t of 4 degrees of freedom as its amplitude. `mean` is 5 scales from zero.
+    In units of each dimension's own scale, a token is a sum of `active` of the directions `rows` [sources, D], drawn
+    with power-law frequencies and multiplied by log-normal amplitudes. Scales are log-normal, from 0.01 to 100. One
+    more direction, `line` [D], has a Student-t amplitude with 4 degrees of freedom. `mean` is 5 scales from zero.
     """
 
-    def __init__(self, width=256, sources=32768, active=24, seed=0):
+    def __init__(self, width: int = 256, sources: int = 32768, active: int = 24, seed: int = 0):
         r = np.random.default_rng(seed)
         rows = r.standard_normal((sources, width), dtype=np.float32)
         odds = (np.arange(sources) + 100.0) ** -0.7
@@ -55,13 +56,14 @@ class Pathological:
         self.line = jnp.zeros(width)
         self.line = _dominant(np.cov(self.batch(0, 65536), rowvar=False), self.scale * r.standard_normal(width))
 
-    def batch(self, number, tokens):
+    def batch(self, number: int, tokens: int) -> jax.Array:
+        """Return activations [tokens, D] float32, always the same for the same number."""
         world = self.rows, self.ends, self.scale, self.mean, self.line
         return _draw(world, jax.random.fold_in(self.key, number), tokens, self.active)
 
 
 def _dominant(covariance, direction):
-    """`direction` [D] of the length that gives the first principal axis SHARE of all variance, by bisection."""
+    """Scale `direction` [D] by bisection so that the first principal axis has SHARE of all variance."""
     line, low, high = np.asarray(direction, np.float64) / np.linalg.norm(direction), 0.0, 100 * np.trace(covariance)
     for _ in range(50):
         middle = (low + high) / 2
@@ -84,8 +86,8 @@ def _draw(world, key, tokens, active):
     return scale * sums + mean + jax.random.t(keys[2], 4.0, (tokens, 1)) / np.sqrt(2) * line
 
 
-def run(world, kind, features, steps, k=32):
-    """Cells of the table's row."""
+def run(world: Pathological, kind: str, features: int, steps: int, k: int = 32) -> tuple[str, ...]:
+    """Train and evaluate an SAE. Return the cells of its table row."""
     since, width, normalization = time.monotonic(), len(world.scale), kind.split()[-1]
     plain = {"aux_coefficient": 0.0, "restraint": float("inf")} if kind.startswith("plain") else {}
     cfg = sae.Config(d_in=width, features=features, k=k, lr=recipes.rate(features, k, width, "img", small=True),
@@ -94,12 +96,14 @@ def run(world, kind, features, steps, k=32):
     for i in range(1, steps + 1):
         state, metrics = STEP(state, cfg, world.batch(i, BATCH))
     silent, seconds = float(metrics["dead"]), time.monotonic() - since
-    found = sae.evaluate(sae.fold(state, cfg), cfg, (world.batch(i, 2 * BATCH) for i in HELD_OUT))
+    found = apply.evaluate(sae.fold(state, cfg), cfg, (world.batch(i, 2 * BATCH) for i in HELD_OUT))
     return (f"{100 * found.dead:.2f}", f"{100 * silent:.2f}", f"{found.fvu_standardized:.3f}",
             f"{found.fvu:.3f}", f"{found.l0:.1f}", f"{seconds:.0f}")
 
 
-def main(features=16384, steps=600, kinds="pca,std,scale,plain std,plain scale", **unknown):
+def main(features: int = 16384, steps: int = 600, kinds: str = "pca,std,scale,plain std,plain scale",
+         **unknown) -> None:
+    """Print the table, a row for each of `kinds`."""
     session.no_unknown_flags(unknown)
     world = Pathological()
     x = np.asarray(world.batch(10 ** 7, 65536), np.float64)

@@ -1,7 +1,7 @@
-"""Check and time what only a GPU shows of the SAE: python bench/gpu.py [--small]
+"""Check and time the SAE where only a GPU can show a problem: python bench/gpu.py [--small]
 
-Prints, with the card and the versions: how often `sae.encode` of raw residuals chooses the same features as float64 on
-the host; whether training steps give the same bits twice, in one process and in another; medians of a step's time.
+Print the card and the versions, how often `sae.encode` of raw residuals chooses the same features as float64 on the
+host, whether training steps give the same bits twice in one process and in another, and the median time of a step.
 """
 import hashlib
 import json
@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,7 +29,8 @@ D, F, K, B = (96, 512, 8, 256) if SMALL else (3072, 16384, 32, 4096)
 FOUND = {}
 
 
-def main():
+def main() -> None:
+    """Run all checks, and write $OUT/gpu.json if OUT is set."""
     tell("device", f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     for ratio in (5, 50, 300):
         agreement(ratio)
@@ -43,22 +46,23 @@ def main():
         Path(os.environ["OUT"], "gpu.json").write_text(json.dumps(FOUND, indent=1))
 
 
-def tell(name, value):
+def tell(name: str, value: Any) -> None:
+    """Print a result, and keep it in FOUND."""
     FOUND[name] = value
     print(f"{name}: {value}", flush=True)
 
 
-def residuals(rng, n, ratio):
-    """Raw residuals [n, D] around a mean of about `ratio` standard deviations, of a few large directions and many small
-    ones."""
+def residuals(rng: np.random.Generator, n: int, ratio: float) -> np.ndarray:
+    """Return raw residuals [n, D] with a few large and many small directions, and a mean of about `ratio` standard
+    deviations."""
     scale = np.exp(rng.standard_normal(D)).astype(np.float32)
     mixed = rng.standard_normal((n, 64)).astype(np.float32) @ rng.standard_normal((64, D)).astype(np.float32) / 8
     u = mixed + 0.5 * rng.standard_normal((n, D)).astype(np.float32)
     return scale * (u + ratio * rng.choice([-1, 1], D).astype(np.float32))
 
 
-def agreement(ratio):
-    """Share of the chosen features that float64 chooses too, for `encode` and for one product in HIGH precision."""
+def agreement(ratio: float) -> None:
+    """Tell which share of the chosen features float64 also chooses, for `encode` and for one HIGH precision product."""
     x = residuals(np.random.default_rng(ratio), 2 * B, ratio)
     cfg = sae.Config(d_in=D, features=F, k=K)
     params = sae.fold(sae.init(jax.random.key(0), cfg, x[:B]), cfg)
@@ -70,21 +74,21 @@ def agreement(ratio):
                             for i in range(0, B, 512)])
     share = lambda found: np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(np.asarray(found), exact)])
     tell(f"mean / std {ratio}: agreement with float64", round(float(share(ours)), 6))
-    tell(f"mean / std {ratio}: of one product in HIGH", round(float(share(high)), 6))
+    tell(f"mean / std {ratio}: agreement of one product in HIGH", round(float(share(high)), 6))
 
 
-def start(activation, tokens):
-    """(cfg, state with 1 % of the features dead, batches)"""
+def start(activation: str, tokens: int) -> tuple[sae.Config, sae.State, jax.Array]:
+    """Return (cfg, state with 1 % of the features dead, batches)."""
     x = residuals(np.random.default_rng(1), 5 * tokens, 5)
     cfg = sae.Config(d_in=D, features=F, k=K, activation=activation, warmup=1)
     state = sae.init(jax.random.key(0), cfg, x[:tokens])
     dead = jnp.arange(F) % 100 == 0
-    state = state._replace(idle=jnp.where(dead, cfg.dead_after + 1, 0))
+    state = state._replace(since_fired=jnp.where(dead, cfg.dead_after + 1, 0))
     return cfg, state, jnp.asarray(x).reshape(5, tokens, D)
 
 
-def trained(activation):
-    """A hash of the state after five steps."""
+def trained(activation: str) -> str:
+    """Return a hash of the state after five steps."""
     cfg, state, batches = start(activation, B // 2)
     step = jax.jit(sae.step, static_argnums=1)
     for x in batches:
@@ -95,8 +99,8 @@ def trained(activation):
     return total.hexdigest()
 
 
-def products():
-    """The gradient of the decoder's rows by each way."""
+def products() -> None:
+    """Time each method for the gradient of the decoder's rows."""
     rng = np.random.default_rng(2)
     values, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((B, K), (B, D)))
     indices = jnp.asarray(np.argsort(rng.random((B, F)), 1)[:, :K] if SMALL else
@@ -120,8 +124,8 @@ def products():
                                           f"error {error:.1e}")
 
 
-def scatter(values, indices, x, features=F, spare=None):
-    """The sum as before, whose order is the scheduler's."""
+def scatter(values: jax.Array, indices: jax.Array, x: jax.Array, features: int = F, spare: Any = None) -> jax.Array:
+    """Compute the sum by scatters, as an earlier version did: the GPU's scheduler decides the order."""
     def add(total, part):
         value, index = part
         return total.at[index].add(value[:, None] * x), None
@@ -129,11 +133,11 @@ def scatter(values, indices, x, features=F, spare=None):
     return lax.scan(add, jnp.zeros((features, x.shape[1])), (values.T, indices.T))[0]
 
 
-def steps():
-    """Medians of a training step, as it is and with the scatter of before."""
+def steps() -> None:
+    """Time a training step, with the present method and with scatters."""
     ours = kernels.PLAIN["scan"]
     for tokens in (B // 2, 2 * B):
-        for name, outer in (("as it is", ours[2]), ("with scatters", scatter)):
+        for name, outer in (("current", ours[2]), ("with scatters", scatter)):
             kernels.PLAIN["scan"] = (*ours[:2], outer)
             cfg, state, batches = start("topk", tokens)
             step = jax.jit(lambda state, x, cfg=cfg: sae.step(state, cfg, x))
@@ -142,7 +146,8 @@ def steps():
     kernels.PLAIN["scan"] = ours
 
 
-def median(call, n=20):
+def median(call: Callable, n: int = 20) -> float:
+    """Return the median of the seconds that a call takes."""
     jax.block_until_ready(call())
     seconds = []
     for _ in range(3 if SMALL else n):

@@ -1,9 +1,9 @@
-"""What interventions cost a denoising step of nano, as a Markdown table: python bench/interventions.py ckpt
+"""Time interventions in a denoising step of nano, as a Markdown table: python bench/interventions.py ckpt
 
-One step (`flux.velocity`) of a batch of 8 at 128 x 128 pixels, as it is; with the residual at the SAE's layer captured;
-with an addition there, for which nothing is encoded; with a feature scaled, for which the SAE encodes; with the SAE's
-reconstruction spliced in; and the encoder's product, and encoder and decoder, alone on those tokens. All in turns, side
-by side, so that what else the machine does falls on all; medians.
+The rows are one step (`flux.velocity`) of a batch of 8 at 128 x 128 pixels without changes; with the residual
+captured at the SAE's layer; with an addition there, which needs no encoding; with a scaled feature, which needs the
+encoder; with the SAE's reconstruction spliced in; and, on the same tokens, the encoder's product alone, and encoder and
+decoder alone. They take turns, so that other work on the machine slows all of them equally. Times are medians.
 """
 import os
 import statistics
@@ -25,7 +25,8 @@ import session
 import steer
 
 
-def main(checkpoint="ckpt", rounds=60, batch=8):
+def main(checkpoint: str = "ckpt", rounds: int = 60, batch: int = 8) -> None:
+    """Print the table for the SAE in a checkpoint folder."""
     model = flux.load("nano", dtype=jnp.float32)
     ours = steer.load(checkpoint, model, prompts=16)
     start = flux.prepare(model, ["a red cube"] * batch, steps=1, size=128)
@@ -43,7 +44,8 @@ def main(checkpoint="ckpt", rounds=60, batch=8):
     def changed(**by):
         return step(steer.edits(model, start, [steer.Change(ours, 3, **by)])(0))
 
-    runs = {"a step": step(), "captured": lambda: flux.catch(*args, grid=start.grid, layer=ours.layer, names=names),
+    captured = lambda: flux.velocity_and_values(*args, grid=start.grid, layer=ours.layer, names=names)
+    runs = {"a step": step(), "captured": captured,
             "an addition": changed(add=8), "a feature scaled": changed(scale=2),
             "spliced": step(score.edits(session.subject(model, checkpoint), "spliced", 1.0)),
             "the SAE's product alone": lambda: product(params, x), "the SAE alone": lambda: both(params, x)}
@@ -56,7 +58,7 @@ def main(checkpoint="ckpt", rounds=60, batch=8):
     medians = {name: 1e3 * statistics.median(took[3:]) for name, took in times.items()}
     plain, captured, addition, scaled, spliced, alone, whole = medians.values()
     print(f"{os.cpu_count()} CPUs, jax {jax.__version__}; layer {ours.layer}, {ours.cfg.features:,} features, "
-          f"{x.shape[0]} x {x.shape[1]} tokens, median of {rounds}\n\n| | ms | of a step |\n|---|--:|--:|")
+          f"{x.shape[0]} x {x.shape[1]} tokens, median of {rounds}\n\n| | ms | share of a step |\n|---|--:|--:|")
     for name, took in medians.items():
         print(f"| {name} | {took:.1f} | {took / plain:.3f} |")
     besides = {"capture": captured, "an addition": addition, "scaling, besides the product": scaled - alone,

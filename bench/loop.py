@@ -1,16 +1,16 @@
-"""What a run waits for: harvesting and SAE steps, apart and overlapped, as Markdown tables: python bench/loop.py
+"""Measure how harvesting and SAE steps overlap in a run, as Markdown tables: python bench/loop.py
 
-    python bench/loop.py [nano] [flux]                     # what is measured here, what is counted for TPUs
+    python bench/loop.py [nano] [flux]                     # measured on this machine, and estimated for TPUs
 
-nano is measured, chunks in turns: the loop as train.py runs it, and with every pass and step waited for, whose times
-are given apart. FLUX.1 is counted: operations of the products (from the jaxprs of its real shapes) at the chip's peak,
-or bytes at its bandwidth where these take longer; so they are floors. Assumptions: layer 18 at 256 x 256 pixels, 256
-text tokens, 4 prompts a pass, each encoded anew; NF4 weights read once a pass. An SAE step has 2,048 tokens and k = 32;
-its encoder's product takes three bfloat16 passes on a TPU; parameters and moments are read and written once, gradients
-written and read once, a decoder row gathered or added to four times for each token and active feature. On this CPU: the
-same operations at the rate of one large float32 product. "host" is measured here, and given line by line: what the
-overlap hides on a TPU. Its model has FLUX.1's layers and vocabularies (nano's, filled up with random pieces), but tiny
-widths, so that sending its programs is all that they take. The link to the chip is taken as 10 GB/s each way.
+nano is measured: chunks alternate between the loop of train.py and a loop that waits for every pass and step, whose
+times are listed separately. FLUX.1 is estimated: the operations of the products (from the jaxprs of its real shapes) at
+the chip's peak, or the bytes at its bandwidth if these take longer; the times are lower bounds. Assumptions: layer 18
+at 256 x 256 pixels, 256 text tokens, 4 prompts per pass, each encoded anew; NF4 weights read once per pass. An SAE step
+has 2,048 tokens and k = 32; its encoder's product takes three bfloat16 passes on a TPU; parameters and moments are read
+and written once, gradients written and read once, and a decoder row is gathered or added to four times per token and
+active feature. The row of this CPU assumes the rate of one large float32 product. "host" is measured here, line by
+line: on a TPU the overlap hides it. Its model has FLUX.1's layers and vocabularies (nano's plus random pieces) but tiny
+widths, so that only sending its programs takes time. The link to the chip is assumed to carry 10 GB/s each way.
 """
 import itertools
 import os
@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,10 +44,11 @@ import weights
 CHIPS = {"v5e": (197e12, 819e9), "v6e": (918e12, 1640e9), "v4": (275e12, 1228e9), "v5p": (459e12, 2765e9)}
 LINK = 10e9                                                      # bytes/s between host and chip, each way
 LAYER, B, T, I, D, TOKENS, K = 18, 4, 256, 256, 3072, 2048, 32
-PASSES = TOKENS // (B * I)                                       # for the tokens of a step
+PASSES = TOKENS // (B * I)                                       # passes that give the tokens of a step
 
 
-def main(*names):
+def main(*names: str) -> None:
+    """Print the tables of nano and FLUX.1, or of one of them."""
     print(f"{os.cpu_count()} CPUs, jax {jax.__version__}\n")
     for name in names or ("nano", "flux"):
         {"nano": nano, "flux": full_size}[name]()
@@ -55,8 +57,8 @@ def main(*names):
 # ---------------------------------------------------------------- nano, measured
 
 
-def nano(rounds=5):
-    """Medians of `rounds` chunks."""
+def nano(rounds: int = 5) -> None:
+    """Print the medians of `rounds` chunks."""
     folder, cfg = flux.read_config("nano")
     run = train.defaults("nano", folder, cfg, {"layer": 3, "steps": 10 ** 6})
     model = flux.load("nano", dtype=jnp.float32, last=run.layer)
@@ -76,16 +78,17 @@ def nano(rounds=5):
 
 
 class Loop:
-    """Training without files; every call goes through one chunk."""
+    """A training loop without files; every call trains on one chunk."""
 
-    def __init__(self, run, harvest):
+    def __init__(self, run: train.Run, harvest: data.Activations):
         self.harvest, self.number = harvest, 0
         harvest.ready(0)
         self.cfg = train.config(run, harvest.rows.shape[-1], harvest.groups)
         self.state = sae.init(jax.random.key(0), self.cfg, harvest.rows[0, :65536].astype(np.float32))
         self.step = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
 
-    def chunk(self):
+    def chunk(self) -> float:
+        """Return the seconds of a chunk with overlap."""
         start = time.perf_counter()
         for n in range(self.number, self.number + self.harvest.batches):
             self.harvest.ready(n)
@@ -94,8 +97,8 @@ class Loop:
         self.number = n + 1
         return time.perf_counter() - start
 
-    def waiting(self):
-        """Seconds of (the passes, the steps) of a chunk, each waited for before the next is sent."""
+    def waiting(self) -> np.ndarray:
+        """Return the seconds of (the passes, the steps) of a chunk, without overlap."""
         h, send, seconds = self.harvest, self.harvest.send, np.zeros(2)
         h.send = lambda *args: jax.block_until_ready(send(*args))
         for n in range(self.number, self.number + h.batches):
@@ -108,35 +111,37 @@ class Loop:
         return seconds
 
 
-# ---------------------------------------------------------------- FLUX.1, counted
+# ---------------------------------------------------------------- FLUX.1, estimated
 
 
-def full_size():
+def full_size() -> None:
+    """Print the table of FLUX.1."""
     passes, sizes = harvest_floor()
     with tempfile.TemporaryDirectory() as folder:
         opening, lines = host_work(Path(folder))
     here, rate, host = f"{os.cpu_count()} CPUs here", product_rate(), sum(lines.values())
     print(f"FLUX.1: {TOKENS:,} tokens are {PASSES} passes of {B} prompts, each {passes[0] / 1e12:.1f} TFLOP of T5-XXL "
           f"and {passes[1] / 1e12:.1f} of blocks\n\n"
-          "| on | harvest | of it T5-XXL | step, 16,384 | 65,536 | link | host |\n|---|--:|--:|--:|--:|--:|--:|")
+          "| chip | harvest | share of T5-XXL | step, 16,384 | 65,536 | link | host |\n|---|--:|--:|--:|--:|--:|--:|")
     for name, (peak, bandwidth) in (CHIPS | {here: (rate, np.inf)}).items():
         t5, blocks = (PASSES * max(count / peak, size / bandwidth) for count, size in zip(passes, sizes))
-        rounds = 1 if name == here else 3                        # of the encoder's product
+        rounds = 1 if name == here else 3                        # passes of the encoder's product
         steps = [max(rounds * count / peak, size / bandwidth) for count, size in map(step_floor, (16384, 65536))]
         beside = ["", ""] if name == here else [seconds(2 * TOKENS * D / LINK), seconds(host)]
         print(f"| {name} | {seconds(t5 + blocks)} | {t5 / (t5 + blocks):.0%} | {' | '.join(map(seconds, steps))} | "
               f"{' | '.join(beside)} |")
-    print("\nhost, for a step: " + ", ".join(f"{what} {seconds(t)}" for what, t in lines.items()) +
+    print("\nhost, per step: " + ", ".join(f"{what} {seconds(t)}" for what, t in lines.items()) +
           f"; once: opening the tokenizers {seconds(opening)}")
 
 
-def seconds(t):
+def seconds(t: float) -> str:
+    """Return a duration as text."""
     return f"{t:.1f} s" if t >= 1 else f"{1e3 * t:.1f} ms"
 
 
-def host_work(folder, rounds=20):
-    """(seconds to open the tokenizers, {what: seconds} in which this host prepares and sends the passes of one step,
-    and moves their rows into a chunk and out of it)."""
+def host_work(folder: Path, rounds: int = 20) -> tuple[float, dict[str, float]]:
+    """Return (seconds to open the tokenizers, {what: seconds}). The latter are this host's times to prepare and send
+    the passes of one step, and to move their rows into a chunk and out of it."""
     synthetic.tokenizers(folder)
     model, begun = skeleton(folder), time.perf_counter()
     captions = list(itertools.islice(data.stream("scenes"), B))
@@ -161,8 +166,8 @@ def host_work(folder, rounds=20):
     return opening, {what: statistics.median(t[1:]) for what, t in times.items()}
 
 
-def skeleton(folder):
-    """FLUX.1's layers and vocabularies, with tiny widths; tokenizers from that folder."""
+def skeleton(folder: Path) -> flux.Model:
+    """Return a model with FLUX.1's layers and vocabularies and tiny widths, and with the tokenizers of the folder."""
     cfg = flux.Config(attention_head_dim=16, num_attention_heads=1, axes_dims_rope=(4, 6, 6), joint_attention_dim=16,
                       pooled_projection_dim=16)
     t5 = text.T5Config(d_model=16, d_kv=8, d_ff=16, num_heads=2)
@@ -173,8 +178,8 @@ def skeleton(folder):
                       folder, T, 256)
 
 
-def harvest_floor():
-    """((FLOPs of T5-XXL, of the blocks), (bytes of their NF4 weights)) of a forward pass."""
+def harvest_floor() -> tuple[tuple, tuple]:
+    """Return ((FLOPs of T5-XXL, of the blocks), (bytes of their NF4 weights)) of a forward pass."""
     cfg, t5 = flux.Config(), text.T5Config()
     one = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     params, encoder = (jax.tree.map(lambda t: one(*(() if t.layers is None else (t.layers,)), *t.shape), table)
@@ -187,14 +192,14 @@ def harvest_floor():
     return counts, (0.5625 * sum(leaf.size for leaf in jax.tree.leaves(encoder)), 0.5625 * stacked)
 
 
-def step_floor(features):
-    """(FLOPs of the encoder's product and of turning tokens to the principal axes, bytes moved) of a step."""
+def step_floor(features: int) -> tuple[int, int]:
+    """Return (FLOPs of the encoder's product and of the rotation to the principal axes, bytes moved) of a step."""
     matrix, gathered = 4 * features * D, 4 * TOKENS * K * D * 4
     return 2 * TOKENS * (features + D) * D, 2 * (3 * 2 + 2) * matrix + gathered
 
 
-def flops(function, *shapes):
-    """Of the products in a function: 2 x multiplications, with loops counted as often as they run."""
+def flops(function: Callable, *shapes) -> int:
+    """Return the FLOPs of the products in a function: 2 x multiplications, times the iterations of its loops."""
     def count(jaxpr):
         total = 0
         for eqn in jaxpr.eqns:
@@ -211,8 +216,8 @@ def flops(function, *shapes):
     return count(jax.make_jaxpr(function)(*shapes).jaxpr)
 
 
-def product_rate(n=4096, rounds=3):
-    """FLOP/s of a float32 product here."""
+def product_rate(n: int = 4096, rounds: int = 3) -> float:
+    """Return the FLOP/s of a float32 product on this machine."""
     a, product = jnp.ones((n, n)), jax.jit(jnp.matmul)
     seconds = []
     for _ in range(rounds + 1):

@@ -1,18 +1,19 @@
-"""What the SAEs of nano's layers leave out, and how true attributions are, as Markdown tables.
+"""Score the SAEs of nano's layers, and check attributions against ablations, as Markdown tables.
 
     python bench/scores.py --ckpts DIR                          # DIR/layer0 … layer11, as train.py writes them
     python bench/scores.py --ckpts DIR --what attribution
 
-Without --ckpts, SAEs of --steps steps are trained in a temporary folder. "loss" is `score.score` on renders of held-out
-scenes (--n), at 8 noise levels; images are drawn in --drawn steps; the checkpoints get an eval.json. "attribution": for
-pairs of layers, features that fire for a held-out caption are attributed to the features of an earlier layer, and the
-attributions of up to 128 of these, drawn at random, are compared with what ablating each at all tokens does to the
-target; likewise of text tokens, with emptying their T5 state. Correlations are means over targets.
+Without --ckpts, train SAEs for --steps steps in a temporary folder. "loss" runs `score.score` on renders of --n
+held-out scenes at 8 noise levels, draws images in --drawn steps, and writes an eval.json into each checkpoint.
+"attribution": for pairs of layers, attribute features that fire for a held-out caption to the features of an earlier
+layer. Compare the attributions of up to 128 random features of these with the effect on the target of ablating each at
+all tokens; and those of text tokens with the effect of emptying their T5 state. Correlations are means over targets.
 """
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ |= {"TQDM_DISABLE": "1", "JAX_PLATFORMS": "cpu"}
@@ -32,13 +33,15 @@ import session
 PAIRS = ((0, 1), (0, 3), (3, 4), (3, 8), (5, 8), (8, 11))
 
 
-def train(folder, layers, steps):
+def train(folder: Path, layers: Sequence[int], steps: int) -> None:
+    """Train an SAE for each layer with train.py."""
     for layer in layers:
         subprocess.run([sys.executable, ROOT / "train.py", "--model=nano", f"--layer={layer}", f"--steps={steps}",
                         f"--out={folder / f'layer{layer}'}"], check=True, stdout=subprocess.DEVNULL)
 
 
-def loss_table(model, folder, layers, n, drawn):
+def loss_table(model: flux.Model, folder: Path, layers: Sequence[int], n: int, drawn: int) -> None:
+    """Score the SAEs, write their eval.json, and print the tables."""
     scenes = sources.scenes()
     some = [scenes.sample(i) for i in range(n)]
     data = score.dataset(model, [scenes.caption(s) for s in some], [scenes.render(s, 128).image for s in some])
@@ -62,14 +65,16 @@ def loss_table(model, folder, layers, n, drawn):
         print(f"| {layer} | {' | '.join(show(row['recovered_mean']) for row in one['per_timestep'])} |")
 
 
-def show(x):
+def show(x: float | None) -> str:
+    """Return a number as text, or a dash for None."""
     return "–" if x is None else f"{x:.3f}"
 
 
-def attribution_table(model, folder, captions=4, targets=4, most=128):
+def attribution_table(model: flux.Model, folder: Path, captions: int = 4, targets: int = 4, most: int = 128) -> None:
+    """Print the table of attributions, a row per pair of layers."""
     scenes = sources.scenes()
     texts = [scenes.caption(scenes.sample(i)) for i in range(captions)]
-    print("| from layer | to layer | targets | Pearson | least | Spearman | slope | of the 10 largest, Pearson | "
+    print("| from layer | to layer | targets | Pearson | minimum | Spearman | slope | 10 largest, Pearson | "
           "text tokens, Pearson |\n|--:|--:|" + "--:|" * 7)
     rng = np.random.default_rng(0)
     for a, b in PAIRS:
@@ -90,23 +95,27 @@ def attribution_table(model, folder, captions=4, targets=4, most=128):
               f"{mean[3]:.3f} | {mean[4]:.2f} |", flush=True)
 
 
-def firing(model, target, text, number):
-    """The features that fire for this caption, in the pass that `attribute` makes."""
+def firing(model: flux.Model, target: session.Subject, text: str, number: int) -> np.ndarray:
+    """Return the features that fire for this caption in the forward pass of `attribute`."""
     start = sources.beginning(model, [text], [number], np.array([1, 0], np.float32), (8, 8), 0)
     values, indices = sae.encode(target.params[0], target.cfg,
                                  flux.capture(model, start, layer=target.layer, site="img")[0])
     return np.unique(np.asarray(indices)[np.asarray(values) > 0])
 
 
-def pearson(a, b):
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Pearson's correlation."""
     return np.corrcoef(a, b)[0, 1]
 
 
-def spearman(a, b):
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Spearman's rank correlation."""
     return pearson(a.argsort().argsort(), b.argsort().argsort())
 
 
-def main(ckpts="", what="loss,attribution", n=32, drawn=4, steps=400, layers=None, **unknown):
+def main(ckpts: str = "", what: str = "loss,attribution", n: int = 32, drawn: int = 4, steps: int = 400,
+         layers: Sequence[int] | None = None, **unknown) -> None:
+    """Print the tables that `what` names, for these layers or for all."""
     session.no_unknown_flags(unknown)
     layers = list(range(12)) if layers is None else np.atleast_1d(layers).tolist()
     what = what.split(",") if isinstance(what, str) else list(what)

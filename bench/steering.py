@@ -1,20 +1,21 @@
-"""Is steering true? Images of nano steered toward a colour or a shape, judged, as Markdown tables and a picture.
+"""Steer nano's images toward a colour or a shape, and let a judge check them, as Markdown tables and a picture.
 
     python bench/steering.py ckpt3 ckpt5 ckpt8 --out docs/steering.webp     # SAEs of image tokens
 
-For each colour and shape, the feature whose maximum in an image tells it best (AUROC on held-out scenes of one to three
-objects, activations of a single step) is added in every step, at every image token or at those alone that show the
-object of the unsteered image (which in nano's world is more saturated, or whiter, than floor and wall), while captions
-of one object are drawn that state another colour or shape. nano's judge says what the images show. Beside it, with
-vectors of the same norm: a random feature, the block's MLP neuron with the best AUROC and a random one (their rows of
-the output weights, through the mean gate), and, as what a probe that is given the labels would do, the difference of
-the mean residuals with and without the attribute. The judge has to name something: it sees a colour also where no
-object is left, and then "stays" is chance. Strengths, for each line its own, are chosen on captions that are not those
-reported, where the feature also chooses the layer, and where it is added: everywhere, or at the object.
+For each colour and shape, take the feature whose maximum in an image predicts it best (AUROC on held-out scenes of one
+to three objects, activations of a single step). Draw captions of one object that state another colour or shape, and add
+the feature in every step, at every image token or only at the tokens that show the object in the unsteered image. (In
+nano's world an object is more saturated, or whiter, than floor and wall.) nano's judge says what the images show.
+Comparisons, with vectors of the same norm: a random feature; the block's MLP neuron with the best AUROC, and a random
+neuron (their rows of the output weights, times the mean gate); and the difference of the mean residuals with and
+without the attribute, as a probe with labels would find. The judge always names a colour, also if no object is left;
+"stays" is then chance. Strengths are chosen per row on captions that are not reported. On these captions the feature
+also decides the layer, and where vectors are added: everywhere, or at the object.
 """
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ |= {"TQDM_DISABLE": "1", "JAX_PLATFORMS": "cpu"}
@@ -39,18 +40,19 @@ import steer
 COLORS, SHAPES, SIZE, BATCH = evaluate.COLORS, evaluate.SHAPES, evaluate.SIZE, 32
 TARGETS = [(f"color: {word}", 1, i) for i, word in enumerate(COLORS)]
 TARGETS += [(f"shape: {word}", 0, i) for i, word in enumerate(SHAPES)]           # name, column of verdicts, index
-CHOOSE, REPORT = 5_000, 6_000                                    # first seeds of captions: all held out
+CHOOSE, REPORT = 5_000, 6_000                                    # first seeds of the captions; all are held out
 METHODS = ("feature", "random feature", "neuron", "random neuron", "difference of means")
 PLACES = ("everywhere", "at the object")
 
 
-def main(*folders, n=40, few=12, scenes=512, steps=4, strengths="4,8,16,32", out="", **unknown):
-    """--n captions are reported, --few others choose layer and strengths; --scenes choose features and neurons."""
+def main(*folders: str, n: int = 40, few: int = 12, scenes: int = 512, steps: int = 4, strengths: str = "4,8,16,32",
+         out: str = "", **unknown) -> None:
+    """Report --n captions. Choose layer and strengths on --few others, and features and neurons on --scenes."""
     session.no_unknown_flags(unknown)
     model, start = flux.load("nano", dtype=jnp.float32), time.monotonic()
     strengths = [float(s) for s in strengths.split(",")]
     chooser, reporter = (Pictures(model, first, count, steps) for first, count in ((CHOOSE, few), (REPORT, n)))
-    found = {place: [] for place in PLACES}                      # rows of scores, strength, directions
+    found = {place: [] for place in PLACES}                      # rows of (scores, strength, directions)
     for folder in folders:
         directions = Directions(model, folder, scenes)
         for place, rows in found.items():
@@ -69,20 +71,21 @@ def main(*folders, n=40, few=12, scenes=512, steps=4, strengths="4,8,16,32", out
     print(f"\n{time.monotonic() - start:.0f} seconds")
 
 
-def best(pictures, directions, method, strengths, place):
-    """(strength, its scores) at which most images change and keep the rest, colours and shapes alike."""
+def best(pictures: "Pictures", directions: "Directions", method: str, strengths: Sequence[float],
+         place: str) -> tuple[float, list[float]]:
+    """Return (strength, its scores) for which most images take the target and keep the other attribute."""
     scores = {s: pictures.score(directions, method, s, place) for s in strengths}
     return max(scores.items(), key=lambda item: kept(item[1]))
 
 
-def kept(scores):
-    """Of `Pictures.score` the shares that change and keep the rest, summed."""
+def kept(scores: list[float]) -> float:
+    """Return the sum of the two shares "both" in the result of `Pictures.score`."""
     return scores[2] + scores[5]
 
 
-def report(pictures, directions, chosen, place):
-    """Print the table of what each method does at its chosen strength, and what it was made from."""
-    print("| along | strength | colour becomes it | shape stays | both | shape becomes it | colour stays | both |\n"
+def report(pictures: "Pictures", directions: "Directions", chosen: dict[str, float], place: str) -> None:
+    """Print what each method does at its chosen strength, and the features and neurons."""
+    print("| method | strength | takes colour | shape stays | both | takes shape | colour stays | both |\n"
           "|---|" + "--:|" * 7)
     for method, strength in chosen.items():
         cells = [f"{x:.0%}" for x in pictures.score(directions, method, strength, place)]
@@ -92,10 +95,10 @@ def report(pictures, directions, chosen, place):
 
 
 class Directions:
-    """Vectors [targets, D] to add for strength 1 along each of METHODS, of one norm for each target: that of the
-    feature's decoder row times its typical activation."""
+    """The vectors [targets, D] that each of METHODS adds at strength 1. For each target all have the same norm: that of
+    the feature's decoder row times its typical activation."""
 
-    def __init__(self, model, folder, n):
+    def __init__(self, model: flux.Model, folder: str, n: int):
         world = data.scenes()
         drawn = [world.sample(i) for i in range(n)]
         texts = [world.caption(scene) for scene in drawn]
@@ -117,9 +120,9 @@ class Directions:
         self.of = {name: norm * v / np.linalg.norm(v, axis=1, keepdims=True) for name, v in along.items()}
 
 
-def activations(model, loaded, texts):
-    """Maxima over image tokens of features [N, F] and of the block's neurons [N, 4 D], mean residuals [N, D], and the
-    MLP's mean gate [D], at pure noise."""
+def activations(model: flux.Model, loaded: session.Subject, texts: list[str]) -> tuple[np.ndarray, ...]:
+    """Return, at pure noise, the maxima over image tokens of features [N, F] and of the block's neurons [N, 4 D], the
+    mean residuals [N, D], and the MLP's mean gate [D]."""
     cfg, layer = model.cfg, loaded.layer
     double = layer < cfg.num_layers
     stream, name = ("double.img", "double.img.neurons") if double else ("single.img", "single.neurons")
@@ -129,9 +132,9 @@ def activations(model, loaded, texts):
     for i in range(0, len(texts), BATCH):
         noise = flux.draw_noise(0, data.DRAWN + i + np.arange(BATCH), (64, cfg.in_channels))
         start = flux.prepare(model, texts[i:i + BATCH], steps=1, size=SIZE, noise=noise)
-        _, caught = flux.catch(model.params, cfg, start.latents, *flux.at(start, 0), grid=start.grid, layer=layer,
-                               names=(stream, name))
-        x, neurons = caught[stream], caught[name][:, -64:]
+        _, found = flux.velocity_and_values(model.params, cfg, start.latents, *flux.at(start, 0), grid=start.grid,
+                                            layer=layer, names=(stream, name))
+        x, neurons = found[stream], found[name][:, -64:]
         values, indices = sae.encode(loaded.params[0], loaded.cfg, x)
         top = jnp.zeros((BATCH, loaded.cfg.features)).at[jnp.arange(BATCH)[:, None, None], indices].max(values)
         mod = mmdit._begin(ends, cfg, start.latents, *flux.at(start, 0), grid=start.grid)[2]
@@ -141,21 +144,23 @@ def activations(model, loaded, texts):
     return features, neurons, means, gates.mean(0)
 
 
-def output_rows(model, layer):
-    """What each MLP neuron of a block's image stream writes, before the gate: [4 D, D]."""
+def output_rows(model: flux.Model, layer: int) -> np.ndarray:
+    """Return the output weights [4 D, D] of the MLP neurons of a block's image stream, before the gate."""
     n = layer - model.cfg.num_layers
     if n < 0:
         return np.asarray(model.params["double"]["img"]["fc2"]["w"][layer])
     return np.asarray(model.params["single"]["out"]["w"][n])[model.cfg.width:]      # attention's rows come first
 
 
-def added(name, x, each, shared):
+def added(name: str, x: jax.Array, each: tuple, shared: None) -> jax.Array:
+    """Add vectors to the tokens that a mask selects, as the function of a `flux.Edit`."""
     vectors, where = each                                        # [B, D], [B, I]
     return x + (where[..., None] * vectors[:, None]).astype(x.dtype)
 
 
-def object_tokens(images, share=0.3):
-    """Where an image shows more than floor and wall, [B, 64]: tokens of whose pixels `share` are saturated or white."""
+def object_tokens(images: np.ndarray, share: float = 0.3) -> np.ndarray:
+    """Return a mask [B, 64] of the tokens that show an object: at least `share` of their pixels are saturated or white.
+    An image without such a token gets all its tokens."""
     rgb = images.astype(np.float32) / 255
     low, high = rgb.min(-1), rgb.max(-1)
     solid = (high - low > 0.3 * high) | (low > 0.83)
@@ -164,9 +169,9 @@ def object_tokens(images, share=0.3):
 
 
 class Pictures:
-    """Captions of one object that state colour and shape, and how the judge sees them steered and unsteered."""
+    """Captions of one object that state colour and shape, with the judge's verdicts on their images."""
 
-    def __init__(self, model, first, n, steps):
+    def __init__(self, model: flux.Model, first: int, n: int, steps: int):
         world, self.model, self.judge = data.scenes(), model, evaluate.load_judge()
         self.captions, self.said = [], []
         for scene in (world.sample(i, objects=1) for i in range(first, first + 20 * n)):
@@ -181,12 +186,12 @@ class Pictures:
         self.where["at the object"] = object_tokens(self.plain)
         self.seen = evaluate.verdicts(self.judge, self.plain)    # [n, 2]: shape, colour
 
-    def draw(self, which, vectors, layer, place):
-        """Images of the captions `which` [m] with vectors [m, D] added to the image tokens of a place at a layer."""
+    def draw(self, which: np.ndarray, vectors: np.ndarray, layer: int, place: str) -> np.ndarray:
+        """Draw the captions `which` [m] with vectors [m, D] added to the image tokens of a place at a layer."""
         name = flux.residual_names(self.model.cfg, layer, "img")
         images = []
         for i in range(0, len(which), BATCH):
-            part = np.resize(which[i:i + BATCH], BATCH)          # one shape, one program
+            part = np.resize(which[i:i + BATCH], BATCH)          # one shape, so one compiled program
             by = np.resize(vectors[i:i + BATCH], (BATCH, vectors.shape[1]))
             edit = flux.Edit(layer, name, added, (jnp.asarray(by, jnp.float32), jnp.asarray(self.where[place][part])))
             text, pooled, _ = self.start.condition
@@ -196,8 +201,9 @@ class Pictures:
                                       start.grid)[:len(which) - i])
         return np.concatenate(images)
 
-    def score(self, directions, method, strength, place):
-        """Shares of images that become the target, whose other attribute stays, and both: of colours, of shapes [6]."""
+    def score(self, directions: "Directions", method: str, strength: float, place: str) -> list[float]:
+        """Return the shares of images that take the target, that keep the other attribute, and that do both, first for
+        colours, then for shapes [6]."""
         jobs = [(t, i) for t, (_, kind, value) in enumerate(TARGETS) for i in range(len(self.captions))
                 if self.said[i][kind] != value and self.seen[i][kind] != value]
         targets, which = np.array(jobs).T
@@ -209,8 +215,9 @@ class Pictures:
         return [float(x[kind == k].mean()) for k in (1, 0) for x in (became, stayed, became & stayed)]
 
 
-def picture(pictures, directions, strength, place, out, columns=(0, 0.5, 1, 2)):
-    """A row for each target, of the caption that is its turn; a column for each share of the chosen strength."""
+def picture(pictures: "Pictures", directions: "Directions", strength: float, place: str, out: str,
+            columns: Sequence[float] = (0, 0.5, 1, 2)) -> None:
+    """Save a picture with a row (and its own caption) per target, and a column per factor of the strength."""
     rows, titles = [], []
     for t, (name, kind, value) in enumerate(TARGETS):
         turn = [i for i in range(len(pictures.captions)) if pictures.said[i][kind] != value]

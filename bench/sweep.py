@@ -1,22 +1,22 @@
-"""SAEs over layers, k and features on nano, beside other trainers and baselines on the same saved tokens, as Markdown.
+"""Compare SAEs over layers, k and features with other trainers and baselines, on the same tokens of nano, as Markdown.
 
-    python bench/sweep.py results.jsonl --what sites           # texts, images, both (--steps 1000: train.py's;
-                                                                     # --ckpts DIR keeps the images' SAEs: layer0, …)
+    python bench/sweep.py results.jsonl --what sites           # txt, img, both (train.py uses --steps 1000;
+                                                               # --ckpts DIR saves the SAEs of img: layer0, …)
     python bench/sweep.py results.jsonl --what sweep           # k = 8 … 64; F = 1,024 … 16,384 at k = 8, 16
     python bench/sweep.py results.jsonl --what beside          # SAELens and sparsify (pip install eai-sparsify)
     python bench/sweep.py results.jsonl --what baselines       # PCA, MLP neurons, dictionaries by pursuit
     python bench/sweep.py results.jsonl --what kinds           # BatchTopK, JumpReLU, nested prefixes
     python bench/sweep.py results.jsonl --what dense           # F = 1,024 … 4,096 at k = 32 = D / 4
-    python bench/sweep.py results.jsonl --what tables          # only print what is there
+    python bench/sweep.py results.jsonl --what tables          # only print the saved results
 
-200 passes of the model give the tokens of every layer (--passes; 1.6 million of images, 0.8 million of texts), which
-are kept in --acts (default: a temporary folder that is removed) and read by all runs; a run of more steps than there
-are tokens goes over them again. A run is then `sae.step` alone, with the learning rate, warmup and decay of train.py.
-Results are appended to the file, a line each, and what has its line there is not done again: the command can be stopped
-and repeated, and several can share the folder and the file once the tokens are there (--layers 0,1,2).
+--passes 200 of the model give the tokens of every layer: 1.6 million image tokens, 0.8 million text tokens. All runs
+read them from --acts (default: a temporary folder that is removed); long runs read them several times. A run is only
+`sae.step` with the learning rate, warmup and decay of train.py. Each result is appended to the file as a line, and a
+result in the file is not computed again. You can stop and repeat the command, and several commands can share the folder
+and the file once the tokens exist (--layers 0,1,2).
 
-FVU (standardized), dead features and L0 are of held-out prompts: 131,072 tokens of images, 65,536 of texts. "silent"
-is the trainer's own counter of dead features, where it has one, after the last step.
+FVU (standardized), dead features and L0 use held-out prompts: 131,072 image tokens, 65,536 text tokens. "silent" is the
+trainer's own count of dead features after the last step, if it has one.
 """
 import itertools
 import json
@@ -24,8 +24,10 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ |= {"TQDM_DISABLE": "1", "JAX_PLATFORMS": "cpu"}
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,17 +47,18 @@ import session
 import train
 from harvest import reap
 
-BATCH, FIT, TEST = 2048, 8, 16                                  # tokens of a step; passes to fit baselines on, held out
-GROUPS = "txt", "img"                                           # with means and stds of their own, as in train.py
+BATCH, FIT, TEST = 2048, 8, 16                                  # tokens per step; passes to fit baselines, to test
+GROUPS = "txt", "img"                                           # each has its own mean and std, as in train.py
 STEP = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
+Trained = tuple[sae.State, sae.Config, float | None]            # the last is the share of silent features, if known
 
 
 # ---------------------------------------------------------------- activations
 
 
-def saved(folder, layer, site):
-    """{"train", "fit", "test": [N, D], "fit_neurons", "test_neurons": [N, 4D]} of a layer, from `harvest`'s files. The
-    neurons are of image tokens only."""
+def saved(folder: Path, layer: int, site: str) -> dict[str, Any]:
+    """Load {"train", "fit", "test": [N, D], "fit_neurons", "test_neurons": [N, 4D]} of a layer from `harvest`'s files.
+    Neurons are those of image tokens."""
     names = {name: f"{name}.{site}" for name in ("train", "fit", "test")}
     names |= {f"{name}_neurons": f"{name}.neurons" for name in ("fit", "test")}
     if site == "both":
@@ -63,22 +66,22 @@ def saved(folder, layer, site):
     return {name: np.load(folder / f"{file}.{layer}.npy", mmap_mode="r") for name, file in names.items()}
 
 
-def mixed(*sites):
-    """Of the sites in GROUPS: the tokens of all, shuffled together, and the number of each one's site."""
+def mixed(*sites: dict) -> dict[str, Any]:
+    """Shuffle the training tokens of the sites in GROUPS together, and return the site number of each as "group"."""
     rows = np.concatenate([site["train"] for site in sites])
     group = np.repeat(np.arange(len(sites)), [len(site["train"]) for site in sites])
     order = np.random.default_rng(0).permutation(len(rows))
     return {"train": rows[order], "group": group[order], "test": [site["test"] for site in sites]}
 
 
-def harvest(folder, passes):
-    """Run nano as train.py does, 4 noises of each of 32 prompts a pass, and keep the streams of all layers and sites in
-    float16: `passes` to train on, shuffled 16 at a time, then FIT and TEST, with noise that training never sees."""
+def harvest(folder: Path, passes: int) -> None:
+    """Run nano as train.py does, with 4 noises for each of 32 prompts per pass, and save the streams of all layers and
+    sites in float16: `passes` to train on, shuffled 16 at a time, then FIT and TEST. TEST has its own noise."""
     model = flux.load("nano", dtype=jnp.float32)
     stream, position = data.stream("scenes"), itertools.count()
 
-    def caught(passes, neurons=False, first=0):
-        """{site: [L, N, D]} of the next prompts, and of "neurons" [L, N, 4D]."""
+    def captured(passes, neurons=False, first=0):
+        """Return {site: [L, N, D]} of the next prompts, and "neurons" [L, N, 4D] if asked."""
         found = [forward(model, list(itertools.islice(stream, 32)), first + 32 * next(position), neurons)
                  for _ in range(passes)]
         return {name: np.concatenate([f[name] for f in found], 1) for name in found[0]}
@@ -86,7 +89,7 @@ def harvest(folder, passes):
     files = {}
     for start in range(0, passes, 16):
         n = min(16, passes - start)
-        for site, rows in caught(n).items():
+        for site, rows in captured(n).items():
             order, size = np.random.default_rng((0, start)).permutation(rows.shape[1]), rows.shape[1] // n
             for layer, of_layer in enumerate(rows):
                 path = folder / f"train.{site}.{layer}.npy"
@@ -94,13 +97,13 @@ def harvest(folder, passes):
                     files[path] = np.lib.format.open_memmap(path, "w+", rows.dtype, (passes * size, rows.shape[2]))
                 files[path][start * size:(start + n) * size] = of_layer[order]
     for name, passes, first in (("fit", FIT, 0), ("test", TEST, data.TABLE // 4)):
-        for site, rows in caught(passes, True, first).items():
+        for site, rows in captured(passes, True, first).items():
             for layer, of_layer in enumerate(rows):
                 np.save(folder / f"{name}.{site}.{layer}.npy", of_layer)
 
 
-def forward(model, captions, first, neurons, seeds=4):
-    """{"txt", "img": [L, tokens, D]}, and "neurons" of the image tokens, of every caption with `seeds` noises."""
+def forward(model: flux.Model, captions: list[str], first: int, neurons: bool, seeds: int = 4) -> dict:
+    """Return {"txt", "img": [L, tokens, D]} for every caption with `seeds` noises, and the image tokens' "neurons"."""
     text, pooled = (jnp.repeat(x, seeds, 0) for x in flux.encode_text(model, captions))
     grid = flux.token_grid(model, min(256, model.size))
     shape = grid[0] * grid[1], model.cfg.in_channels
@@ -109,7 +112,7 @@ def forward(model, captions, first, neurons, seeds=4):
     found = {name: np.asarray(x) for name, x in _all_layers(model.params, model.cfg, noise, text, pooled, sigma, grid,
                                                             neurons).items()}
     if not all(np.isfinite(x).all() for x in found.values()):
-        raise ValueError("activations do not fit float16")
+        raise ValueError("activations hold NaN or values above the largest float16, 65504")
     return {name: x.reshape(len(x), -1, x.shape[-1]) for name, x in found.items()}
 
 
@@ -125,31 +128,32 @@ def _all_layers(params, cfg, latents, text, pooled, sigma, grid, neurons):
     return {name: jnp.concatenate(pair).astype(jnp.float16) for name, pair in pairs.items()}
 
 
-def batch(x, i, dtype=np.float32):
-    """The tokens of step i; after the last ones, the first again."""
+def batch(x: np.ndarray, i: int, dtype: Any = np.float32) -> np.ndarray:
+    """Return the tokens of step i. After the last tokens, start again with the first."""
     i %= len(x) // BATCH
     return np.asarray(x[i * BATCH:(i + 1) * BATCH], dtype)
 
 
-# ---------------------------------------------------------------- trainers: tokens → (State, Config, silent features)
+# ---------------------------------------------------------------- trainers: tokens → Trained
 
 
-def config(width, steps, features, k, **options):
-    """train.py's recipe at small models."""
+def config(width: int, steps: int, features: int, k: int, **options) -> sae.Config:
+    """Return the Config of train.py's recipe for small models."""
     lr = recipes.rate(features, k, width, "img", small=True)
     recipe = recipes.recipe("img", width) | recipes.schedule(steps) | {"k": k, "lr": lr}
     return sae.Config(**{"d_in": width, "features": features} | recipe | options)
 
 
-def ours(x, steps, group=None, **options):
+def ours(x: np.ndarray, steps: int, group: np.ndarray | None = None, **options) -> Trained:
+    """Train with fae."""
     state, cfg = begun(x, steps, group, **options)
     for i in range(steps):
         state, metrics = STEP(state, cfg, batch(x, i), None if group is None else batch(group, i, int))
     return state, cfg, float(metrics["dead"]) if steps else None
 
 
-def saelens(x, steps, lr=None, **options):
-    """SAELens' TopKTrainingSAE in its SAETrainer, everything at its defaults; or, with lr, with our schedule."""
+def saelens(x: np.ndarray, steps: int, lr: float | None = None, **options) -> Trained:
+    """Train SAELens' TopKTrainingSAE in its SAETrainer, with its defaults or, if lr is given, with our schedule."""
     import torch
     from sae_lens import LoggingConfig, SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
@@ -159,7 +163,7 @@ def saelens(x, steps, lr=None, **options):
     model = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=cfg.d_in, d_sae=cfg.features, k=cfg.k))
     trainer = SAETrainer(data_provider=iter(()), sae=model, cfg=SAETrainerConfig(
         total_training_samples=steps * BATCH, train_batch_size_samples=BATCH, logger=LoggingConfig(log_to_wandb=False),
-        lr_end=3e-5,                                             # must be there; constant rates ignore it
+        lr_end=3e-5,                                             # required, but a constant rate ignores it
         **({"lr": lr} | schedule if lr else {})))
     for i in range(steps):
         trainer.step(torch.from_numpy(units(start, x, i)))
@@ -167,14 +171,14 @@ def saelens(x, steps, lr=None, **options):
     w = {name: p.detach().numpy() for name, p in model.named_parameters()}
     norm = np.linalg.norm(w["W_dec"], axis=1) if model.cfg.rescale_acts_by_decoder_norm else 1.0
     w |= {"enc": (w["W_enc"] * norm).T, "b_enc": w["b_enc"] * norm, "dec": (w["W_dec"].T / norm).T}
-    assert model.cfg.apply_b_dec_to_input                        # as ours
+    assert model.cfg.apply_b_dec_to_input                        # as in fae
     params = {name: w[name] for name in start.params}
     return start._replace(params=params), cfg, float(trainer.dead_neurons.float().mean())
 
 
-def sparsify(x, steps, optimizer="signum", lr=None, **options):
-    """sparsify's SparseCoder, stepped as its Trainer does, which needs a language model. "signum": its default
-    optimizer and rate, without a schedule; "adam": with our schedule, and its own rate unless lr is given."""
+def sparsify(x: np.ndarray, steps: int, optimizer: str = "signum", lr: float | None = None, **options) -> Trained:
+    """Train sparsify's SparseCoder as its Trainer does; the Trainer itself needs a language model. "signum": the
+    default optimizer and rate, without a schedule; "adam": our schedule, with sparsify's rate unless lr is given."""
     import torch
     from schedulefree import ScheduleFreeWrapper
     from sparsify import SparseCoder, SparseCoderConfig
@@ -206,66 +210,71 @@ def sparsify(x, steps, optimizer="signum", lr=None, **options):
     return start._replace(params={name: p.detach().numpy() for name, p in params.items()}), cfg, None
 
 
-def begun(x, steps, group=None, **options):
-    """(State, Config) of fae before its first step: the others get its mean and std, and give their weights to it."""
+def begun(x: np.ndarray, steps: int, group: np.ndarray | None = None, **options) -> tuple[sae.State, sae.Config]:
+    """Return fae's (State, Config) before the first step. Other trainers use its mean and std, and return it with their
+    weights."""
     cfg = config(x.shape[1], steps, **options | ({} if group is None else {"groups": GROUPS}))
     sample = np.asarray(x[:65536], np.float32), None if group is None else group[:65536]
     return sae.init(jax.random.key(0), cfg, *sample), cfg
 
 
-def units(state, x, i):
-    """Batch i in the space that is trained in."""
+def units(state: sae.State, x: np.ndarray, i: int) -> np.ndarray:
+    """Return batch i, standardized as in training."""
     return (batch(x, i) - np.asarray(state.mean)) / np.asarray(state.std)
 
 
-# ---------------------------------------------------------------- baselines: a layer → its test tokens reconstructed
+# ---------------------------------------------------------------- baselines: reconstruct the test tokens of a layer
 
 
-def units_of(layer):
-    """(moments, fit tokens, test tokens): standardized, and the mean and std that did it, of the training tokens."""
+def units_of(layer: dict) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray]:
+    """Return ((mean, std) of the training tokens, fit tokens, test tokens); both token sets are standardized."""
     sample = np.asarray(layer["train"][:65536], np.float32)
     moments = tuple(f(sample, 0, dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
     return moments, *((layer[name] - moments[0]) / moments[1] for name in ("fit", "test"))
 
 
-def pca(layer, steps, features, k):
+def pca(layer: dict, steps: int, features: int, k: int) -> np.ndarray:
+    """Use principal components."""
     _, fit, test = units_of(layer)
     return baselines.pca(fit, test, k)
 
 
-def neurons(layer, steps, features, k):
+def neurons(layer: dict, steps: int, features: int, k: int) -> np.ndarray:
+    """Use the largest MLP neurons."""
     _, fit, _ = units_of(layer)
     codes, others = (layer[f"{name}_neurons"].astype(np.float32) for name in ("fit", "test"))
     return baselines.largest(codes, fit, others, k)
 
 
-def random_dictionary(layer, steps, features, k):
+def random_dictionary(layer: dict, steps: int, features: int, k: int) -> np.ndarray:
+    """Use gradient pursuit on random directions."""
     _, _, test = units_of(layer)
     return baselines.pursue(test, baselines.random_dictionary(jax.random.key(0), features, test.shape[1]), k)[0]
 
 
-def itda(layer, steps, features, k):
+def itda(layer: dict, steps: int, features: int, k: int) -> np.ndarray:
+    """Use gradient pursuit on a dictionary of tokens."""
     (mean, std), _, test = units_of(layer)
     tokens = [(batch(layer["train"], i) - mean) / std for i in range(64)]
     return baselines.pursue(test, baselines.itda(tokens, features, k), k)[0]
 
 
-def pursued(layer, steps, features, k):
-    """The decoder that `ours` ends with, its codes not from the encoder but by gradient pursuit."""
+def pursued(layer: dict, steps: int, features: int, k: int) -> np.ndarray:
+    """Train with `ours`, but take the codes from gradient pursuit instead of the encoder."""
     state, _, _ = ours(layer["train"], steps, features=features, k=k, normalization="std")
     u = (layer["test"] - np.asarray(state.mean)) / np.asarray(state.std) - np.asarray(state.params["b_dec"])
     return baselines.pursue(u, state.params["dec"], k)[0] + np.asarray(state.params["b_dec"])
 
 
-# ---------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------- jobs
 
 TRAINERS = {"fae": ours, "SAELens": saelens, "sparsify": sparsify}
 BASELINES = {"PCA": pca, "MLP neurons": neurons, "random dictionary": random_dictionary, "ITDA": itda,
              "fae's dictionary": pursued}
 
 
-def plan(what, layers, steps):
-    """Jobs: dicts of `trainer`, `site`, `layer`, `steps` and what else the trainer takes."""
+def plan(what: str, layers: Sequence[int], steps: int) -> list[dict]:
+    """Return the jobs: dicts of `trainer`, `site`, `layer`, `steps` and the trainer's other options."""
     def jobs(trainer, site="img", steps=steps, features=2048, k=16, **options):
         job = {"trainer": trainer, "site": site, "steps": steps, "features": features, "k": k, **options}
         return [job | {"layer": layer} for layer in layers]
@@ -293,13 +302,13 @@ def plan(what, layers, steps):
     elif what == "baselines":
         kinds = [{"trainer": trainer} for trainer in ("fae", *BASELINES)] + [{"trainer": "fae", "steps": 0}]
     else:
-        raise ValueError(f"--what {what}: it is sites, sweep, dense, beside, baselines, kinds or tables")
+        raise ValueError(f"--what {what}: it must be sites, sweep, dense, beside, baselines, kinds or tables")
     return [job for kind in kinds for job in jobs(**kind)]
 
 
-def measure(layer, trainer, site, steps, keep=None, **options):
-    """Of held-out tokens: standardized FVU, and what else a kind of trainer has; seconds that its making took.
-    keep(state, cfg): told what was trained."""
+def measure(layer: dict, trainer: str, site: str, steps: int, keep: Callable | None = None, **options) -> dict:
+    """Return the standardized FVU on held-out tokens, the trainer's other results, and the seconds of training.
+    keep(state, cfg) is called with the trained SAE."""
     since = time.monotonic()
     if trainer in BASELINES:
         found = BASELINES[trainer](layer, steps, **options)
@@ -315,8 +324,8 @@ def measure(layer, trainer, site, steps, keep=None, **options):
     return found | {"silent": silent, "seconds": seconds}
 
 
-def keeper(ckpts, job):
-    """Of an SAE of images: what puts it where train.py would, as a checkpoint that steer.py and score.py know."""
+def keeper(ckpts: str, job: dict) -> Callable | None:
+    """Return a function that saves an SAE of image tokens as a checkpoint for steer.py and score.py, or None."""
     if not ckpts or job["trainer"] != "fae" or job["site"] != "img":
         return None
     about = {"model": "nano", "layer": job["layer"], "site": "img"}
@@ -328,23 +337,24 @@ def keeper(ckpts, job):
 # ---------------------------------------------------------------- results
 
 
-def read(path):
-    """{job as sorted items: results} of a file of results; a line that a stopped run left torn is dropped."""
+def read(path: Path) -> dict[tuple, dict]:
+    """Return {job as sorted items: results} from a results file, without an incomplete line of a stopped run."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {key(line["job"]): line["found"] for line in map(json.loads, (x for x in lines if x.endswith("}}")))}
 
 
-def key(job):
+def key(job: dict) -> tuple:
+    """Return a job as sorted items, which can be a key of a dict."""
     return tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in job.items()))
 
 
-def table(results):
-    """A row for each kind of job, over its layers."""
+def table(results: dict[tuple, dict]) -> str:
+    """Return a Markdown table with a row for each kind of job, over its layers."""
     kinds = {}
     for job, found in results.items():
         kinds.setdefault(tuple(pair for pair in job if pair[0] != "layer"), {})[dict(job)["layer"]] = found
-    lines = ["| trainer | site | F | k | steps | layers | FVU, mean | least (layer) | most (layer) | dead %, worst | "
-             "silent %, worst | L0 | seconds |", "|---|---|" + "--:|" * 11]
+    lines = ["| trainer | site | F | k | steps | layers | FVU, mean | minimum (layer) | maximum (layer) | "
+             "dead %, worst | silent %, worst | L0 | seconds |", "|---|---|" + "--:|" * 11]
     for kind, layers in kinds.items():
         job = dict(kind)
         rest = [f"{name} {job[name]:.3g}" if isinstance(job[name], float) else f"{name} {job[name]}"
@@ -360,21 +370,23 @@ def table(results):
     return "\n".join(lines)
 
 
-def worst_of(layers, name, summary):
-    """summary of what all layers have under a name; empty where they have nothing."""
+def worst_of(layers: dict[int, dict], name: str, summary: Callable[[list], str]) -> str:
+    """Return the summary of all layers' values of this name, or "" if there are none."""
     values = [found[name] for found in layers.values() if found.get(name) is not None]
     return summary(values) if values else ""
 
 
-def rises(results):
-    """Pairs of runs of fae on one layer of which the one with more features or larger k has no lower FVU."""
+def rises(results: dict[tuple, dict]) -> list[tuple[dict, dict]]:
+    """Return pairs of fae's jobs on one layer where more features or a larger k did not lower the FVU."""
     runs = [(dict(job), found["fvu_standardized"]) for job, found in results.items()]
     same = lambda a, b: all(a[name] == b[name] for name in a if name not in ("features", "k"))
     return [(a, b) for a, x in runs for b, y in runs if a["trainer"] == b["trainer"] == "fae" and a.keys() == b.keys()
             and same(a, b) and a != b and a["features"] <= b["features"] and a["k"] <= b["k"] and y >= x]
 
 
-def main(results, what="tables", acts="", layers=None, steps=400, passes=200, ckpts="", **unknown):
+def main(results: str, what: str = "tables", acts: str = "", layers: Sequence[int] | None = None, steps: int = 400,
+         passes: int = 200, ckpts: str = "", **unknown) -> None:
+    """Run the jobs of `what` that are not in the file `results`, append them, and print all tables."""
     session.no_unknown_flags(unknown)
     path, done = Path(results), read(Path(results))
     layers = range(flux.read_config("nano")[1].layers) if layers is None else np.atleast_1d(layers).tolist()

@@ -1,7 +1,7 @@
-"""Write a FLUX.1-schnell of random weights: python bench/synthetic.py FOLDER
+"""Write a FLUX.1-schnell with random weights: python bench/synthetic.py FOLDER
 
-The official shapes, names and files (34 GB, bfloat16), with nano's tokenizers filled up to the official sizes: for
-timing and memory at full size where the real weights are not. Remove the folder when done.
+It has the official shapes, names and files (34 GB, bfloat16), and nano's tokenizers padded to the official sizes. Use
+it to measure time and memory at full size without the real weights. Remove the folder when done.
 """
 import json
 import random
@@ -23,15 +23,16 @@ import text
 import vae
 import weights
 
-SHARDS = {"transformer": 1e10, "text_encoder_2": 5e9, "text_encoder": 5e9}      # bytes of a file, at most
+SHARDS = {"transformer": 1e10, "text_encoder_2": 5e9, "text_encoder": 5e9}      # maximum bytes per file
 VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 1024,
        "scaling_factor": 0.3611, "shift_factor": 0.1159}
 
 
-def main(folder):
+def main(folder: str) -> None:
+    """Write the pipeline into an empty or new folder."""
     folder, nano = Path(folder), ROOT / "nano"
     if folder.exists() and any(folder.iterdir()):
-        sys.exit(f"{folder} is not empty")
+        sys.exit(f"{folder} is not empty; give a new folder")
     shutil.copytree(nano, folder, dirs_exist_ok=True,
                     ignore=shutil.ignore_patterns("*.safetensors", "*.py", "*.jpg", "*.md", "__pycache__"))
     t5, clip = text.T5Config(), text.CLIPConfig()
@@ -49,8 +50,8 @@ def main(folder):
     print(f"{sum(file.stat().st_size for file in folder.rglob('*')) / 1e9:.1f} GB in {folder}")
 
 
-def tokenizers(folder, t5_pieces=32128, clip_pieces=49408):
-    """Write nano's tokenizers, filled up to these sizes with random pieces, into the folder of a pipeline."""
+def tokenizers(folder: Path, t5_pieces: int = 32128, clip_pieces: int = 49408) -> None:
+    """Write nano's tokenizers, padded to these sizes with random pieces, into a pipeline's folder."""
     rng = random.Random(0)
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(ROOT / "nano" / name, folder / name, dirs_exist_ok=True)
@@ -82,12 +83,13 @@ def tokenizers(folder, t5_pieces=32128, clip_pieces=49408):
         out.write("".join(f"{merge}\n" for merge in merges))
 
 
-def rewrite(file, settings):
+def rewrite(file: Path, settings: dict) -> None:
+    """Write a JSON file."""
     file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-def write(folder, tensors, stem):
-    """The tensors as one safetensors file, or numbered ones with an index; no file is ever whole in memory."""
+def write(folder: Path, tensors: dict, stem: str) -> None:
+    """Write the tensors as one safetensors file, or as numbered files with an index. Never hold a file in memory."""
     noise = np.random.default_rng(0).standard_normal(2 ** 26, dtype=np.float32)
     entries = [(name.format(layer), tensor.file_shape(width), tensor.mean, tensor.std)
                for tensor in jax.tree.leaves(tensors) for layer in tensor.numbers

@@ -1,26 +1,27 @@
-"""Do the features find what is there? On nano, against the truth of the scenes, as Markdown and a plot over layers.
+"""Test nano's SAE features against the true attributes of scenes, as Markdown and a plot over layers.
 
-    python bench/truth.py results.json --plot docs/truth.svg --ckpts DIR       # only the tables if it is there
+    python bench/truth.py results.json --plot docs/truth.svg --ckpts DIR       # only print if the file exists
 
-What is known is the rendered scene, so the model is shown renders: a scene's render is encoded by the VAE, noised to
---level 0.5, and run with the scene's caption. (train.py's recipe, one step from pure noise, knows no true image.) The
-SAEs are trained on such activations of scenes that are not held out, --steps steps; so is PCA, and the whole is done
-again on a nano whose transformer is untrained: Gaussian weights of the trained ones' mean and spread, tensor by tensor
-and layer by layer, behind the same text encoders. With --ckpts DIR (layer0 …, as train.py writes them) those, which
-have seen pure noise alone, are rivals too.
+The true attributes belong to a rendered scene, so the model gets renders: the VAE encodes a scene's render, noise is
+added to --level 0.5, and the model runs with the scene's caption. (train.py's recipe, one step from pure noise, has no
+true image.) The SAEs train for --steps steps on such activations of scenes that are not held out; PCA uses the same
+activations. All is repeated on a nano with an untrained transformer: Gaussian weights with the mean and spread of the
+trained ones, per tensor and layer, and the same text encoders. The SAEs in --ckpts DIR (layer0 …, as train.py writes
+them), which were trained on pure noise only, are rivals too.
 
-Over tokens: those of which a solid covers half or more (16x16 pixels), labelled by that solid: shape, colour, size,
-depth (behind or before the middle), where it is to another solid (tokens of scenes with two and more), and the light's
-side. Only such tokens count, or a feature that fires on any solid would score high on every attribute. Over images: the
-maximum over tokens, against what is true of the scene (`dash.scene_attributes`). For each attribute the best single
-direction and its sign is chosen by AUROC on the scenes of even number, and its AUROC on those of odd number reported.
-Rivals: the layer's MLP neurons, the principal axes, as many random directions as the SAE has features; all may be taken
-with either sign. A linear probe (discriminant analysis with all 128 dimensions) is what supervision would find.
+Over tokens: only tokens (16x16 pixels) that a solid covers by half or more, labelled with its shape, colour, size,
+depth (behind or in front of the middle), relation to another solid (in scenes with two or more), and the side of the
+light. With other tokens, a feature that fires on any solid would score high on every attribute. Over images: the
+maximum over tokens, with the scene's labels (`dash.scene_attributes`). For each attribute, choose the best single
+direction and its sign by AUROC on scenes with even numbers, and report its AUROC on scenes with odd numbers. Rivals,
+with either sign: the layer's MLP neurons, the principal axes, and as many random directions as the SAE has features. A
+linear probe (discriminant analysis with all 128 dimensions) shows what supervision would find.
 """
 import html
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,17 +46,17 @@ import session
 import stats
 from harvest import reap
 
-BATCH, GRID, FIRST = 2048, (8, 8), 20_000                        # tokens of a step; first scene to train on
+BATCH, GRID, FIRST = 2048, (8, 8), 20_000                        # tokens per step; number of the first training scene
 RIVALS = ("SAE of renders", "train.py's SAE", "neurons", "PCA", "random directions", "SAE, untrained model",
           "linear probe")
 STEP = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
 
 
-# ---------------------------------------------------------------- what is true
+# ---------------------------------------------------------------- true attributes
 
 
-def token_truth(scene, objects):
-    """(names, labels [64, A], on a solid [64]) of a scene, from the ids of its pixels [128, 128]."""
+def token_truth(scene: scenes.Scene, objects: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return (names, labels [64, A], mask of tokens on a solid [64]) of a scene, from its pixels' ids [128, 128]."""
     patches = objects.reshape(GRID[0], 16, GRID[1], 16).swapaxes(1, 2).reshape(64, 256)
     shares = np.stack([(patches == i).mean(1) for i in range(len(scene.solids))], 1)
     which, on = shares.argmax(1), shares.max(1) >= 0.5
@@ -75,9 +76,9 @@ def token_truth(scene, objects):
 
 
 class World:
-    """Scenes, their latents and captions, and what is true of them."""
+    """Scenes with their latents, captions and true attributes."""
 
-    def __init__(self, model, numbers):
+    def __init__(self, model: flux.Model, numbers: Sequence[int]):
         self.scenes = [scenes.sample(i) for i in numbers]
         renders = [scenes.render(scene, 128) for scene in self.scenes]
         captions = [scenes.caption(scene) for scene in self.scenes]
@@ -92,8 +93,9 @@ class World:
 # ---------------------------------------------------------------- activations
 
 
-def activations(model, world, layers, level, draw, neurons=False, batch=32):
-    """{"img": [layers, tokens, D], "neurons": [layers, tokens, 4D]} in float16; noise number `draw` of each scene."""
+def activations(model: flux.Model, world: World, layers: Sequence[int], level: float, draw: int, neurons: bool = False,
+                batch: int = 32) -> dict[str, np.ndarray]:
+    """Return {"img": [layers, tokens, D], "neurons": [layers, tokens, 4D]} in float16, with noise seed `draw`."""
     parts, n = [], len(world.scenes)
     for first in range(0, n, batch):
         rows = np.minimum(np.arange(first, first + batch), n - 1)
@@ -116,8 +118,8 @@ def _all_layers(params, cfg, z, text, pooled, time, guidance, layers, neurons):
     return {name: jnp.stack([x[i] for i in layers]).astype(jnp.float16) for name, x in out.items()}
 
 
-def untrained(model, seed=0):
-    """The model with Gaussian weights in the transformer, of the mean and spread of each trained one."""
+def untrained(model: flux.Model, seed: int = 0) -> flux.Model:
+    """Return the model with Gaussian transformer weights that have the mean and spread of each trained tensor."""
     rng = np.random.default_rng(seed)
 
     def redraw(path, w):
@@ -128,8 +130,9 @@ def untrained(model, seed=0):
     return replace(model, params=jax.tree_util.tree_map_with_path(redraw, model.params))
 
 
-def trained_sae(tokens, steps, features=2048, k=16, seed=0):
-    """An SAE on raw tokens [N, D] by train.py's recipe."""
+def trained_sae(tokens: np.ndarray, steps: int, features: int = 2048, k: int = 16,
+                seed: int = 0) -> tuple[sae.Params, sae.Config]:
+    """Train an SAE on raw tokens [N, D] with train.py's recipe."""
     cfg = sweep.config(tokens.shape[1], steps, features, k)
     order = np.random.default_rng(seed).permutation(len(tokens))
     state = sae.init(jax.random.key(seed), cfg, np.asarray(tokens[order[:32768]], np.float32))
@@ -142,7 +145,8 @@ def trained_sae(tokens, steps, features=2048, k=16, seed=0):
 # ---------------------------------------------------------------- rivals: tokens [N, D] → scores [N, directions]
 
 
-def codes(params, cfg):
+def codes(params: sae.Params, cfg: sae.Config) -> Callable:
+    """Return a function from tokens to the SAE's dense codes."""
     def of(x):
         values, indices = (np.asarray(a) for a in sae.encode(params, cfg, x))
         out = np.zeros((len(x), cfg.features), np.float32)
@@ -151,19 +155,21 @@ def codes(params, cfg):
     return of
 
 
-def along(directions, mean):
+def along(directions: np.ndarray, mean: np.ndarray) -> Callable:
+    """Return a function from tokens to their coordinates along directions [D, n]."""
     return lambda x: (x - mean) @ directions
 
 
-def chunks(function, x, size=4096):
+def chunks(function: Callable, x: np.ndarray, size: int = 4096) -> Iterator[np.ndarray]:
+    """Yield the function's result for each `size` rows of x."""
     return (function(np.asarray(x[i:i + size], np.float32)) for i in range(0, len(x), size))
 
 
 # ---------------------------------------------------------------- AUROCs
 
 
-def best(scores, labels, half):
-    """[A]: AUROC on the rows not in `half` of the column (with its sign) that is best on those in it."""
+def best(scores: np.ndarray, labels: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """Choose each attribute's best column and its sign on the rows in `half`. Return the AUROC on the others [A]."""
     chosen = stats.auroc(scores[half], labels[half])
     at = np.nan_to_num(np.abs(chosen - 0.5), nan=-1).argmax(0)
     sign = np.sign(chosen[at, np.arange(len(at))] - 0.5)
@@ -171,8 +177,8 @@ def best(scores, labels, half):
     return 0.5 + sign * (held - 0.5)
 
 
-def probe(x, labels, half):
-    """[A]: AUROC, on the other half, of a linear discriminant fitted on one half, the within-class spread pooled."""
+def probe(x: np.ndarray, labels: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """Fit a linear discriminant with pooled covariance on the rows in `half`. Return its AUROC on the others [A]."""
     out = []
     for y in labels.T:
         a, b = x[half & y], x[half & ~y]
@@ -182,8 +188,8 @@ def probe(x, labels, half):
     return np.array(out)
 
 
-def scored(world, rival, tokens):
-    """{attribute: AUROC} over tokens and over images, of one rival on the residuals or neurons [N * 64, C]."""
+def scored(world: World, rival: Callable, tokens: np.ndarray) -> dict[str, dict[str, float]]:
+    """Return {attribute: AUROC} over tokens and over images, for one rival on residuals or neurons [N * 64, C]."""
     on, several, n = world.on.reshape(-1), np.repeat(world.several, 64), len(world.scenes)
     parts, tops = [], []
     for i, s in enumerate(chunks(rival, tokens)):                # 4096 tokens are 64 whole images
@@ -197,8 +203,9 @@ def scored(world, rival, tokens):
                                                        np.arange(n) % 2 == 0).tolist()))}
 
 
-def by_token(world, labels, several, half, measure):
-    """Relations are asked of scenes with several solids, the rest of all."""
+def by_token(world: World, labels: np.ndarray, several: np.ndarray, half: np.ndarray,
+             measure: Callable) -> dict[str, float]:
+    """Measure relations on tokens of scenes with several solids, and other attributes on all tokens."""
     related = np.array([name.startswith("relation") for name in world.token_names])
     out = np.zeros(len(related))
     for some, rows in ((related, several), (~related, np.ones(len(several), bool))):
@@ -206,18 +213,19 @@ def by_token(world, labels, several, half, measure):
     return dict(zip(world.token_names, out.tolist()))
 
 
-def probed(world, tokens):
+def probed(world: World, tokens: np.ndarray) -> dict[str, dict[str, float]]:
+    """Return the AUROC of linear probes over tokens."""
     on, n = world.on.reshape(-1), len(world.scenes)
     x, labels = np.asarray(tokens[on], np.float64), world.tokens.reshape(n * 64, -1)[on]
     several, half = np.repeat(world.several, 64)[on], np.repeat(np.arange(n) % 2 == 0, 64)[on]
     return {"tokens": by_token(world, labels, several, half, lambda rows, y, h: probe(x[rows], y, h))}
 
 
-# ---------------------------------------------------------------- the whole
+# ---------------------------------------------------------------- all layers and rivals
 
 
-def measure(layers, n, images, steps, level, ckpts, save):
-    """{layer: {rival: {"tokens", "images": {attribute: AUROC}}}}; save(found) after each layer."""
+def measure(layers: Sequence[int], n: int, images: int, steps: int, level: float, ckpts: str, save: Callable) -> dict:
+    """Return {layer: {rival: {"tokens", "images": {attribute: AUROC}}}}. Call save(found) after each layer."""
     model = flux.load("nano", dtype=jnp.float32)
     seen, held = World(model, range(FIRST, FIRST + images)), World(model, range(n))
     found = {layer: {} for layer in layers}
@@ -240,7 +248,8 @@ def measure(layers, n, images, steps, level, ckpts, save):
     return found
 
 
-def others(fit, ckpts, layer):
+def others(fit: np.ndarray, ckpts: str, layer: int) -> dict[str, Callable]:
+    """Return the rivals on residuals: PCA, random directions, and train.py's SAE if there is one."""
     x = np.asarray(fit[:65536], np.float64)
     mean, axes = x.mean(0), np.linalg.eigh(np.cov(x, rowvar=False))[1]
     rng = np.random.default_rng(0)
@@ -250,14 +259,14 @@ def others(fit, ckpts, layer):
     return rivals
 
 
-def each(one, where):
-    """{rival: {attribute: AUROC}}, and "all", their mean."""
+def each(one: dict, where: str) -> dict[str, dict[str, float]]:
+    """Return {rival: {attribute: AUROC}} with the mean as attribute "all"."""
     return {rival: one[rival][where] | {"all": float(np.mean(list(one[rival][where].values())))}
             for rival in RIVALS if where in one.get(rival, {})}
 
 
-def table(one, title):
-    """A row for each attribute, AUROC over tokens / over images, as Markdown."""
+def table(one: dict, title: str) -> str:
+    """Return a Markdown table with a row for each attribute: AUROC over tokens / over images."""
     tokens, images = each(one, "tokens"), each(one, "images")
     names = dict.fromkeys(name for rows in (tokens, images) for row in rows.values() for name in row)
     lines = [f"| {title} | {' | '.join(tokens)} |", "|---|" + "--:|" * len(tokens)]
@@ -268,8 +277,8 @@ def table(one, title):
     return "\n".join(lines)
 
 
-def over_layers(found):
-    """{where: {rival: {layer: mean AUROC}}}."""
+def over_layers(found: dict) -> dict:
+    """Return {"tokens", "images": {rival: {layer: mean AUROC}}}."""
     out = {"tokens": {}, "images": {}}
     for layer, one in sorted(found.items()):
         for where, rivals in out.items():
@@ -281,8 +290,8 @@ def over_layers(found):
 COLORS = ("#c02942", "#e08a9a", "#2a7ab0", "#3a9a5c", "#999999", "#d99a00", "#222222")
 
 
-def truth_plot(layers):
-    """SVG of {"tokens", "images": {direction: {layer: mean AUROC}}}, one panel for each."""
+def truth_plot(layers: dict) -> str:
+    """Draw {"tokens", "images": {rival: {layer: mean AUROC}}} as an SVG with two panels."""
     names = list(dict.fromkeys(name for rows in layers.values() for name in rows))
     numbers = sorted({int(layer) for rows in layers.values() for row in rows.values() for layer in row})
     first, last = numbers[0], numbers[-1]
@@ -310,7 +319,9 @@ def truth_plot(layers):
             f'fill="white"/>{"".join(out)}</svg>')
 
 
-def main(results, plot="", layers=range(12), n=600, images=2000, steps=400, level=0.5, ckpts="", shown=5, **unknown):
+def main(results: str, plot: str = "", layers: Sequence[int] = range(12), n: int = 600, images: int = 2000,
+         steps: int = 400, level: float = 0.5, ckpts: str = "", shown: int = 5, **unknown) -> None:
+    """Print the table of layer `shown`, and save the plot. Measure first if the file `results` does not exist."""
     session.no_unknown_flags(unknown)
     file = Path(results)
     if not file.exists():

@@ -245,50 +245,50 @@ def sheet(model, file, rows=3, step=SIZE + 6, left=190, top=22):
 
 README = """# nano: FLUX.1 in miniature
 
-A true FLUX pipeline, small enough for a laptop, that draws a world in which everything is known: so features, probes
-and steering can be scored against the truth, which no real model allows. The scripts in this folder made it from
+nano is a real FLUX pipeline, small enough for a laptop. It draws a world in which everything is known. So you can score
+features, probes and steering against the truth, which no real model allows. The scripts in this folder made it from
 nothing; `evaluate.py` wrote this page, text and figures.
 
 ![captions, the model's images in 4 and in 20 steps, and a true render](sheet.jpg)
 
-*The first held-out scenes of one, two and three objects, not a selection. A caption leaves much open: the right column
-is one of the many scenes that it fits.*
+*The first held-out scenes with one, two and three objects; we selected nothing. A caption leaves much open: the right
+column shows one of the many scenes that it describes.*
 
     python flux.py "a small red cube to the left of a blue sphere, lit from the left" --model nano --steps {steps}
 
-The folder is in diffusers' layout, and diffusers draws the same images from the same noise:
+The folder has the layout of diffusers, and diffusers draws the same images from the same noise:
 
     pipe = diffusers.FluxPipeline.from_pretrained("nano", torch_dtype=torch.float32)
     pipe("a large yellow cone", height=128, width=128, num_inference_steps={steps}, max_sequence_length=32).images[0]
 
-It draws 128×128 pixels, knows the words of its captions and no others, and takes up to 32 text tokens.
+nano draws images of 128×128 pixels. It knows only the words of its captions, and takes up to 32 text tokens.
 
 ## Figures
 
 {table}
-Of {n} held-out captions of one object, {said[0]} state a shape and {said[1]} a colour; only these count. A small
-classifier judges the images. Of {checks} true renders that it was not trained on it names {right[0]:.1%} of the shapes
-and {right[1]:.1%} of the colours as they are ({trusted:.0%} asked); of {few} of them as the autoencoder reconstructs
-them, {passed[0]:.1%} and {passed[1]:.1%}. The autoencoder's mean PSNR over {renders} held-out renders is {ratio:.1f} dB
-({psnr:.0f} dB asked).
+The column "asked" is the goal that we set before. Of {n} held-out captions of one object, {said[0]} state a shape and
+{said[1]} a colour; only these count. A small classifier judges the images. On {checks} true renders that it was not
+trained on, it names {right[0]:.1%} of the shapes and {right[1]:.1%} of the colours correctly ({trusted:.0%} asked).
+On reconstructions of {few} of them by the autoencoder it names {passed[0]:.1%} and {passed[1]:.1%}. The autoencoder's
+mean PSNR over {renders} held-out renders is {ratio:.1f} dB ({psnr:.0f} dB asked).
 
 {parts}
 Layers are numbered from 0: {cfg.num_layers} double blocks, then {cfg.num_single_layers} single blocks, with
-{cfg.num_attention_heads} heads of width {cfg.attention_head_dim}. `judge.safetensors` is the classifier, no part of the
-pipeline.
+{cfg.num_attention_heads} heads of width {cfg.attention_head_dim}. `judge.safetensors` is the classifier, not a part of
+the pipeline.
 
 ## The world
 
-One to three solids stand on a ground plane before a backdrop, under one light that casts shadows; the camera looks down
-from 13 to 37 degrees. A caption names some of what there is, in changing words:
+One to three solids stand on a ground plane in front of a backdrop. One light casts shadows. The camera looks down at an
+angle of 13 to 37 degrees. A caption states some of these facts, in varying words:
 
 - shapes: {shapes}
 - colours: {colors}
 - sizes: {sizes}
 - the light's side: {sides}
 
-`scenes.py` gives the scene of a seed, its captions, its image, and for every pixel object, depth, surface normal and
-whether the light reaches it:
+For each seed, `scenes.py` gives a scene, its captions and its image, and for every pixel the object, the depth, the
+surface normal, and whether the light reaches it:
 
     python nano/scenes.py --n 16 --out scenes.png
 
@@ -298,20 +298,21 @@ whether the light reaches it:
     python nano/evaluate.py --n {n}               # this page; --retrain trains the classifier anew
 
 {training}.
-Seeds from 1,000,000 on are for training, from 2,000,000 on for the classifier; all below are held out. Like FLUX.1's,
-the flow is guidance-distilled: it draws as if with a classifier-free guidance of 2, at the cost of one pass a step. It
-is not distilled to fewer steps. What ships is a moving average of the weights, in bfloat16.
+Seeds from 1,000,000 on are for training, and seeds from 2,000,000 on for the classifier; all seeds below 1,000,000 are
+held out. Like FLUX.1, the flow is guidance-distilled: it draws as if with a classifier-free guidance of 2, with one
+forward pass per step. It is not distilled to fewer steps. The released weights are a moving average, in bfloat16.
 
-The truth helped in training, beyond the captions: solids weigh more than ground in the error, and for most of the time
-a linear head on the residual stream of layer 6, which does not ship, had to name shape and colour at every image token.
-Without it, words that describe a few pixels are learned much later. So expect these two attributes to be more linear in
-the middle of `nano` than in a model that has seen captions alone; sizes, places, depth and light had no such help.
+Training used more of the truth than the captions. Solids weigh more than the ground in the error. For most of the time
+a linear head on the residual stream of layer 6 had to name shape and colour at every image token; the head is not
+released. Without it, the model learns words that describe a few pixels much later. So expect these two attributes to be
+more linear in the middle of `nano` than in a model that was trained on captions alone. Sizes, positions, depth and
+light had no such help.
 
-License: MIT, weights and scripts alike. All images and captions come from `scenes.py`; no data of others was used.
+License: MIT, for weights and scripts. All images and captions come from `scenes.py`; no other data was used.
 """
-TRAINING = ("20 minutes for the autoencoder and 45 for a first flow (20,000 scenes, 2,630 steps of AdamW, on two CPU "
-            "cores with AMX)\nand 146 minutes from its weights (`--minutes 146 --batch 48 --rate 2e-3`, without AMX;\n"
-            "guided from minute 104 on)")
+TRAINING = ("Training took 20 minutes for the autoencoder and 45 for a first flow (20,000 scenes, 2,630 steps of "
+            "AdamW, on two CPU\ncores with AMX), then 146 minutes from its weights "
+            "(`--minutes 146 --batch 48 --rate 2e-3`, without AMX;\nguided from minute 104 on)")
 PARTS = {"transformer": "MMDiT", "text_encoder": "CLIP's text encoder", "text_encoder_2": "T5's encoder",
          "vae": "autoencoder, 8 times smaller latents of 16 channels"}
 

@@ -1,12 +1,22 @@
+import atexit
 import gc
 import importlib
 import importlib.util
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")                     # no test may reach for a hub
+# Tests spend most of their time compiling. XLA compiles faster without LLVM's optimizations (`.ci/run` tests with them
+# on the newest Python), and all processes of a session share their compiled programs.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="fae-programs-"),
+                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
@@ -75,6 +85,11 @@ def pytest_collection_modifyitems(items):
     """The longest files first: two processes then end at about the same time."""
     first = ["test_tpu", "test_shard", "test_train", "test_dash", "test_score"]
     items.sort(key=lambda item: (first.index(item.path.stem) if item.path.stem in first else len(first)))
+
+
+def devices(count):
+    """Return the environment of a process with so many CPU devices."""
+    return os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"}
 
 
 @pytest.fixture(scope="session")

@@ -499,7 +499,7 @@ def test_strips_are_drawn_once_and_stay(built, model, visit, tmp_path, monkeypat
     monkeypatch.setattr(flux, "load", lambda *a, **k: model)
     dash.main(str(ckpt), out=str(out), pages_only=True, steer=2)
     found = dash.load(out / "collect")
-    wanted = dash.liveliest(found, 2)
+    wanted = dash.most_frequent(found, 2)
     assert found.images[wanted].min() >= np.sort(found.images)[-2]
     assert {p.name for p in (out / "steer").iterdir()} == {f"{f}-{s}.webp" for f in wanted for s in (0, 2, 4, 8)}
     params, f = checkpoint.load(ckpt)[0], wanted[0]

@@ -65,11 +65,12 @@ GZ = gzip.compress(b"a red cube\n" * 1000, mtime=0)         # else a test's name
     ("p.jsonl", b'{"text": \n{"text": "a"}\n', r"line 1 is not JSON"),
     ("p.jsonl", b'\n[1]\n"a"\n', r"line 2 is \[1\], not a string"),
     ("p.jsonl", b'{"text": 5}\n', r"line 1 is 5, not a string"),
-    ("p.jsonl", b'"\\ud83d"\n', r"line 1 is no UTF-8 text"),
+    ("p.jsonl", b'"\\ud83d"\n', r"line 1 is not UTF-8 text"),
     ("p.jsonl", b"\xff\xfe\x00garbage\n", r"line 1 is not JSON"),
     ("p.json", b'["a", "b"', r"p.json is not JSON"), ("p.json", b'{\n "text": "a"\n}', r"line 1 is not JSON"),
     ("p.json", b'[{"legend": "a"}]', r"prompt 1 has no field .*legend"), ("p.json", b"[]", r"holds no prompts"),
-    ("p.txt", bytes(range(256)) * 9, r"line 1 is no UTF-8"), ("p.txt", "a cube".encode("utf-16"), r"is no UTF-8 text"),
+    ("p.txt", bytes(range(256)) * 9, r"line 1 is not UTF-8"),
+    ("p.txt", "a cube".encode("utf-16"), r"is not UTF-8 text"),
     ("p.csv", b"\x89PNG\r\n\x1a\n\xff", r"no field .* but .PNG"),
     ("p.csv", b"", r"no field .* but none"), ("p.csv", b"id,text\n1,a red, big cube\n", r"line 2 has more fields"),
     ("p.csv", b"text\n" + b"x" * 200_000, r"cannot be read as .csv"),
@@ -93,10 +94,10 @@ def test_prompt_files_that_do_not_fit(tmp_path, nano, name, content, message):
     ("p.jsonl", b'"a"\n{"text": \n[1]\n{"txt": "b"}\n{"text": 5}\n"\\ud83d"\n"\xff"\n"b"\n',
      ["line 2 is not JSON", "skipped 6 rows"]),
     ("p.json", b'["a", 5, {"x": "y"}, "", "b"]', ["prompt 2 is 5, not a string", "skipped 2 rows"]),
-    ("p.txt", b"a\n\xff\xfe\nb\n", ["line 2 is no UTF-8 text"]),
+    ("p.txt", b"a\n\xff\xfe\nb\n", ["line 2 is not UTF-8 text"]),
     ("p.csv", b"id,text\n0,a\n1,a red, big cube\n2\n3,b\n", ["line 3 has more fields"]),
-    ("p.tsv", b"id\ttext\n0\ta\n1\t\xff\n3\tb\n", ["line 3 is no UTF-8"]),
-    ("p.txt.gz", gzip.compress(b"a\nb\n", mtime=0) + b"garbage", ["cannot be read as .txt, or not to its end"]),
+    ("p.tsv", b"id\ttext\n0\ta\n1\t\xff\n3\tb\n", ["line 3 is not UTF-8"]),
+    ("p.txt.gz", gzip.compress(b"a\nb\n", mtime=0) + b"garbage", ["cannot be read as .txt, or is damaged"]),
 ])
 def test_bad_rows_in_the_middle_are_skipped_and_counted(tmp_path, capsys, name, content, said):
     """Also when the file starts anew, but told once."""

@@ -519,7 +519,7 @@ def by_hand(edits):
 
 @pytest.mark.parametrize("case, layers", [(CASES[0], [0, 2]), (CASES[1], [1, 2, 3]), (CASES[4], [1])])
 def test_edits_replace_what_blocks_put_out(case, layers):
-    """And what `catch` and `residual` bring out of an edited block is what it puts out."""
+    """And what `velocity_and_values` and `residual` bring out of an edited block is what it puts out."""
     cfg, params = random_params(case)
     inputs, edits, layer = random_inputs(case), some_edits(cfg, layers, case[8]), layers[-1]
     where = {**inputs, "grid": case[6], "edits": edits}
@@ -527,7 +527,7 @@ def test_edits_replace_what_blocks_put_out(case, layers):
 
     def all_of(params):
         caught, alone = (f(params, cfg, **where, layer=layer, **of) for f, of in (
-            (flux.catch, {"names": names}), (flux.residual, {"site": "both"})))
+            (flux.velocity_and_values, {"names": names}), (flux.residual, {"site": "both"})))
         expected, out = (plainly(params, cfg, inputs, case[6], by_hand(edits), last=last) for last in (None, layer))
         pairs = [(flux.velocity(params, cfg, **where), expected), (caught[0], expected)]
         pairs += [(caught[1][name], out[name.split(".")[1]]) for name in names]
@@ -658,7 +658,7 @@ def test_missing_guidance():
 @pytest.mark.parametrize("layer, site, message", [
     (-1, "img", r"unknown layer -1: the model has layers 0 to 2 \(1 double, 2 single\)"), (3, "img", "unknown layer 3"),
     ("1", "img", "unknown layer '1'"), (1.0, "img", r"unknown layer 1\.0"), (None, "txt", "unknown layer None"),
-    (0, "image", "unknown site 'image': it is one of img, txt, both"), (0, None, "unknown site None")])
+    (0, "image", "unknown site 'image': it must be one of img, txt, both"), (0, None, "unknown site None")])
 def test_wrong_layer_or_site(layer, site, message):
     cfg, params = random_params(CASES[0])
     with pytest.raises(ValueError, match=message) as caught:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -990,7 +991,7 @@ def check_global_sharding(mesh, w, x):
 
 def test_shard_map_on_four_devices():
     code = "import test_harvest; test_harvest.shard_map_checks()"
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
+    env = {**conftest.devices(4), "JAX_PLATFORMS": "cpu",
            "PYTHONPATH": os.pathsep.join(os.path.dirname(os.path.abspath(f)) for f in (harvest.__file__, __file__))}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "shard_map checks passed" in run.stdout, run.stderr[-3000:]

@@ -173,7 +173,7 @@ def test_groups_of_tokens_go_along_and_init_takes_them_from_there(server, tmp_pa
     checkpoint.push(tmp_path / "a", "me/saes")
     held = server.repos["me/saes"]
     assert held["layer3-both/img/cfg.json"] == (tmp_path / "a" / "img" / "cfg.json").read_bytes()
-    assert "| for tokens | txt; of img: `layer3-both/img` |" in held["README.md"].decode()
+    assert "| token groups | txt: `layer3-both`, img: `layer3-both/img` |" in held["README.md"].decode()
     checkpoint.push(tmp_path / "a", "me/saes")
     assert "also holds" not in held["README.md"].decode()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -284,7 +284,7 @@ def test_train_pushes_at_the_end_and_a_finished_run_at_once(nano, server, tmp_pa
     monkeypatch.chdir(tmp_path)
     server.full = True
     with pytest.raises(ValueError, match=r"cannot push to me/nano: [^\n]*quota exceeded[^\n]*; the checkpoint is "
-                       r"whole, to try again: python train.py --resume --out ckpt --push me/nano$"):
+                       r"complete, try again with: python train.py --resume --out ckpt --push me/nano$"):
         train.main(model=str(nano), push="me/nano", **TINY)
     server.full = False
     before = {path.name: path.read_bytes() for path in Path("ckpt").iterdir()}

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,7 +185,7 @@ def compare_encoders(f, mesh):
 
 def test_features_split_over_devices():
     """By all three ways, on four devices, which need a process of their own."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = conftest.devices(4)
     path = os.pathsep.join([str(Path(kernels.__file__).parent), *sys.path])
     subprocess.run([sys.executable, __file__], env=environment | {"PYTHONPATH": path}, check=True, timeout=600)
 
@@ -325,9 +326,10 @@ def test_backward_builds_nothing_of_size_b_by_f(monkeypatch):
 
 @pytest.mark.parametrize(("b", "f", "d", "k"), [(1, 1, 1, 1), (13, 101, 7, 1), (24, 1013, 9, 5), (64, 40, 33, 12)])
 @pytest.mark.parametrize("repeated", [False, True])
-def test_what_a_gpu_runs_equals_the_dense_form(monkeypatch, b, f, d, k, repeated):
-    """The branches that `platform_dependent` takes where the chip is neither a CPU nor a TPU."""
-    monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **_: default(*args))
+@pytest.mark.parametrize("chip", ["gpu", "tpu"])
+def test_what_another_chip_runs_equals_the_dense_form(monkeypatch, b, f, d, k, repeated, chip):
+    """The branches that `platform_dependent` takes on a GPU, and on a TPU without a mesh."""
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **of: of.get(chip, default)(*args))
     rng = np.random.default_rng(b + k)
     indices = jnp.asarray(rng.integers(0, f, (b, k)) if repeated else np.argsort(rng.random((b, f)), 1)[:, :k])
     values, W, g = map(jnp.asarray, (normal(0, b, k), normal(1, f, d), normal(2, b, d)))

@@ -473,8 +473,8 @@ def mistake(monkeypatch, capsys, *argv):
 @pytest.mark.parametrize("argv, message", [
     (["--model", "MODEL"], "no prompt given"),
     (["a", "--model", "absent"], "unknown model 'absent'"),
-    (["a", "--model", "MODEL", "--quant", "int4"], "unknown quantization 'int4': it is one of nf4, int8, none"),
-    (["a", "--model", "MODEL", "--dtype", "int8"], "--dtype int8: it is bfloat16, float16 or float32"),
+    (["a", "--model", "MODEL", "--quant", "int4"], "unknown quantization 'int4': use one of nf4, int8, none"),
+    (["a", "--model", "MODEL", "--dtype", "int8"], "--dtype int8: it must be bfloat16, float16 or float32"),
     (["a", "--model", "MODEL", "--layer", "3", "--site", "img"], "unknown flags --layer, --site"),
     (["a", "--model", "MODEL", "--size", "33"], "size"),
     (["a", "--model", "MODEL", "--size", "32x64"], "size"),

@@ -1,5 +1,4 @@
 """Quantized weights against the real bitsandbytes, as arrays under JAX, and kernels against their plain forms."""
-import os
 import subprocess
 import sys
 from functools import partial
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import optional
+from conftest import devices, optional
 from test_flux import CASES as MODELS
 from test_flux import WEIGHTS, quick, random_inputs, random_transformer, run
 
@@ -194,7 +193,7 @@ def test_half_precision(stack):
 
 def test_device_put_keeps_values_and_shards():
     """In a process of its own: it needs four devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = devices(4)
     subprocess.run([sys.executable, "-c", SHARDED], check=True, env=environment, cwd=Path(quant.__file__).parent)
 
 
@@ -389,7 +388,7 @@ def t5_folder(tmp_path):
 def test_other_files_of_bitsandbytes(tmp_path, t5_folder):
     file, = t5_folder.glob("*.safetensors")
     w = torch.randn(64, 64)
-    for kind, match in (("fp4", "as bitsandbytes__fp4; of"), ("nf4", "a table of its own")):
+    for kind, match in (("fp4", "as bitsandbytes__fp4; only nf4"), ("nf4", "its own quantization table")):
         packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type=kind)
         tensors = state.as_dict(packed=True)
         tensors["quant_map"] = tensors["quant_map"] * 1.01

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +23,10 @@ import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import apply
 import checkpoint
 import kernels
+import normalize
 import sae
 
 CFG = sae.Config(d_in=12, features=50, k=4, lr=1e-3)
@@ -101,9 +104,18 @@ def test_fvu_divides_by_the_variance():
     cfg = sae.Config(d_in=4, features=8, k=2)
     params = {"W_enc": jnp.zeros((4, 8)), "b_enc": jnp.zeros(8), "W_dec": jnp.zeros((8, 4))}
     x = residuals(500, 4) + 1000
-    found = sae.evaluate(params | {"b_dec": jnp.asarray(x.mean(0))}, cfg, x)
+    found = apply.evaluate(params | {"b_dec": jnp.asarray(x.mean(0))}, cfg, x)
     np.testing.assert_allclose([found.fvu, found.fvu_standardized], 1, rtol=1e-3)
     assert found.variance_explained < 1e-6 and found.l0 == 0 and found.dead == 1 and found.tokens == 500
+
+
+def test_residuals_of_another_place_warn():
+    params, x = sae.fold(trained(), CFG), residuals(300, seed=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply.evaluate(params, CFG, x)
+    with pytest.warns(UserWarning, match=r"FVU \d+\.\d: .* Are these residuals of the model, layer and site"):
+        assert apply.evaluate(params, CFG, 3 * np.roll(x, 5, 1) - 20).fvu_standardized > 2
 
 
 def test_evaluate_against_numpy_and_over_any_batches():
@@ -119,10 +131,10 @@ def test_evaluate_against_numpy_and_over_any_batches():
     expected |= {"l0": (values > 0).sum(1).mean(), "cosine": cosine, "dead": np.mean(density == 0)}
     expected |= {"variance_explained": np.mean(np.square(r)), "density": density}
     for batches in (x, x.reshape(7, 100, 12), [x[:100], x[100:350], x[350:]], (x[i : i + 350] for i in (0, 350))):
-        for name, value in sae.evaluate(params, CFG, batches)._asdict().items():
+        for name, value in apply.evaluate(params, CFG, batches)._asdict().items():
             np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-9, err_msg=name)
     with pytest.raises(ValueError, match="no residuals"):
-        sae.evaluate(params, CFG, [])
+        apply.evaluate(params, CFG, [])
 
 
 def test_decoder_rows_stay_unit_and_gradients_orthogonal():
@@ -200,7 +212,7 @@ def test_auxk_revives_dead_features(coefficient):
                               restraint=0.15 if coefficient else 1e9)       # without AuxK the living shall move freely
     state, dead = sae.init(jax.random.key(0), cfg, residuals()), np.arange(50) < 30
     weak = state.params["enc"] * np.where(dead, 0.1, 1.0)[:, None].astype(np.float32)
-    state = state._replace(params=state.params | {"enc": weak}, idle=jnp.asarray(dead * 10**6, jnp.int32))
+    state = state._replace(params=state.params | {"enc": weak}, since_fired=jnp.asarray(dead * 10**6, jnp.int32))
     for i in range(200):
         state, metrics = STEP(state, cfg, residuals(64, seed=i))
         if i == 0:
@@ -226,7 +238,7 @@ def test_init_in_the_space_of_another_state():
     fresh = sae.init(jax.random.key(0), cfg, x, like=other)
     for name in ("mean", "std", "basis"):
         np.testing.assert_array_equal(getattr(fresh, name), getattr(other, name))
-    u = np.asarray(sae._standardize(x, other.mean, other.std, other.basis, None))
+    u = np.asarray(normalize.standardize(x, other.mean, other.std, other.basis, None))
     np.testing.assert_allclose(fresh.params["b_dec"], sae._geometric_median(u), atol=1e-5)
 
 
@@ -236,8 +248,8 @@ def test_idle_counts_tokens_since_a_feature_fired():
     values, indices = map(np.asarray, sae.encode(params, CFG, x))
     fired = np.isin(np.arange(CFG.features), indices[values > 0])
     assert 0 < fired.sum() < CFG.features
-    state, _ = STEP(state._replace(idle=jnp.full(CFG.features, 5, jnp.int32)), CFG, x)
-    np.testing.assert_array_equal(state.idle, np.where(fired, 0, 5 + 64))
+    state, _ = STEP(state._replace(since_fired=jnp.full(CFG.features, 5, jnp.int32)), CFG, x)
+    np.testing.assert_array_equal(state.since_fired, np.where(fired, 0, 5 + 64))
     assert int(state.step) == 1
 
 
@@ -250,16 +262,16 @@ def test_learning_rate_gives_way_while_features_fall_silent():
     silent = np.flatnonzero(~np.isin(np.arange(cfg.features), indices[values > 0]))
     assert len(silent) > 4
 
-    def moved(idle, restraint):
+    def moved(since_fired, restraint):
         mine = dataclasses.replace(cfg, restraint=restraint)
-        new, _ = STEP(state._replace(idle=jnp.asarray(idle, jnp.int32)), mine, x)
+        new, _ = STEP(state._replace(since_fired=jnp.asarray(since_fired, jnp.int32)), mine, x)
         return {name: np.asarray(new.params[name]) - np.asarray(state.params[name]) for name in ("enc", "b_dec")}
 
-    idle = np.zeros(cfg.features)
-    free = moved(idle, 1e9)
+    since_fired = np.zeros(cfg.features)
+    free = moved(since_fired, 1e9)
     for tokens, share in ((0, 1.0), (1600, 0.5), (6400, 0.5), (sae.NEVER, 1.0)):
-        idle[silent[:3]] = tokens
-        held = moved(idle, 3 / cfg.features)
+        since_fired[silent[:3]] = tokens
+        held = moved(since_fired, 3 / cfg.features)
         for name in free:
             np.testing.assert_allclose(held[name], share * free[name], rtol=1e-4, atol=1e-7)
 
@@ -318,17 +330,17 @@ def test_change_and_splice_against_brute_force(activation):
     for shape in ((6,), (3, 1, 6)):
         scale, add = r.uniform(-1, 3, shape).astype(np.float32), r.standard_normal(shape).astype(np.float32)
         by = ((scale - 1.0) * dense[..., features] + add) @ W_dec[features]
-        ours = jax.jit(sae.change, static_argnums=1)(params, cfg, x, features, scale, add)
+        ours = jax.jit(apply.change, static_argnums=1)(params, cfg, x, features, scale, add)
         np.testing.assert_allclose(ours, x + by, rtol=2e-5, atol=1e-4 * np.abs(by).max())
     expected = dense @ W_dec + np.asarray(params["b_dec"], np.float64)
-    np.testing.assert_allclose(sae.splice(params, cfg, x), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(apply.splice(params, cfg, x), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_change_to_nothing_changes_no_bit(dtype):
     x = jnp.asarray(residuals(40), dtype).at[0, 0].set(-0.0)
     params, features = sae.fold(trained(), CFG), jnp.arange(8)
-    run = jax.jit(sae.change, static_argnums=1)
+    run = jax.jit(apply.change, static_argnums=1)
     assert_same(run(params, CFG, x, features, jnp.ones(8), jnp.zeros(8)), x)
     here = jnp.arange(40)[:, None] < 5                           # elsewhere nothing is asked
     some = run(params, CFG, x, features, jnp.ones(8), jnp.where(here, 100.0, 0.0))
@@ -341,7 +353,7 @@ def test_a_change_is_differentiated():
     params, features = sae.fold(trained(), CFG), jnp.arange(10)
     x, scale, add = residuals(6, seed=5), jnp.linspace(0, 2, 10), jnp.linspace(-1, 1, 10)
     out = np.random.default_rng(0).standard_normal((6, 12))
-    loss = lambda x, add: jnp.sum(out * sae.change(params, CFG, x, features, scale, add))
+    loss = lambda x, add: jnp.sum(out * apply.change(params, CFG, x, features, scale, add))
     by_x, by_add = jax.grad(loss, (0, 1))(x, add)
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     pre = x @ p["W_enc"] + p["b_enc"]
@@ -601,15 +613,14 @@ def test_broken_states_are_named(tmp_path):
     save_file(arrays, path)
     with pytest.raises(ValueError, match="no usable config in its header"):
         checkpoint.load_state(tmp_path / "run")
-    save_file(
-        arrays | {"idle": arrays["idle"].astype(np.float32)},
-        path,
-        {"fae": json.dumps({"config": dataclasses.asdict(CFG), "format": checkpoint.FORMAT})},
-    )
-    with pytest.raises(ValueError, match="idle is float32; need int32"):
+    header = {"fae": json.dumps({"config": dataclasses.asdict(CFG), "format": checkpoint.FORMAT})}
+    save_file(arrays | {"since_fired": arrays["since_fired"].astype(np.float32)}, path, header)
+    with pytest.raises(ValueError, match="since_fired is float32; need int32"):
         checkpoint.load_state(tmp_path / "run")
+    save_file({"idle" if name == "since_fired" else name: a for name, a in arrays.items()}, path, header)
+    np.testing.assert_array_equal(checkpoint.load_state(tmp_path / "run")[0].since_fired, arrays["since_fired"])
     save_file(arrays, path, {"fae": json.dumps({"config": dataclasses.asdict(CFG)})})
-    with pytest.raises(ValueError, match="is of format 1, of another version"):
+    with pytest.raises(ValueError, match="has format 1; this version of fae resumes from format 2 only"):
         checkpoint.load_state(tmp_path / "run")
 
 
@@ -667,7 +678,7 @@ def test_variants_fold_exactly(variant):
     """Raw residuals in, the same features and reconstructions out as in training, by the SAE of each group."""
     cfg, state = variant
     x, group = batch(cfg, 300, 999)
-    u = np.asarray(sae._standardize(x, state.mean, state.std, state.basis, group))
+    u = np.asarray(normalize.standardize(x, state.mean, state.std, state.basis, group))
     _, (_, values, indices, out) = sae._reconstruct(state.params, cfg, u)
     pre = kernels.preactivations(sae._seen(state.params, cfg, u), state.params["enc"], state.params["b_enc"])
     for g in range(max(len(cfg.groups), 1)):
@@ -683,7 +694,7 @@ def test_variants_fold_exactly(variant):
         assert (np.abs(found - expected) * ~other).max() < 2e-4 * expected.max()
         if cfg.activation != "batchtopk":
             y = sae.decode(params, cfg, *sae.encode(params, cfg, read))
-            mean, std = (sae._parts(cfg, a)[1] for a in sae._of_group(state, cfg, g))
+            mean, std = (cfg.split(a)[1] for a in normalize._of_group(state, cfg, g))
             back = (y - mean) / std @ (np.eye(y.shape[1]) if state.basis is None else state.basis)
             assert np.median(np.abs(back - out[rows])) < 1e-3 and y.shape[1] == (cfg.d_out or cfg.d_in)
 
@@ -696,7 +707,7 @@ def test_pca_only_turns(groups):
         cfg = dataclasses.replace(CFG, normalization=name, groups=groups)
         x, group = batch(cfg, 4096, 0)
         state = sae.init(jax.random.key(0), cfg, x, group)
-        u[name] = np.asarray(sae._standardize(x, state.mean, state.std, state.basis, group), np.float64)
+        u[name] = np.asarray(normalize.standardize(x, state.mean, state.std, state.basis, group), np.float64)
     np.testing.assert_allclose(u["pca"] @ u["pca"][:50].T, u["std"] @ u["std"][:50].T, atol=1e-3)
     covariance = np.cov(u["pca"].T)
     assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 1e-3
@@ -873,7 +884,7 @@ def test_raw_residuals_far_from_zero_choose_the_features_of_float64(ratio, tmp_p
         assert same >= 0.9999
         np.testing.assert_allclose(values, np.maximum(np.take_along_axis(pre, np.asarray(indices), 1), 0), atol=2e-4)
         three = jnp.asarray(indices[0, :3])
-        changed = sae.change(p, cfg, x[512:], three, jnp.zeros(3), jnp.zeros(3))
+        changed = apply.change(p, cfg, x[512:], three, jnp.zeros(3), jnp.zeros(3))
         own = np.where(np.asarray(indices)[..., None] == three, np.asarray(values)[..., None], 0).sum(1)
         by = -own @ np.asarray(p["W_dec"])[np.asarray(three)]
         np.testing.assert_allclose(changed - x[512:], by, atol=2e-3 * scale.max() * ratio ** 0.5)
@@ -884,8 +895,8 @@ def test_encoding_is_in_full_precision_and_training_is_not():
     cfg = sae.Config(d_in=12, features=50, k=4, activation="batchtopk")
     state = sae.init(jax.random.key(0), cfg, residuals())
     params, x = sae.fold(state, cfg), residuals(8)
-    for run in (lambda x: sae.encode(params, cfg, x, 4), partial(sae.splice, params, cfg),
-                lambda x: sae.change(params, cfg, x, jnp.arange(2), jnp.zeros(2), jnp.zeros(2))):
+    for run in (lambda x: sae.encode(params, cfg, x, 4), partial(apply.splice, params, cfg),
+                lambda x: apply.change(params, cfg, x, jnp.arange(2), jnp.zeros(2), jnp.zeros(2))):
         text = str(jax.make_jaxpr(run)(x))
         assert "HIGHEST" in text and "Precision.HIGH," not in text.replace("HIGHEST", "")
     assert "Precision.HIGH" in str(jax.make_jaxpr(lambda x: sae.step(state, cfg, x))(x))
@@ -910,9 +921,9 @@ def test_splice_uses_all_that_fires(dense, tmp_path):
     values = np.where(pre > arrays["threshold"], pre, 0)
     expected = values @ arrays["W_dec"] + arrays["b_dec"]
     assert (values > 0).sum(-1).max() >= min(dense, 300)         # 32 were the most
-    for run in (sae.splice, jax.jit(sae.splice, static_argnums=1)):
+    for run in (apply.splice, jax.jit(apply.splice, static_argnums=1)):
         np.testing.assert_allclose(run(params, cfg, x), expected, atol=2e-4 * np.abs(expected).max())
-    assert sae.splice(params, cfg, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert apply.splice(params, cfg, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_gradients_along_the_rows_alone_are_no_nan():
@@ -922,7 +933,7 @@ def test_gradients_along_the_rows_alone_are_no_nan():
         r = np.random.default_rng(seed)
         grads = jax.tree.map(jnp.zeros_like, state.params)
         grads["dec"] = state.params["dec"] * r.standard_normal((CFG.features, 1)).astype(np.float32)
-        params, _ = UPDATED(state, CFG, grads, state.idle)
+        params, _ = UPDATED(state, CFG, grads, state.since_fired)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)), seed
 
 

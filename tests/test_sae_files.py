@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import apply
 import checkpoint
 import recipe
 import sae
@@ -314,4 +315,4 @@ def test_init_takes_them(tmp_path):
         cfg = sae.Config(d_in=D, features=F, k=found["k"], activation=found["activation"], normalization="scale")
         params, state = checkpoint.load(tmp_path / name)[0], sae.init(jax.random.key(0), cfg, normal(200, D))
         again, x = sae.fold(sae.unfold(params, cfg, state), cfg), normal(50, D, seed=3)
-        np.testing.assert_allclose(sae.splice(again, cfg, x), sae.splice(params, cfg, x), atol=1e-4)
+        np.testing.assert_allclose(apply.splice(again, cfg, x), apply.splice(params, cfg, x), atol=1e-4)

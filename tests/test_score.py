@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import apply
 import attribution
 import checkpoint
 import dash
@@ -171,7 +172,7 @@ def test_statistics_are_those_of_evaluate_on_activations_from_noise(model, score
     noise = flux.draw_noise(0, data.SCORED + np.arange(6), (64, 64))     # 513 tokens are three batches of two images
     acts = flux.residuals(model, 2 * PROMPTS, layer=5, site="img", steps=2, noise=noise)
     assert found["sae"]["tokens"] == 6 * 64 * 2
-    each = [sae.evaluate(p, who.cfg, x) for p, x in zip(who.params, acts)]
+    each = [apply.evaluate(p, who.cfg, x) for p, x in zip(who.params, acts)]
     for name in ("fvu", "fvu_standardized", "l0", "cosine"):
         assert found["sae"][name] == pytest.approx(np.mean([getattr(one, name) for one in each]), rel=1e-4)
     density = (each[0].density + each[1].density) / 2
@@ -244,7 +245,8 @@ def liveliest(model, who, prompt=PROMPTS[0]):
 def test_ablation_is_that_of_change(model):
     source, target = subject(model, 2, "img"), subject(model, 4, "img")
     found = attribution.attribute(model, target, liveliest(model, target), PROMPTS[0], source)
-    function = lambda name, x, each, shared: sae.change(shared[0], source.cfg, x, shared[1], jnp.zeros(1), jnp.zeros(1))
+    zero = jnp.zeros(1)
+    function = lambda name, x, each, shared: apply.change(shared[0], source.cfg, x, shared[1], zero, zero)
     effects = attribution.ablate(found, found.features[:5])
     for f, effect in zip(found.features[:5, None], effects):
         start, shared = found.run.start, (source.params[0], jnp.asarray(f))
@@ -394,9 +396,9 @@ def test_statistics_of_a_stream_are_those_of_the_whole(model):
     total = {}
     for part in np.array_split(x, 7):
         before = {name: np.shape(value) for name, value in total.items()}
-        total = sae.added(total, params, cfg, part)
+        total = apply.added(total, params, cfg, part)
         assert not before or before == {name: np.shape(value) for name, value in total.items()}
-    whole, streamed = sae.evaluate(params, cfg, x), sae.evaluation(total)
+    whole, streamed = apply.evaluate(params, cfg, x), apply.evaluation(total)
     for name in whole._fields:
         np.testing.assert_allclose(getattr(streamed, name), getattr(whole, name), rtol=1e-5, err_msg=name)
 

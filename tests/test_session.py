@@ -185,7 +185,7 @@ def test_without_locks_it_goes_on_and_says_so(tmp_path, monkeypatch, capsys, wit
         monkeypatch.setattr(fcntl, "flock", flock)
     with session.claim(tmp_path / "out"), session.claim(tmp_path / "out"):
         said = capsys.readouterr().out
-        assert said.count("no lock on") == 2 and "start no second run into this folder" in said
+        assert said.count("no lock on") == 2 and "do not start a second run in this folder" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -254,7 +254,7 @@ def test_a_second_signal_ends_at_once():
         """)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    assert "SIGINT: ending soon; once more ends at once" in process.stderr.readline() + process.stderr.readline()
+    assert "SIGINT: ending soon; a second signal ends at once" in process.stderr.readline() + process.stderr.readline()
     time.sleep(0.1)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -304,7 +304,7 @@ def test_a_log_on_a_full_disk_ends_nothing():
 @pytest.mark.parametrize("tool", ["dash", "score", "steer"])
 @pytest.mark.parametrize("run, flags, expected", [
     (None, {}, ("bfloat16", "nf4", "default")),                  # a foreign SAE
-    ({"dtype": "float16", "quant": "int8"}, {}, ("float16", "int8", "as the run has it")),
+    ({"dtype": "float16", "quant": "int8"}, {}, ("float16", "int8", "from the run")),
     ({"dtype": "float16", "quant": "int8"}, {"dtype": "float32", "quant": "none"}, ("float32", "none", "as asked"))])
 def test_all_tools_load_the_model_by_one_rule(monkeypatch, capsys, tmp_path, nano, tool, run, flags, expected):
     """On an accelerator, where float32 without quantization would be 67 GB of FLUX.1."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import apply
 import checkpoint
 import data
 import flux
@@ -149,7 +150,7 @@ def test_another_feature_strength_or_prompt_compiles_nothing(model, loaded):
         changes = [steer.Change(loaded["img"], f + i, scale, i) for i in range((3, 4, 3)[n])]
         changes += [steer.Change(loaded["late"], f + i, add=1.0) for i in range(n + 1)]
         steer.draw(model, prompt, changes, **RUN, during=(0, 1 + n % 2), boxes=boxes)
-        sizes.append((mmdit._scan._cache_size(), mmdit._block.cache_info().misses, sae._candidates._cache_size()))
+        sizes.append((mmdit._scan._cache_size(), mmdit._block.cache_info().misses, apply._candidates._cache_size()))
     assert sizes[0] == sizes[1] == sizes[2]
 
 
@@ -166,8 +167,8 @@ def test_set_is_read():
     for text, of, message in [("200*2", [a], "200.*layer3 has features 0 to 199"), ("3", [a], "write 123"),
                               ("3**2", [a], "write 123"), ("x", [a], "write 123"), ("3*-", [a], "write 123"),
                               ("", [a], "no feature"),
-                              ("3+1,3*2", [a], "feature 3 is changed twice"), ("3+1", [a, b], "of which checkpoint"),
-                              ("2:3+1", [a, b], "no checkpoint is meant by '2'.*layer3 .or 0., layer8"),
+                              ("3+1,3*2", [a], "feature 3 is changed twice"), ("3+1", [a, b], "which checkpoint"),
+                              ("2:3+1", [a, b], "'2' names no checkpoint.*layer3 .or 0., layer8"),
                               ("layer3:3+1", [a, a], "more than one checkpoint"), ("3*1e999", [a], "must be finite")]:
         with pytest.raises(ValueError, match=message):
             steer.parsed(text, of)
@@ -202,7 +203,7 @@ def test_command_writes_a_grid_and_replaces_only_its_own(model, built, tmp_path,
     steer.main(str(built["img"]), str(built["late"]), PROMPTS[0], grid="3", **flags)         # ours are replaced
     assert {p.name for p in out.iterdir()} == {"0-x0.png", "0-x3.png", "steer.png", "steer.json", "mine.txt"}
     (out / "0-x5.png").write_text("mine")
-    with pytest.raises(ValueError, match=r"0-x5\.png is there and not of steer\.py"):
+    with pytest.raises(ValueError, match=r"0-x5\.png exists and was not written by steer\.py"):
         steer.main(str(built["img"]), str(built["late"]), PROMPTS[0], grid="5", **flags)
     assert (out / "0-x5.png").read_text() == (out / "mine.txt").read_text() == "mine"
 
@@ -224,7 +225,7 @@ def test_names_in_steer_json_are_checked(tmp_path):
     assert {p.name for p in out.iterdir()} == {"mine.txt", "0-x0.png", "steer.json", "steer.png"}
     assert not (out / "0-x0.png").is_symlink()
     (out / "0-x1.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(ValueError, match=r"0-x1\.png is there and not of steer\.py"):
+    with pytest.raises(ValueError, match=r"0-x1\.png exists and was not written by steer\.py"):
         steer.write(out, images, ["0-x1.png"], about)
     assert not (tmp_path / "nowhere.png").exists()
 
@@ -256,7 +257,7 @@ MISTAKES = [
     ([], "no argument is not a checkpoint's folder"),
     (["{tmp}", "a cube", "--set=1+1"], "cfg.json is missing"),
     (["{img}", "a", "--set=1+1", "--colour=1"], "unknown flag"),
-    (["{img}", "a", "--set=1+1", "--during=2:9"], "during 2:9: of 4 sampling steps"),
+    (["{img}", "a", "--set=1+1", "--during=2:9"], "during 2:9: need 0 <= first < end <= 4"),
     (["{img}", "a", "--set=1+1", "--during=x"], "--during x"),
     (["{img}", "a", "--set=1+1", "--box=1,2,3"], "--box 1,2,3"),
     (["{img}", "a", "--set=1+1", "--box=0,0,9,8"], "box 0,0,9,8: the image has 8 rows and 8 columns"),
@@ -264,7 +265,7 @@ MISTAKES = [
     (["{img}", "a", "--set=1+1", "--size=50"], "size is 50"), (["{img}", "a", "--set=1+1", "--steps=0"], "--steps 0"),
     (["{img}", "a", "--set=1+1", "--grid=a"], "--grid a"),
     (["{txt}", "a", "--set=1+1", "--box=0,0,1,1"], "text tokens"),
-    (["{img}", "{late}", "a", "--set=1+1"], "of which checkpoint?"), (["{wide}", "a", "--set=1+1"], "is for width 64"),
+    (["{img}", "{late}", "a", "--set=1+1"], "which checkpoint?"), (["{wide}", "a", "--set=1+1"], "is for width 64"),
     (["{img}", "{other}", "a", "--set=0:1+1"], "belong to different models"),
     (["{img}", "a", "--set=1+1", "--layer=3"], "--layer 3: "), (["{deep}", "a", "--set=1+1"], "unknown layer 40"),
     (["{img}", "a", "--set=1+1", "--out={tmp}/file"], "is not a folder"),
@@ -283,7 +284,7 @@ def test_mistakes_end_in_one_line_before_the_model_is_loaded(model, built, tmp_p
     checkpoint.save(tmp_path / "other", params, cfg, metadata=about | {"model": "schnell"})
     for name, small in {"wide": {"d_in": 64}, "across": {"d_in": 128, "d_out": 64, "activation": "jumprelu"}}.items():
         small = sae.Config(features=8, k=2, **small)
-        arrays = {name: jnp.ones(shape) for name, shape in sae.shapes(small).items()}
+        arrays = {name: jnp.ones(shape) for name, shape in small.shapes.items()}
         checkpoint.save(tmp_path / name, arrays, small, metadata=about)
     shutil.copytree(built["img"], tmp_path / "half")
     data = (built["img"] / "sae_weights.safetensors").read_bytes()
@@ -311,4 +312,4 @@ def test_nothing_imports_steer():
     for path in ROOT.glob("*.py"):
         assert path.name == "steer.py" or not re.search(r"^\s*(import|from) steer\b", path.read_text(), re.M), path
     imported = set(re.findall(r"^import (\w+)$", Path(steer.__file__).read_text(), re.M))
-    assert imported & {p.stem for p in ROOT.glob("*.py")} == {"data", "flux", "sae", "session", "shard"}
+    assert imported & {p.stem for p in ROOT.glob("*.py")} == {"apply", "data", "flux", "sae", "session", "shard"}

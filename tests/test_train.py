@@ -891,7 +891,7 @@ def test_some_prompts_of_a_file_are_held_out(start, tmp_path, monkeypatch, capsy
     start(prompts="few.txt", out="few")
     assert "\nseen prompts, new noise " in capsys.readouterr().out and set(seen) == set(PROMPTS)
     assert [checkpoint.load_metadata(out)["run"]["held_out"] for out in ("ckpt", "few")] == [True, False]
-    with pytest.raises(ValueError, match=r"--held_out: .*few.txt has less than a hundred"):
+    with pytest.raises(ValueError, match=r"--held_out: .*few.txt has fewer than 100"):
         start(prompts="few.txt", held_out=True, out="no")
     start(prompts="p.txt", held_out=False, steps=4, out="all")
     assert "\nseen prompts, new noise " in capsys.readouterr().out
@@ -917,7 +917,7 @@ def test_another_file_of_prompts_is_refused_and_a_moved_one_is_not(start, traine
     train.main(resume=True, prompts="moved.txt", **LOGGED)
     assert checkpoint.load_metadata("ckpt")["run"]["prompts"].endswith("moved.txt")
     train.main(resume=True, prompts=str(tmp_path / "moved.txt"), **LOGGED)
-    with pytest.raises(ValueError, match=r"--prompts_sha256 no: that of p.txt is"):
+    with pytest.raises(ValueError, match=r"--prompts_sha256 no: the SHA-256 of p.txt is"):
         start(prompts="p.txt", prompts_sha256="no", out="other")
 
 
@@ -1052,7 +1052,7 @@ def test_defaults_fit_schnell(tmp_path, monkeypatch, platform, dtype):
     ("--timesteps=0", "--timesteps 0"), ("--seeds_per_prompt=0", "--seeds_per_prompt 0"), ("--lr=0", "--lr 0"),
     ("--lr=fast", "--lr fast"),
     ("--lr=1e999", "--lr"), ("--seed=-1", "--seed -1"), ("--seed=3000000000", "--seed 3000000000"),
-    ("--dtype=int8", "--dtype int8"), ("--quant=int4", "unknown quantization 'int4': it is one of nf4, int8, none"),
+    ("--dtype=int8", "--dtype int8"), ("--quant=int4", "unknown quantization 'int4': use one of nf4, int8, none"),
     ("--log_every=0", "--log_every 0"), ("--save_every=often", "--save_every often"),
 ])
 def test_mistakes_end_in_one_line_before_any_work(monkeypatch, capsys, tmp_path, nano, flag, message):

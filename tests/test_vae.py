@@ -225,7 +225,7 @@ BAD_CONFIGS = [
     ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "3 entries for 2"),
     ({"act_fn": "gelu"}, "'gelu'"),
     ({"latents_mean": [0.5]}, r"latents_mean is \[0.5\]"),
-    ({"norm_num_groups": 4}, "has 6, no multiple of norm_num_groups=4"),
+    ({"norm_num_groups": 4}, "has 6; each must be a multiple of norm_num_groups, 4"),
 ]
 
 

@@ -1,16 +1,18 @@
-"""What quantization costs and saves, as Markdown, and a picture of it: python bench/formats.py [picture.webp]
+"""Measure what quantization costs and saves, as Markdown and a picture: python bench/nf4.py [picture.webp]
 
-Sizes are counted from the shapes of FLUX.1-schnell and T5-XXL; errors are of nano's velocity against its own without
-quantization, in float32. Rates are medians over decoding a [12288, 3072] weight to bfloat16 on this machine, into new
-memory (which the system must clear first: the first line decodes nothing, it is `jnp.full`) and into memory that was
-used before. The picture has nano's drawings in bfloat16 above those in NF4, from the same noise.
+Sizes come from the shapes of FLUX.1-schnell and T5-XXL. Errors compare nano's velocity with and without quantization,
+in float32. Rates are medians of decoding a [12288, 3072] weight to bfloat16 on this machine, into new memory (which the
+system must clear first) and into reused memory. The first row only fills memory, with `jnp.full`. The picture shows
+nano's images in bfloat16 above those in NF4, from the same noise.
 """
 import os
 import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,10 +34,11 @@ SHAPE = (12288, 3072)
 CAPTIONS = ["a red cube", "a green cone", "a blue cylinder", "a small orange sphere"]
 
 
-def main(picture=None):
+def main(picture: str | None = None) -> None:
+    """Print the table, and draw the picture if a file is given."""
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, jax {jax.__version__}\n")
     exact = flux.load(ROOT / "nano", dtype=jnp.float32)
-    print("| format | bits a weight | FLUX.1 | T5-XXL | error of nano's velocity | G weights/s | in used memory |\n"
+    print("| format | bits per weight | FLUX.1 | T5-XXL | error of nano's velocity | G weights/s | in reused memory |\n"
           "|---|--:|--:|--:|--:|--:|--:|")
     for label, options in FORMATS.items():
         put = quant.put(**options) if options else None
@@ -53,12 +56,13 @@ def main(picture=None):
         draw(picture)
 
 
-def quantizer(options):
+def quantizer(options: dict) -> Callable:
+    """Return the function of `quant` for a format."""
     return getattr(quant, options["name"])
 
 
-def stored(shape, options):
-    """Bytes of one weight [in, out], from a narrow one: quantizing a large one would take minutes."""
+def stored(shape: tuple[int, ...], options: dict) -> float:
+    """Return the bytes of one weight [in, out], computed from narrow ones: quantizing a large one takes minutes."""
     if not options:
         return 2 * np.prod(shape)
     wide, narrow = (sum(leaf.nbytes for leaf in jax.tree.leaves(quantizer(options)(np.ones((shape[0], n), np.float32))))
@@ -66,14 +70,16 @@ def stored(shape, options):
     return wide + (wide - narrow) * (shape[1] - 512) / 256
 
 
-def leaf_bytes(path, tensor, prefix, options):
+def leaf_bytes(path: tuple, tensor: weights.Tensor, prefix: str, options: dict) -> float:
+    """Return the bytes of a tensor of the table, over all its layers."""
     layers = len(tensor.numbers)
     name = f"{prefix}.{weights.path_name(path)}"
     coded = name.startswith(quant.QUANTIZED) and len(tensor.shape) == 2
     return layers * (stored(tensor.shape, options) if coded else 2 * np.prod(tensor.shape))
 
 
-def velocity_error(exact, quantized):
+def velocity_error(exact: flux.Model, quantized: flux.Model) -> float:
+    """Return the relative error of the quantized model's velocity."""
     rng = np.random.default_rng(0)
     words, pooled = flux.encode_text(exact, CAPTIONS * 2)
     times = np.linspace(1, 0.2, 8, dtype=np.float32)
@@ -83,15 +89,16 @@ def velocity_error(exact, quantized):
     return float(jnp.linalg.norm(b - a) / jnp.linalg.norm(a))
 
 
-def weight(options):
+def weight(options: dict) -> Any:
+    """Return a random quantized weight of SHAPE, or the scalar 1 without quantization."""
     if not options:
         return jnp.bfloat16(1)
     w = np.random.default_rng(0).standard_normal((SHAPE[0], 96), dtype=np.float32)
     return quantizer(options)(np.tile(w, (1, SHAPE[1] // 96)), dtype=jnp.bfloat16)
 
 
-def decode_rate(decode, q, used, repeats=9):
-    """Weights a second. used: each result takes the memory of the one before."""
+def decode_rate(decode: Callable, q: Any, used: bool, repeats: int = 9) -> float:
+    """Return the decoded weights per second. used: write each result into the memory of the one before."""
     run = jax.jit(lambda old, q: decode(q), donate_argnums=0 if used else (), keep_unused=True)
     array, times = jnp.zeros(SHAPE, jnp.bfloat16), []
     for _ in range(repeats + 2):
@@ -101,7 +108,8 @@ def decode_rate(decode, q, used, repeats=9):
     return np.prod(SHAPE) / statistics.median(times[2:])
 
 
-def draw(file):
+def draw(file: str) -> None:
+    """Save the picture of both formats."""
     from PIL import Image
     rows = []
     for options in ({}, session.quantized("nf4")):
