@@ -19,9 +19,9 @@ import weights
 from session import Mistake
 
 
-def flag(help: str, default: Any = None) -> Any:
-    """Return a field of `Run` that is also a command-line flag. `defaults` sets a flag whose default is None."""
-    return field(default=default, metadata={"help": help})
+def flag(help: str, default: Any = None, *, auto: str = "") -> Any:
+    """Return a field of `Run` that is also a command-line flag. auto: the rule by which `defaults` sets its value."""
+    return field(default=default, metadata={"help": help, "auto": auto})
 
 
 @dataclass(frozen=True)
@@ -29,35 +29,35 @@ class Run:
     """The flags that decide what a run computes. The checkpoint stores them, and a resumed run must match them."""
     model: str = flag("nano, schnell, dev, a folder or a repo id; auto: schnell if JAX sees an accelerator, else nano",
                       "auto")
-    layer: int = flag("number of the block whose output the SAE reads; default: the last double block")
+    layer: int = flag("number of the block whose output the SAE reads", auto="the last double block")
     site: str = flag("tokens to train on: img, txt or both", "img")
-    features: int = flag("number of SAE features; default: 16 times the width, at most 16384")
-    k: int = flag("active features per token; default: width / 8, at most 32; 32 for txt")
-    steps: int = flag("training steps; default: 10000, 1000 for small models")
+    features: int = flag("number of SAE features", auto="16 times the width, at most 16384")
+    k: int = flag("active features per token", auto="width / 8, at most 32; 32 for txt")
+    steps: int = flag("training steps", auto="10000; 1000 for small models")
     batch: int = flag("tokens per step", 2048)
-    prompts: str = flag("prompt file, hf:owner/dataset[/file] or scenes; default: scenes for nano, else the captions "
-                        "of the FLUX SAE paper")
-    prompt_field: str | None = flag("field or column of the prompts; default: prompt, caption or text")
-    prompt_batch: int = flag("prompts per forward pass; default: 4 per chip, 32 for small models")
-    seeds_per_prompt: int = flag("noise samples per prompt; default: 1, 4 for small models")
+    prompts: str = flag("prompt file, hf:owner/dataset[/file] or scenes",
+                        auto="scenes for nano, else the captions of the FLUX SAE paper")
+    prompt_field: str | None = flag("field or column of the prompts", auto="prompt, caption or text")
+    prompt_batch: int = flag("prompts per forward pass", auto="4 per chip; 32 for small models")
+    seeds_per_prompt: int = flag("noise samples per prompt", auto="1; 4 for small models")
     timesteps: int = flag("number of noise levels to capture, starting at pure noise", 1)
-    buffer: int = flag("minimum number of tokens to shuffle together; default: 65536, 131072 for small models")
-    size: int | tuple | None = flag("pixels: one side, or height,width; default: 256, or the model's own if smaller")
-    text_tokens: int = flag("T5 tokens per prompt; default: the model's own")
-    lr: float | None = flag("learning rate; default: computed from features and k")
+    buffer: int = flag("minimum number of tokens to shuffle together", auto="65536; 131072 for small models")
+    size: int | tuple | None = flag("pixels: one side, or height,width", auto="256, or the model's own if smaller")
+    text_tokens: int = flag("T5 tokens per prompt", auto="the model's own")
+    lr: float | None = flag("learning rate", auto="computed from features and k")
     seed: int = flag("seed of the noise, the training order and the SAE", 0)
-    dtype: str = flag("dtype of the model: float32, bfloat16 or float16; default: float32 on a CPU, else bfloat16")
-    quant: str = flag("format of the model's weights: nf4, int8 or none; default: none for nano and on a CPU, else nf4")
-    activation: str = flag("topk, batchtopk or jumprelu; default: topk, batchtopk for a transcoder")
+    dtype: str = flag("dtype of the model: float32, bfloat16 or float16", auto="float32 on a CPU, else bfloat16")
+    quant: str = flag("format of the model's weights: nf4, int8 or none", auto="none for nano and on a CPU, else nf4")
+    activation: str = flag("topk, batchtopk or jumprelu", auto="topk; batchtopk for a transcoder")
     matryoshka: tuple | None = flag("sizes of nested feature prefixes, for example 512,2048")
     transcoder: int | None = flag("train a transcoder that predicts the output of this layer from that of --layer")
     normalization: str = flag("pca (standardize, then rotate to the principal axes), std (no rotation) or scale (one "
-                              "factor); default: pca, std for txt and transcoders")
+                              "factor)", auto="pca; std for txt and transcoders")
     init: str | None = flag("SAE to start from: a folder of fae, SAELens or sparsify, or owner/repo/folder")
     transformer: str | None = flag("file or folder to load the transformer from")
     revision: str | None = flag("revision of a model on the hub")
     padding: bool | None = flag("also train on text padding", False)
-    held_out: bool | None = flag("hold out one prompt in twenty for the final table; default: if there are enough")
+    held_out: bool | None = flag("hold out one prompt in twenty for the final table", auto="True if there are enough")
     prompts_sha256: str | None = flag("expected SHA-256 of the prompt file; the checkpoint stores it")
 
     def __post_init__(self):

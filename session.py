@@ -62,15 +62,24 @@ def command(function: Callable) -> None:
 def with_flags(function: Callable, declared: Iterable[Field]) -> Callable:
     """Return `function`, which takes only keywords, with a flag for each declared dataclass field.
 
-    The metadata of a field hold its `help`. Its default appears in --help only: the function gets just the given flags.
+    The metadata of a field hold its `help` and, if its default depends on other flags, the rule, `auto`. Defaults
+    appear in --help only: the function gets just the given flags.
     """
     own = [p for p in inspect.signature(function).parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
-    more = [inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-            for field in declared]
+    more = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=f.type,
+                              default=_Rule() if f.metadata["auto"] else f.default) for f in declared]
     rest = inspect.Parameter("unknown", inspect.Parameter.VAR_KEYWORD)
     function.__signature__ = inspect.Signature([*more, *own, rest])
-    function.__doc__ += "".join(f"    {field.name}: {field.metadata['help']}\n    " for field in declared)
+    rule = lambda field: field.metadata["auto"] and f"; default: {field.metadata['auto']}"
+    function.__doc__ += "".join(f"    {f.name}: {f.metadata['help']}{rule(f)}\n    " for f in declared)
     return function
+
+
+class _Rule:
+    """A default that a rule decides. fire prints no default of it; the help text says the rule."""
+
+    def __repr__(self):
+        return ""
 
 
 def _parser(flag):

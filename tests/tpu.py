@@ -2,9 +2,10 @@
 
 The wheel libtpu, which jax[tpu] brings, is the whole TPU compiler. Each job is one kernel on one chip: its product
 x [rows, in] @ w [in, out], and optionally the tiles; or, with k, a sparse product of kernels.py for `rows` tokens and
-w [F, D]. A line of JSON answers each: how many VLIW bundles the compiler scheduled for one step of the grid (cycles
-without stalls for memory: the tile is one straight piece of code; of a sparse product those of each loop, and of all
-else in a step), the tiles, and the seconds it took; or the compiler's error.
+w [F, D]. A line of JSON answers each job: the tiles and the seconds it took, or the compiler's error. A third argument,
+an empty folder, asks for the VLIW bundles that the compiler scheduled for one step of the grid too: cycles without
+stalls for memory, for a sparse product those of each loop and of the rest of a step. It takes ten times as long, since
+the compiler writes all its passes to that folder.
 """
 import glob
 import json
@@ -22,17 +23,19 @@ TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6
 SPARSE = ("sparse decode", "sparse gradients")
 # What must be set before jax is imported.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-               "TPU_ACCELERATOR_TYPE": "v4-8", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+               "TPU_ACCELERATOR_TYPE": "v4-8", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+               "JAX_ENABLE_COMPILATION_CACHE": "false"}          # a cached program schedules nothing
 
 
-def run(chip, jobs):
-    """The answers to `jobs`, one after the other."""
+def run(chip, jobs, count=True):
+    """Return the answers to `jobs`, one after the other. count: whether to count bundles."""
     environment = os.environ | ENVIRONMENT
     with tempfile.TemporaryDirectory() as dump:
-        environment["LIBTPU_INIT_ARGS"] = (f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
-                                           "--xla_jf_emit_annotations=true --xla_jf_debug_level=2")
-        process = subprocess.Popen([sys.executable, __file__, chip, json.dumps(jobs), dump], env=environment,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if count:
+            environment["LIBTPU_INIT_ARGS"] = (f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+                                               "--xla_jf_emit_annotations=true --xla_jf_debug_level=2")
+        process = subprocess.Popen([sys.executable, __file__, chip, json.dumps(jobs), *[dump] * count], text=True,
+                                   env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         answers = [json.loads(line) for line in process.stdout if line.startswith("{")]
         errors = process.stderr.read()
     if process.wait() or len(answers) != len(jobs):
@@ -40,7 +43,7 @@ def run(chip, jobs):
     return answers
 
 
-def main(chip, jobs, dump):
+def main(chip, jobs, dump=None):
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -51,7 +54,8 @@ def main(chip, jobs, dump):
             function, shapes, answer["tiles"] = program(chip, **job)
             placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
             jax.jit(function, out_shardings=here).lower(*placed).compile()
-            answer |= loops(dump, start) if "k" in job else {"bundles": bundles(dump, start)}
+            if dump:
+                answer |= loops(dump, start) if "k" in job else {"bundles": bundles(dump, start)}
         except Exception as error:
             answer["error"] = str(error).splitlines()[0][:300]
         print(json.dumps(answer | {"seconds": round(time.time() - start, 1)}), flush=True)
@@ -163,4 +167,4 @@ def loops(dump, since):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    main(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:])
