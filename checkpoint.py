@@ -66,7 +66,7 @@ def save_state(
     If cfg has groups, the folder holds the SAE on raw residuals of the first group, and a subfolder named after each
     other group holds the same SAE on that group's residuals.
     """
-    arrays = _flatten(state._replace(spare=None))
+    arrays = _flatten(state)
     arrays |= {f"extra/{name}": np.asarray(value) for name, value in (extra or {}).items()}
     header = {"format": FORMAT, "config": dataclasses.asdict(cfg)}
     files = {STATE: lambda path: _save_arrays(path, arrays, header)}
@@ -113,7 +113,7 @@ def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]
     if (written := header.get("format", 1)) != FORMAT:
         raise Mistake(f"{path} has format {written}; this version of fae resumes from format {FORMAT} only (the SAE "
                       "beside it can still be loaded)")
-    template = jax.eval_shape(lambda: sae.init(jax.random.key(0), cfg, *_blank_sample(cfg)))._replace(spare=None)
+    template = jax.eval_shape(lambda: sae.init(jax.random.key(0), cfg, *_blank_sample(cfg)))
     extra = {name[6:]: arrays.pop(name) for name in list(arrays) if name.startswith("extra/")}
     if "idle" in arrays:                                         # the name before it was since_fired
         arrays["since_fired"] = arrays.pop("idle")
@@ -123,8 +123,7 @@ def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]
     for name, leaf in expected.items():
         if arrays[name].dtype != leaf.dtype:
             raise Mistake(f"{path}: {name} is {arrays[name].dtype}; need {leaf.dtype}")
-    state = jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in expected])
-    return state._replace(spare=sae.spare(state.params)), cfg, extra
+    return jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in expected]), cfg, extra
 
 
 def load_metadata(folder: str | Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -151,7 +151,7 @@ class Partial:
         self.seconds, self.saved = seconds, time.monotonic()
         self.arguments = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
 
-    def ended(self):
+    def ended(self) -> Collected | None:
         """Return what a run with the same arguments collected before it was stopped, or None."""
         try:
             found = load(self.folder / "collect")
@@ -159,7 +159,7 @@ class Partial:
             return None
         return found if found.info.get("arguments") == self.arguments else None
 
-    def restore(self, counts):
+    def restore(self, counts: Counts) -> int:
         """Fill `counts` with the saved state and return the number of finished prompts. Without a state that fits,
         return 0 and clear the folder of other prompts' images."""
         done = self._read(counts.a)
@@ -180,10 +180,12 @@ class Partial:
         except DAMAGED:                                          # missing or torn: begin anew
             return 0
 
-    def due(self):
+    def due(self) -> bool:
+        """Return whether it is time to save the state again."""
         return time.monotonic() - self.saved >= self.seconds
 
-    def save(self, state, done):
+    def save(self, state: dict[str, np.ndarray], done: int) -> None:
+        """Save the state after `done` prompts."""
         new = self.arrays.with_suffix(".new")
         # safetensors writes an array's memory in its order: a view would come back scrambled
         state = {name: np.ascontiguousarray(array) for name, array in state.items()}
@@ -191,7 +193,7 @@ class Partial:
         os.replace(new, self.arrays)
         self.saved = time.monotonic()
 
-    def replace_by(self, found):
+    def replace_by(self, found: Collected) -> None:
         """Save the statistics of the finished pass, and delete the state."""
         save(self.folder / "collect", found)
         self.arrays.unlink(missing_ok=True)
@@ -267,7 +269,7 @@ def strip(model: flux.Model, subject: session.Subject, found: Collected, f: int,
 
 
 @lru_cache
-def scaling(cfg):
+def scaling(cfg: sae.Config) -> Callable:
     """Return a `flux.Edit`'s function that multiplies a feature. One object per SAE, so that it compiles once."""
     def scaled(name, x, scale, shared):
         params, feature = shared[name]
@@ -321,7 +323,7 @@ def main(checkpoint="ckpt", out="dash", prompts="", prompt_field="", n=1000, ste
         print(f"dashboard: {out / 'index.html'}")
 
 
-def copy_parts(out, building):
+def copy_parts(out: Path, building: Path) -> None:
     """Copy what was collected and drawn in `out` into a new folder `building`."""
     shutil.rmtree(building, ignore_errors=True)                  # left by a stopped run that only wrote pages
     for part in ("collect", "images", "steer"):
@@ -329,7 +331,8 @@ def copy_parts(out, building):
             shutil.copytree(out / part, building / part)
 
 
-def strips_for(checkpoint, load_model, subject, found, folder, n):
+def strips_for(checkpoint: str | Path, load_model: Callable, subject: session.Subject, found: Collected, folder: Path,
+               n: int | None) -> None:
     """Call `draw_strips` for n features, if any. Raises Mistake for another checkpoint's dashboard."""
     if not n:
         return
@@ -350,7 +353,9 @@ def read_cfg(checkpoint: str | Path) -> dict:
     return json.loads((Path(checkpoint) / saved.CONFIG).read_text(encoding="utf-8"))
 
 
-def collect_from(checkpoint, load_model, subject, folder, source, field, n, steps, seed, batch, stop):
+def collect_from(checkpoint: str | Path, load_model: Callable, subject: session.Subject, folder: Path, source: str,
+                 field: str, n: int, steps: int | None, seed: int, batch: int | None, stop: Callable
+                 ) -> Collected | None:
     """Call `collect` with the flags and with what the checkpoint says."""
     source, field, held_out = session.prompts_of(subject, source, field)
     texts, drawn = data.examples(source, field, held_out, n)
@@ -392,7 +397,7 @@ def check_out(out: Path, checkpoint: str | Path, pages_only: bool, overwrite: bo
                       "--overwrite it")
 
 
-def read_info(file):
+def read_info(file: Path) -> dict:
     """Return the contents of a collect.json of any version; {} if it is damaged."""
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
@@ -401,7 +406,7 @@ def read_info(file):
         return {}
 
 
-def foreign_in(out):
+def foreign_in(out: Path) -> Iterator[str]:
     """Yield paths in the folder that dash.py did not make, except its lock, its workplace and .DS_Store of Macs."""
     for path in out.rglob("*"):
         name = path.relative_to(out).as_posix()
@@ -410,7 +415,7 @@ def foreign_in(out):
             yield name
 
 
-def same_run(info, checkpoint):
+def same_run(info: dict, checkpoint: str | Path) -> bool:
     """Return whether a dashboard is of the checkpoint's run, at any step. A foreign SAE must have the same cfg.json."""
     def of(cfg):
         run = (cfg.get("metadata") or {}).get("run")
@@ -420,13 +425,13 @@ def same_run(info, checkpoint):
     return of(info.get("checkpoint") or {}) == of(read_cfg(checkpoint))
 
 
-def workplace(out, name):
+def workplace(out: Path, name: str) -> Path:
     """Return where to make the new dashboard: beside `out`, or inside it if `out` cannot be renamed."""
     whole = out.resolve()
     return whole.with_name(f".{whole.name}.{name}") if renamable(out) else whole / f".{name}"
 
 
-def renamable(out):
+def renamable(out: Path) -> bool:
     """Return whether the folder can be renamed: no mount, not the current folder, and its parent is writable."""
     whole = out.resolve()
     parent = next(path for path in whole.parents if path.is_dir())

@@ -14,10 +14,9 @@ three operations that are each other's derivatives (named as in sparse linear al
 
 Each scans over the k columns with temporaries [B, D]. On two CPU cores (k = 32; B, D, F = 4096, 128, 2048 and 1024,
 3072, 16384) this is 2 to 9 times as fast as gathering [B, k, D] at once, and 3 to 7 times as fast as a scatter sorted
-by feature. On a CPU, `outer` scans over the batch rows instead (1.2 to 2.4 times as fast) or, for large F x D, over the
-entries sorted by feature (another 1.5 to 2 times), and `sddmm` scans over the rows (up to 1.8 times as fast). The whole
-gradient takes half the time of the dense one. On TPUs, `plan` chooses between Pallas kernels and dense products. For
-this it needs the mesh: one device, or the devices over which F is split.
+by feature. On a CPU, `outer` scans over the batch rows instead (1.2 to 2.4 times as fast), and so does `sddmm` (up to
+1.8 times). The whole gradient takes half the time of the dense one. On TPUs, `plan` chooses between Pallas kernels and
+dense products. For this it needs the mesh: one device, or the devices over which F is split.
 """
 
 from collections.abc import Callable
@@ -92,11 +91,8 @@ def _sddmm(x: Array, rows: Array, indices: Array) -> Array:
     return lax.platform_dependent(x, rows, indices, cpu=by_row, default=by_column)
 
 
-def _outer(values: Array, indices: Array, x: Array, features: int, spare: Array | None) -> Array:
-    """values, indices [B, k], x [B, D] -> [F, D], summed in float32, in the memory of `spare` if given.
-
-    Repeated indices add up.
-    """
+def _outer(values: Array, indices: Array, x: Array, features: int) -> Array:
+    """values, indices [B, k], x [B, D] -> [F, D], summed in float32. Repeated indices add up."""
 
     def add(total, part):
         value, index, row = part
@@ -105,65 +101,38 @@ def _outer(values: Array, indices: Array, x: Array, features: int, spare: Array 
     def by_row(total, values, indices, x):  # the added row stays in a CPU's cache
         return lax.scan(add, total, (values, indices, x))[0]
 
-    def by_feature(total, values, indices, x):  # the row of the total stays in the cache, and x if it fits
-        feature, place = _by_feature(indices, features)
-        value, row = values.reshape(-1)[place], place // indices.shape[1]
-
-        def add_entry(i, total):
-            new = lax.dynamic_slice_in_dim(total, feature[i], 1) + value[i] * lax.dynamic_slice_in_dim(x, row[i], 1)
-            return lax.dynamic_update_slice_in_dim(total, new, feature[i], 0)
-
-        return lax.fori_loop(0, len(place), add_entry, total, unroll=2)
-
     def by_column(total, values, indices, x):
         return lax.scan(lambda total, part: add(total, (*part, x)), total, (values.T, indices.T))[0]
 
     def by_product(total, values, indices, x):  # a GPU scatter adds in random order: different bits each time
-        return total + _outer_dense(values, indices, x, features, None).astype(total.dtype)
+        return total + _outer_dense(values, indices, x, features).astype(total.dtype)
 
     dtype = jnp.promote_types(jnp.promote_types(values.dtype, x.dtype), jnp.float32)
     # A constant is no use: XLA would build it once for several sums and copy it for each
-    start = (jnp.full((features, x.shape[1]), 0 * values[0, 0], dtype) if spare is None
-             else by_rows(jnp.zeros_like, spare.astype(dtype)))
-    # by_row: if all rows fit the cache, or if rows are so short that a loop over entries costs more than the additions
-    on_cpu = by_feature if start.size >= 2**22 and x.shape[1] >= 512 else by_row
-    return lax.platform_dependent(start, values, indices, x, cpu=on_cpu, tpu=by_column, default=by_product)
-
-
-def _by_feature(indices: Array, features: int) -> tuple[Array, Array]:
-    """[B, k] -> sorted features, and the place of each in the flattened `indices`, both [B k]. XLA's sort of two arrays
-    takes five times as long on a CPU, so both are packed into one number if 32 bits suffice."""
-    flat, places = indices.reshape(-1), lax.iota(jnp.int32, indices.size)
-    bits = (indices.size - 1).bit_length()
-    if (features - 1).bit_length() + bits > 32:
-        return tuple(lax.sort((flat, places), num_keys=1))
-    key = lax.sort((flat.astype(jnp.uint32) << bits) | places.astype(jnp.uint32))
-    return (key >> bits).astype(jnp.int32), (key & (2**bits - 1)).astype(jnp.int32)
+    start = jnp.full((features, x.shape[1]), 0 * values[0, 0], dtype)
+    return lax.platform_dependent(start, values, indices, x, cpu=by_row, tpu=by_column, default=by_product)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def sparse_decode(
-    values: Array, indices: Array, W_dec: Array, mesh: Mesh | None = None, spare: Array | None = None
-) -> Array:
+def sparse_decode(values: Array, indices: Array, W_dec: Array, mesh: Mesh | None = None) -> Array:
     """Sum the k weighted decoder rows of each token: values, indices [B, k], W_dec [F, D] -> [B, D].
 
     Equals the dense product, gradients included. The gradients of `values` and `W_dec` touch active features only.
     mesh: the devices over which F is split, on one axis (or the only device); `plan` then chooses the method. None:
-    plain XLA. spare [F, D]: memory to reuse for the gradient of `W_dec`; its contents do not matter. Donate it to the
-    program on a CPU: the system clears new memory page by page, which takes longer than the sum itself.
+    plain XLA.
     """
     return _decode(values, indices, W_dec, mesh)[0]
 
 
-def _sparse_decode_forward(values, indices, W_dec, mesh, spare):
+def _sparse_decode_forward(values, indices, W_dec, mesh):
     out, entries = _decode(values, indices, W_dec, mesh)
-    return out, (values, indices, W_dec, entries, spare)
+    return out, (values, indices, W_dec, entries)
 
 
 def _sparse_decode_backward(mesh, residuals, g):
-    values, indices, W_dec, entries, spare = residuals
-    d_values, d_W = _decode_gradients(values, indices, W_dec, entries, g, spare, mesh)
-    return d_values.astype(values.dtype), None, d_W.astype(W_dec.dtype), None
+    values, indices, W_dec, entries = residuals
+    d_values, d_W = _decode_gradients(values, indices, W_dec, entries, g, mesh)
+    return d_values.astype(values.dtype), None, d_W.astype(W_dec.dtype)
 
 
 sparse_decode.defvjp(_sparse_decode_forward, _sparse_decode_backward)
@@ -210,19 +179,17 @@ def select(pre: Array, k: int, x: Array, W_enc: Array, b_enc: Array) -> tuple[Ar
     Several calls may select from the same `pre`.
     """
     values, indices = topk(lax.stop_gradient(pre), k)
-    return _attach(jax.nn.relu(values), indices, x, W_enc, b_enc, None, None), indices
+    return _attach(jax.nn.relu(values), indices, x, W_enc, b_enc, None), indices
 
 
-def sparse_encode(
-    x: Array, W_enc: Array, b_enc: Array, k: int, mesh: Mesh | None = None, spare: Array | None = None
-) -> tuple[Array, Array]:
+def sparse_encode(x: Array, W_enc: Array, b_enc: Array, k: int, mesh: Mesh | None = None) -> tuple[Array, Array]:
     """Return ReLU(top-k(x W_enc^T + b_enc)): x [B, D], W_enc [F, D], b_enc [F] -> values, indices [B, k].
 
     Equals the dense product, gradients included. The gradients of W_enc and b_enc touch active features only. A feature
-    with bias -inf has value 0 and no gradient. mesh, spare: as for `sparse_decode`.
+    with bias -inf has value 0 and no gradient. mesh: as for `sparse_decode`.
     """
     values, indices = _largest(*lax.stop_gradient((x, W_enc, b_enc)), k, mesh)
-    return _attach(jax.nn.relu(values), indices, x, W_enc, b_enc, mesh, spare), indices
+    return _attach(jax.nn.relu(values), indices, x, W_enc, b_enc, mesh), indices
 
 
 def _largest(x, W_enc, b_enc, k, mesh, size=512):
@@ -240,21 +207,21 @@ def _largest(x, W_enc, b_enc, k, mesh, size=512):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attach(values, indices, x: Array, W_enc: Array, b_enc: Array, mesh: Mesh | None, spare: Array | None) -> Array:
+def _attach(values, indices, x: Array, W_enc: Array, b_enc: Array, mesh: Mesh | None) -> Array:
     """Return `values` [B, k], with the derivative of ReLU(x[b] . W_enc[indices[b, j]] + b_enc[indices[b, j]])."""
     return values
 
 
-def _attach_forward(values, indices, x, W_enc, b_enc, mesh, spare):
-    return values, (values > 0, indices, x, W_enc, b_enc, spare)
+def _attach_forward(values, indices, x, W_enc, b_enc, mesh):
+    return values, (values > 0, indices, x, W_enc, b_enc)
 
 
 def _attach_backward(mesh, residuals, g):
-    active, indices, x, W_enc, b_enc, spare = residuals
+    active, indices, x, W_enc, b_enc = residuals
     g = jnp.where(active, g, 0)
-    d_x, d_W = _encode_gradients(g, indices, x, W_enc, spare, mesh)
+    d_x, d_W = _encode_gradients(g, indices, x, W_enc, mesh)
     d_b = _total(g, indices, len(b_enc)).astype(b_enc.dtype)
-    return jnp.zeros_like(g), None, d_x.astype(x.dtype), d_W.astype(W_enc.dtype), d_b, None
+    return jnp.zeros_like(g), None, d_x.astype(x.dtype), d_W.astype(W_enc.dtype), d_b
 
 
 _attach.defvjp(_attach_forward, _attach_backward)
@@ -306,37 +273,37 @@ def _decode(values, indices, rows, mesh):
     return _on_each(mesh, here, (WHOLE, WHOLE, SPLIT), (WHOLE, SPLIT))(values, indices, rows)
 
 
-def _decode_gradients(values, indices, rows, entries, g, spare, mesh):
+def _decode_gradients(values, indices, rows, entries, g, mesh):
     """Return the gradients of values [B, k] and rows [F, D]."""
-    def here(values, indices, rows, entries, g, spare):
+    def here(values, indices, rows, entries, g):
         how, values, indices, mine = _prepared(mesh, values, indices, rows)
         if how in PLAIN:
             _, sddmm, outer = PLAIN[how]
             d_values = sddmm(g, rows, indices)
             d_values = d_values if mine is None else jnp.where(mine, d_values, 0)
-            return _summed(mesh, d_values), outer(values, indices, g, len(rows), spare)
+            return _summed(mesh, d_values), outer(values, indices, g, len(rows))
         import kernels_tpu
         d_rows, dots = kernels_tpu.outer(entries, g, rows, len(rows), values.shape[1], how)
         return _summed(mesh, kernels_tpu.in_place(entries, dots, values.shape)), d_rows
 
-    specs = (WHOLE, WHOLE, SPLIT, SPLIT, WHOLE, SPLIT), (WHOLE, SPLIT)
-    return _on_each(mesh, here, *specs)(values, indices, rows, entries, g, spare)
+    specs = (WHOLE, WHOLE, SPLIT, SPLIT, WHOLE), (WHOLE, SPLIT)
+    return _on_each(mesh, here, *specs)(values, indices, rows, entries, g)
 
 
-def _encode_gradients(g, indices, x, rows, spare, mesh):
+def _encode_gradients(g, indices, x, rows, mesh):
     """g, indices [B, k], x [B, D], rows [F, D] -> the gradients of x and rows."""
-    def here(g, indices, x, rows, spare):
+    def here(g, indices, x, rows):
         how, g, indices, _ = _prepared(mesh, g, indices, rows)
         if how in PLAIN:
             spmm, _, outer = PLAIN[how]
-            return _summed(mesh, spmm(g, indices, rows)), outer(g, indices, x, len(rows), spare)
+            return _summed(mesh, spmm(g, indices, rows)), outer(g, indices, x, len(rows))
         import kernels_tpu
         entries = kernels_tpu.sorted_entries(g, indices, len(rows))
         d_x = kernels_tpu.spmm(entries, rows, g.shape, how)
         return _summed(mesh, d_x), kernels_tpu.outer(entries, x, None, len(rows), g.shape[1], how)
 
-    specs = (WHOLE, WHOLE, WHOLE, SPLIT, SPLIT), (WHOLE, SPLIT)
-    return _on_each(mesh, here, *specs)(g, indices, x, rows, spare)
+    specs = (WHOLE, WHOLE, WHOLE, SPLIT), (WHOLE, SPLIT)
+    return _on_each(mesh, here, *specs)(g, indices, x, rows)
 
 
 WHOLE, SPLIT = False, True                                       # is an array split over the mesh, on its axis 0?
@@ -389,7 +356,7 @@ def _sddmm_dense(x, rows, indices):
     return jnp.take_along_axis(jnp.matmul(x, rows.T, precision=lax.Precision.HIGH), indices, axis=1)
 
 
-def _outer_dense(values, indices, x, F, spare):
+def _outer_dense(values, indices, x, F):
     return jnp.matmul(_scattered(values, indices, F).T, x, precision=lax.Precision.HIGH)
 
 

@@ -157,7 +157,6 @@ class State(NamedTuple):
     since_fired: Array  # [F] int32, tokens since the feature last fired
     threshold: Array | None  # BatchTopK: running mean of the lowest value that is among the top of a batch
     step: Array  # int32
-    spare: Params | None  # on a CPU: memory that the next gradients of enc and dec reuse; not in files
 
     def __repr__(self):
         features, width = self.params["enc"].shape
@@ -192,12 +191,7 @@ def init(
     params, threshold = _tied(key, cfg, u[:1024], _geometric_median(u))
     since_fired, count = jnp.full(cfg.features, NEVER, jnp.int32), jnp.zeros((), jnp.int32)
     return State(params, *(None if a is None else jnp.asarray(a) for a in (mean, std, basis)),
-                 _optimizer(cfg).init(params), since_fired, threshold, count, spare(params))
-
-
-def spare(params: Params) -> Params | None:
-    """Return memory for gradients that stays from step to step on a CPU. See `kernels.sparse_decode`."""
-    return {name: jnp.zeros_like(params[name]) for name in ("enc", "dec")} if jax.default_backend() == "cpu" else None
+                 _optimizer(cfg).init(params), since_fired, threshold, count)
 
 
 def _check_groups(cfg, group):
@@ -258,7 +252,7 @@ def step(
     _check_groups(cfg, group)
     params = state.params
     u = standardize(x, state.mean, state.std, state.basis, group)
-    (loss, (fvu, values, indices, out)), grads = _gradients(params, cfg, u, mesh, state.spare)
+    (loss, (fvu, values, indices, out)), grads = _gradients(params, cfg, u, mesh)
     fired = jnp.zeros(cfg.features, bool).at[indices].max(values > 0)
     since_fired = jnp.where(fired, 0, jnp.minimum(state.since_fired, NEVER) + len(x))
     dead = since_fired >= cfg.dead_after
@@ -275,8 +269,8 @@ def step(
         "variance_explained": jnp.mean(_correlation(y, out) ** 2),
     }
     return state._replace(
-        params=params, opt=opt, since_fired=since_fired, threshold=_followed(state, values), step=state.step + 1,
-        spare=state.spare and {name: grads[name] for name in state.spare}), metrics
+        params=params, opt=opt, since_fired=since_fired, threshold=_followed(state, values),
+        step=state.step + 1), metrics
 
 
 def _optimizer(cfg):
@@ -352,23 +346,23 @@ def _correlation(a, b):
 # ---- the loss, in standardized space --------------------------------------------------------------------------------
 
 
-def _gradients(params, cfg, u, mesh, spare):
+def _gradients(params, cfg, u, mesh):
     """Return what `_reconstruct` returns, and the gradients of its loss."""
-    returned, grads = jax.value_and_grad(_reconstruct, has_aux=True)(params, cfg, u, mesh, spare)
+    returned, grads = jax.value_and_grad(_reconstruct, has_aux=True)(params, cfg, u, mesh)
     if cfg.d_out is None:  # b_dec shifts every pre-activation, as b_enc does: one product instead of a sum per token
         seen = jnp.matmul(grads["b_enc"], params["enc"], precision=lax.Precision.HIGH)
         grads = grads | {"b_dec": grads["b_dec"] - seen}
     return returned, grads
 
 
-def _reconstruct(params, cfg, u, mesh=None, spare=None):
+def _reconstruct(params, cfg, u, mesh=None):
     """Return loss, (FVU, values, indices, reconstruction). The loss's gradient for b_dec lacks the encoder's part.
 
     The loss is the FVU or, with nested prefixes, the mean of their FVUs. JumpReLU adds the penalty on L0.
     """
-    x, y, spare = lax.stop_gradient(_seen(params, cfg, u)), cfg.split(u)[1], spare or {}
-    values, indices, penalty = _activate(params, cfg, x, mesh, spare.get("enc"))
-    outs = _nested(params, cfg, values, indices, mesh, spare.get("dec"))
+    x, y = lax.stop_gradient(_seen(params, cfg, u)), cfg.split(u)[1]
+    values, indices, penalty = _activate(params, cfg, x, mesh)
+    outs = _nested(params, cfg, values, indices, mesh)
     fvus = [jnp.sum((out - y) ** 2) / _variation(y) for out in outs]
     return sum(fvus) / len(fvus) + penalty, (fvus[-1], values, indices, outs[-1])
 
@@ -384,10 +378,10 @@ def _seen(params, cfg, u):
     return u - params["b_dec"] if cfg.d_out is None else cfg.split(u)[0]
 
 
-def _nested(params, cfg, values, indices, mesh, spare):
+def _nested(params, cfg, values, indices, mesh):
     """Return the reconstructions [B, d_out] from each prefix of the features; the last one is from all of them."""
     if cfg.matryoshka is None:
-        return [kernels.sparse_decode(values, indices, params["dec"], mesh, spare) + params["b_dec"]]
+        return [kernels.sparse_decode(values, indices, params["dec"], mesh) + params["b_dec"]]
     outs, total, start = [], params["b_dec"], 0
     for end in cfg.matryoshka:
         inside = (start <= indices) & (indices < end)
@@ -396,17 +390,17 @@ def _nested(params, cfg, values, indices, mesh, spare):
     return outs
 
 
-def _activate(params, cfg, x, mesh=None, spare=None):
+def _activate(params, cfg, x, mesh=None):
     """Return values and indices [B, cfg.width], and the loss's penalty on L0."""
     if cfg.activation != "jumprelu":
-        values, indices = kernels.sparse_encode(x, params["enc"], params["b_enc"], cfg.width, mesh, spare)
+        values, indices = kernels.sparse_encode(x, params["enc"], params["b_enc"], cfg.width, mesh)
         if cfg.activation == "batchtopk":
             values = jnp.where(values >= _lowest(values, cfg.k), values, 0)
         return values, indices, 0.0
     threshold = jnp.exp(params["log_threshold"])
     # Also select features below their threshold that are within the reach of its pseudo-derivative
     reach = lax.stop_gradient(threshold * (1 - cfg.bandwidth / 2))
-    above, indices = kernels.sparse_encode(x, params["enc"], params["b_enc"] - reach, cfg.width, mesh, spare)
+    above, indices = kernels.sparse_encode(x, params["enc"], params["b_enc"] - reach, cfg.width, mesh)
     p, log_threshold = jnp.where(above > 0, above + reach[indices], 0), kernels.gather(params["log_threshold"], indices)
     l0 = jnp.sum(_jump(p, log_threshold, cfg.bandwidth, False)) / len(x)
     penalty = cfg.l0_coefficient * (l0 / cfg.k - 1) ** 2

@@ -67,14 +67,14 @@ def train(run: Run, model: flux.Model, prompts: Iterator[str], out: Path, *, mes
         if int(state.step) < run.steps:
             return None
         bar.set_description("evaluating")
-        state = shard.whole(state._replace(spare=None))
+        state = shard.whole(state)
         rows = evaluate(run, activations, state, cfg, partial(stop, run.steps))
     if rows:
         save(out, state, cfg, metadata | {"evaluation": rows}, activations.place(run.steps))
     return rows
 
 
-def resumed_state(run, activations, out):
+def resumed_state(run: Run, activations: data.Activations, out: Path) -> tuple[sae.State, sae.Config, list[dict]]:
     """Return the state and Config of the checkpoint, and the metrics of the steps that are not in metrics.jsonl yet."""
     state, cfg, unlogged = load_state(out, run)
     step, first = int(state.step), unlogged.pop("position", None)
@@ -84,7 +84,7 @@ def resumed_state(run, activations, out):
     return state, cfg, [dict(zip(unlogged, values)) for values in zip(*unlogged.values())]
 
 
-def first_state(run, activations, width):
+def first_state(run: Run, activations: data.Activations, width: int) -> tuple[sae.State, sae.Config]:
     """Return a new state and its Config, from the first activations that training uses."""
     half, order = activations.order(0)
     first, cfg = (half, order[:65536]), config(run, width, activations.groups)
@@ -101,12 +101,14 @@ def stepper(mesh: Mesh, form: Any, *leaves: Any) -> Callable:
                    out_shardings=jax.tree.unflatten(form, leaves))
 
 
-def loop(run, activations, state, cfg, mesh, window, out, metadata, bar, log_every, save_every, stop):
+def loop(run: Run, activations: data.Activations, state: sae.State, cfg: sae.Config, mesh: Mesh | None,
+         window: list[dict], out: Path, metadata: dict, bar: tqdm, log_every: int, save_every: int, stop: Callable
+         ) -> sae.State:
     """Train from the step of `state` to the end, or until stop(step), and save a checkpoint. Return the state.
     window: metrics of the steps that are not in metrics.jsonl yet."""
     def keep():
         unlogged = {name: np.array([m[name] for m in window]) for name in (window or [{}])[0]}
-        save(out, shard.whole(state._replace(spare=None)), cfg, metadata, unlogged | activations.place(int(state.step)))
+        save(out, shard.whole(state), cfg, metadata, unlogged | activations.place(int(state.step)))
 
     state = shard.split(mesh, state, run.features) if mesh else state
     where = (jax.tree.map(lambda leaf: leaf.sharding, state), shard.everywhere(mesh)) if mesh else None

@@ -114,7 +114,7 @@ def vae_params(mesh: Mesh) -> dict:
 def sae_state(mesh: Mesh, cfg: sae.Config) -> sae.State:
     """Return the shapes of an SAE's training state, split over the chips."""
     sample = np.random.default_rng(0).standard_normal((64, cfg.d_in), np.float32)
-    state = jax.eval_shape(lambda: sae.init(jax.random.key(0), cfg, sample)._replace(spare=None))
+    state = jax.eval_shape(lambda: sae.init(jax.random.key(0), cfg, sample))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(
         shard.tensor(mesh), shard.split_spec(leaf.shape, cfg.features))), state)
 

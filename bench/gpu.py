@@ -124,7 +124,7 @@ def products() -> None:
                                           f"error {error:.1e}")
 
 
-def scatter(values: jax.Array, indices: jax.Array, x: jax.Array, features: int = F, spare: Any = None) -> jax.Array:
+def scatter(values: jax.Array, indices: jax.Array, x: jax.Array, features: int = F) -> jax.Array:
     """Compute the sum by scatters, as an earlier version did: the GPU's scheduler decides the order."""
     def add(total, part):
         value, index = part

@@ -221,16 +221,6 @@ def test_auxk_revives_dead_features(coefficient):
     assert metrics["dead"] < 0.2 if coefficient else metrics["dead"] > 0.5, metrics["dead"]
 
 
-def test_memory_for_gradients():
-    """State.spare, which is not in files: whatever it holds, or without it, the same step."""
-    state, x = trained(), residuals(64, seed=1)
-    full = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state.spare)
-    steps = [STEP(state._replace(spare=spare), CFG, x) for spare in (state.spare, full, None)]
-    assert {name: a.shape for name, a in steps[0][0].spare.items()} == {"enc": (50, 12), "dec": (50, 12)}
-    assert_same(*steps[:2])
-    assert_same((steps[0][0]._replace(spare=None), steps[0][1]), steps[2])
-
-
 def test_init_in_the_space_of_another_state():
     """Its mean, std and axes; the rest is what a state of that sample standardized so would have."""
     cfg = dataclasses.replace(CFG, normalization="pca")
@@ -444,7 +434,7 @@ def test_resumed_run_is_bit_identical(tmp_path):
     state, loaded, extra = checkpoint.load_state(tmp_path / "run")
     assert loaded == cfg and set(extra) == {"key", "position"}
     assert_same((extra["key"], extra["position"]), (np.asarray(key), np.asarray(position)))
-    assert_same(state._replace(spare=None), trained(5, cfg)._replace(spare=None))
+    assert_same(state, trained(5, cfg))
     for i in range(5, 12):
         state, _ = STEP(state, cfg, residuals(64, seed=i))
     assert_same(state, straight)
@@ -744,7 +734,7 @@ def test_variants_in_saelens(variant, tmp_path):
         assert (np.abs(ours - y) / np.abs(y).max(0)).max() < 1e-5
     restored, again, _ = checkpoint.load_state(tmp_path / "sae")
     assert again == cfg
-    assert_same(restored._replace(spare=None), state._replace(spare=None))
+    assert_same(restored, state)
     checkpoint.save_state(tmp_path / "sae", state, cfg)                 # replaces all of them
 
 

@@ -20,7 +20,8 @@ def compiled():
     with ThreadPoolExecutor(2) as pool:
         jobs = {program: (fit, program) for program in PROGRAMS}
         jobs |= {chip: (tpu.run, chip, dense(chip) + sparse(*tpu.SPARSE), False) for chip in CHIPS}
-        jobs["counted"] = tpu.run, "v5e", dense("v5e")[1:2] + sparse(tpu.SPARSE[1])
+        jobs["counted"] = tpu.run, "v5e", [{"kernel": "nf4 transposed", "rows": 32, "size": (512, 256)},
+                                           {"kernel": tpu.SPARSE[1], "rows": 256, "size": (1000, 512), "k": 8}]
         yield {name: pool.submit(*job) for name, job in jobs.items()}
 
 
