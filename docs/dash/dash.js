@@ -1,10 +1,10 @@
 "use strict";
-// The little that fae's dashboards need: heatmaps, the index's table and scatter, keys. No library, nothing fetched.
+// The script of fae's dashboards: heatmaps, the feature table, the scatter plot, arrow keys. No library, no requests.
 
 const $ = (id) => document.getElementById(id);
 const format = (v) => (v === 0 ? "0" : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(4)));
 
-// ---- heatmaps: "place value,place value" over a grid, dark where nothing fires and glowing where much does
+// ---- heatmaps: "index value,index value" on a grid; dark where the feature does not fire, bright where it does
 
 function parse(text, count) {
   const values = new Float64Array(count);
@@ -36,7 +36,7 @@ function paint(canvas) {
 
 const paintAll = () => document.querySelectorAll("canvas[data-map]").forEach(paint);
 
-function remember(key, value) {                 // a browser may forbid storage to pages from disk
+function remember(key, value) {                 // a browser may forbid storage for pages from disk
   try {
     if (value !== undefined) localStorage.setItem(key, value);
     return localStorage.getItem(key);
@@ -49,7 +49,7 @@ if ($("strength")) {
   slider.addEventListener("input", () => { remember("fae-strength", slider.value); paintAll(); });
 }
 
-// ---- a feature's page: value under the pointer, enlarging, arrow keys
+// ---- the feature page: activation under the pointer, enlarged images, arrow keys
 
 function showTip(event) {
   const canvas = event.target.closest?.(".pic")?.querySelector("canvas[data-map]"), tip = $("tip");
@@ -62,7 +62,7 @@ function showTip(event) {
   tip.style.display = "block";
   tip.style.left = `${Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8)}px`;
   tip.style.top = `${event.clientY + 18}px`;
-  const host = document.querySelector("dialog[open]") ?? document.body;     // a dialog lies above all else
+  const host = document.querySelector("dialog[open]") ?? document.body;     // an open dialog covers everything else
   if (tip.parentNode !== host) host.append(tip);
 }
 
@@ -97,7 +97,7 @@ const ROWS = 50;
 let order = [], matching = [], part = 0, sorted = ["feature", 1];
 const maps = new Map(), waiting = new Map();
 
-function addMaps(chunk) {                       // called by maps/*.js, which a page from disk can load only as scripts
+function addMaps(chunk) {                       // called by maps/*.js: pages from disk can load data only as scripts
   for (const [feature, text] of Object.entries(chunk)) {
     maps.set(+feature, text);
     waiting.get(+feature)?.();
@@ -152,7 +152,7 @@ function thumbnail(i) {
   const link = document.createElement("a"), feature = DATA.feature[i], image = DATA.top[i][0];
   link.className = "pic";
   link.href = `feature/${feature}.html`;
-  link.tabIndex = -1;                           // the number beside it is the same link
+  link.tabIndex = -1;                           // the feature number has the same link
   link.setAttribute("aria-hidden", "true");
   if (image === undefined) return link;
   const picture = document.createElement("img");
@@ -187,12 +187,12 @@ function fill() {
   }
   $("table").tBodies[0].replaceChildren(rows);
   const parts = Math.max(1, Math.ceil(matching.length / ROWS));
-  $("part").textContent = `${part + 1} of ${parts}`;
+  $("part").textContent = `page ${part + 1} of ${parts}`;
   $("before").disabled = part === 0;
   $("after").disabled = part + 1 >= parts;
 }
 
-// ---- the scatter: log density against log maximum; the dots that the filters leave are dark
+// ---- the scatter plot: log density (x) and log maximum activation (y); features that match the filters are highlighted
 
 let dots = [];
 
@@ -225,7 +225,7 @@ function scatter() {
   }
   context.fillText("density →", right - 4, bottom - 8);
   context.textAlign = "left";
-  context.fillText("max ↑", left + 6, 22);
+  context.fillText("max activation ↑", left + 6, 22);
   const shown = new Set(matching);
   for (const on of [false, true]) {
     context.fillStyle = on ? ink : line;
@@ -237,7 +237,7 @@ function scatter() {
   }
 }
 
-function ticks(low, high) {                     // 1, 2, 5, 10, ... or, over many decades, only their powers of ten
+function ticks(low, high) {                     // 1, 2, 5, 10, ...; only powers of ten if the range is over three decades
   const steps = high - low > 3 ? [1] : [1, 2, 5], found = [];
   for (let e = Math.floor(low); e <= high; e++)
     for (const step of steps) {
@@ -265,7 +265,7 @@ function nearestDot(event) {
 function startIndex() {
   order = DATA.feature.map((_, i) => i);
   document.querySelectorAll("[data-sort]").forEach((button) => button.addEventListener("click", () => {
-    const key = button.dataset.sort;              // numbers fall first: the largest are what one looks for
+    const key = button.dataset.sort;              // numbers sort in descending order first
     sortBy(key, sorted[0] === key ? -sorted[1] : key === "feature" ? 1 : -1);
   }));
   for (const id of ["search", "low", "high", "alive"]) $(id).addEventListener("input", filter);
@@ -278,7 +278,7 @@ function startIndex() {
     label.style.display = dot ? "block" : "none";
     canvas.style.cursor = dot ? "pointer" : "crosshair";
     if (!dot) return;
-    label.textContent = `feature ${dot.feature}: density ${format(DATA.density[dot.i])}, max ${format(DATA.max[dot.i])}`;
+    label.textContent = `feature ${dot.feature}: density ${format(DATA.density[dot.i])}, max activation ${format(DATA.max[dot.i])}`;
     label.style.top = `${dot.top - 34}px`;
     label.style.left = `${Math.min(dot.left, canvas.clientWidth - label.offsetWidth - 4)}px`;
   });
