@@ -291,7 +291,7 @@ def _updated(state, cfg, grads, since_fired):
     clipped by their global norm, and after the step decoder rows get unit length again.
     """
     params = state.params
-    along = jnp.sum(grads["dec"] * params["dec"], axis=1)  # [F], length of each gradient along its row
+    along = _along(grads["dec"], params["dec"])
     # If nothing else is left, rounding may take away more than there is
     norm = jnp.sqrt(jnp.maximum(sum(jnp.sum(g * g) for g in grads.values()) - jnp.sum(along**2), 0))
     scale = cfg.clip / jnp.maximum(norm, cfg.clip)
@@ -320,7 +320,12 @@ def _restrained(cfg, since_fired):
 
 def remove_parallel(gradient: Array, rows: Array) -> Array:
     """Return gradient [F, D] without its part along the unit rows [F, D], which only changes their length."""
-    return gradient - jnp.sum(gradient * rows, axis=1, keepdims=True) * rows
+    return gradient - _along(gradient, rows) * rows
+
+
+def _along(gradient, rows):
+    """Return the length [F, 1] of each row of the gradient along the unit row."""
+    return jnp.sum(gradient * rows, axis=1, keepdims=True)
 
 
 def _unit(rows):
@@ -445,17 +450,20 @@ def _with_aux(grads, params, cfg, u, dead, error, mesh):
     (places,) = jnp.nonzero(dead, size=cfg.k_aux, fill_value=0)
     rows = {name: params[name][places] for name in ("enc", "b_enc", "dec")}
 
-    def few(rows):
-        there = jnp.arange(cfg.k_aux) < count
-        return jax.value_and_grad(_aux_loss_of_few)(rows, there, _seen(params, cfg, u), error)
+    def few(size, rows):
+        first, there = {name: row[:size] for name, row in rows.items()}, jnp.arange(size) < count
+        loss, aux = jax.value_and_grad(_aux_loss_of_few)(first, there, _seen(params, cfg, u), error)
+        return loss, {name: jnp.zeros_like(rows[name]).at[:size].set(a) for name, a in aux.items()}
 
     def many(grads):
         loss, aux = jax.value_and_grad(_aux_loss)(params, cfg, u, dead, error, mesh)
         return loss, jax.tree.map(lambda g, a: g + cfg.aux_coefficient * a, grads, aux)
 
     of_many, grads = lax.cond(count > cfg.k_aux, many, lambda grads: (jnp.zeros(()), grads), grads)
-    of_few, aux = lax.cond((count > 0) & (count <= cfg.k_aux), few,
-                           lambda rows: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, rows)), rows)
+    half = max(1, cfg.k_aux // 2)
+    which = jnp.where(count > cfg.k_aux, 0, (count > 0).astype(int) + (count > half))
+    of_few, aux = lax.switch(which, [lambda rows: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, rows)),
+                                     partial(few, half), partial(few, cfg.k_aux)], rows)
     added = {name: grads[name].at[places].add(cfg.aux_coefficient * a) for name, a in aux.items()}
     return of_many + of_few, grads | added
 

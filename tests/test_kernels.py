@@ -86,7 +86,17 @@ def test_sparse_decode_gives_zero_values_their_gradient():
     compare_decoders(values, some(1, 6, 9, 4), normal(2, 9, 5))
 
 
-def test_large_gradients():
+@pytest.mark.parametrize("features", [1, 8200, 2**29, 2**31 - 1])
+def test_entries_by_feature(features):
+    """In one number of 32 bits, or where they have no room there, in two."""
+    indices = np.random.default_rng(0).integers(max(0, features - 40), features, (37, 5)).astype(np.int32)
+    found, places = jax.jit(kernels._by_feature, static_argnums=1)(indices, features)
+    order = np.argsort(indices.reshape(-1), kind="stable")
+    np.testing.assert_array_equal(places, order)
+    np.testing.assert_array_equal(found, indices.reshape(-1)[order])
+
+
+def test_large_gradients_are_summed_feature_by_feature():
     """Those that no cache holds; some features twice in a row, one in all of them, most in none."""
     b, f, d, k = 37, 8200, 521, 5
     indices = some(1, b, f, k)
