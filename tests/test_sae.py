@@ -933,7 +933,7 @@ UPDATED = jax.jit(sae._updated, static_argnums=1)
 def test_jumprelu_gradients_where_the_chip_is_a_gpu(monkeypatch):
     cfg = sae.Config(d_in=12, features=50, k=4, activation="jumprelu", lr=1e-3)
     state = sae.init(jax.random.key(0), cfg, residuals())
-    run = lambda: sae._gradients(state.params, cfg, jnp.asarray(residuals(64)) / 100, None, None)[1]
+    run = lambda: sae._gradients(state.params, cfg, jnp.asarray(residuals(64)) / 100, None)[1]
     expected = run()
     monkeypatch.setattr(kernels.lax, "platform_dependent", lambda *args, default, **_: default(*args))
     for name, gradient in run().items():
