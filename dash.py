@@ -13,6 +13,7 @@ Copy it with `stats.py`, `pages.py`, `templates/`, `session.py` and what these i
 It makes one streaming pass. It draws each prompt once, from its own noise, and takes the activations from the same
 noise, as `train.py` does. Memory grows with features × kept examples, not with tokens.
 """
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +21,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -93,11 +93,12 @@ def described(model: flux.Model, cfg: sae.Config, prompts: list[str], timesteps:
     """Return the `Layout` of examples at info's layer and site, and info with all that collect.json holds. Raises
     Mistake for a layer or site that the model lacks."""
     flux.residual_names(model.cfg, info["layer"], info["site"])
-    tokens = info["text_tokens"] if info["site"] != "img" else 0
-    layout = Layout(timesteps, tokens, flux.token_grid(model, info["size"]) if info["site"] != "txt" else (0, 0))
+    streams = flux.SITES[info["site"]]
+    tokens = info["text_tokens"] if "txt" in streams else 0
+    layout = Layout(timesteps, tokens, flux.token_grid(model, info["size"]) if "img" in streams else (0, 0))
     return layout, info | {
         "kind": "fae dashboard", "first_noise": data.DRAWN, "images": len(prompts), "prompts": prompts,
-        "features": cfg.features, "edges": EDGES.tolist(), "layout": asdict(layout),
+        "features": cfg.features, "edges": EDGES.tolist(), "layout": dataclasses.asdict(layout),
         "words": model.words(prompts, info["text_tokens"]) if tokens else []}
 
 
@@ -105,16 +106,15 @@ def _add_batch(counts, model, params, cfg, info, folder, first, batch):
     """Draw the prompts from number `first` on, add their activations to `counts`, and save their images."""
     prompts, layout, seed = info["prompts"][first:first + batch], counts.layout, info["seed"]
     full = prompts + prompts[-1:] * (batch - len(prompts))       # one shape, one compile
-    grid = flux.token_grid(model, info["size"])
-    noise = flux.draw_noise(seed, data.DRAWN + first + np.arange(batch), (grid[0] * grid[1], model.cfg.in_channels))
-    options = {"size": info["size"], "noise": noise, "text_tokens": info["text_tokens"]}
-    start = flux.prepare(model, full, steps=layout.timesteps, **options)
+    start = flux.prepare(model, full, steps=layout.timesteps, size=info["size"], seed=seed,
+                         text_tokens=info["text_tokens"], numbers=data.DRAWN + first + np.arange(batch))
     acts = flux.capture(model, start, layer=info["layer"], site=info["site"])
     if not bool(jnp.isfinite(acts).all()):
         raise Mistake(f"activations of prompts {first} to {first + len(prompts) - 1} hold NaN or Inf")
     codes = (np.moveaxis(x, 1, 0).reshape(batch, layout.positions, -1)
              for x in encode(params, cfg, acts.astype(jnp.float32), info["site"], info["text_tokens"]))
-    images = flux.generate(model, full, steps=info["steps"], **options)
+    start = dataclasses.replace(start, sigmas=flux.sigmas(model.scheduler, info["steps"], start.latents.shape[1]))
+    images = flux.decode(model, flux.sample(model, start), start.grid)
     real = [None] * len(prompts)
     if layout.text_tokens and not info["padding"]:
         real = data.real_tokens(model, prompts, info["site"], info["text_tokens"], layout.image_tokens)
@@ -254,11 +254,8 @@ def most_frequent(found: Collected, n: int) -> list[int]:
 def strip(model: flux.Model, subject: session.Subject, found: Collected, f: int, scales: Sequence[float]) -> np.ndarray:
     """Draw the best example of feature f with its values multiplied in every step: uint8 [scales, H, W, 3]."""
     info, image, n = found.info, int(found.top_image[f, 0]), len(scales)
-    grid = flux.token_grid(model, info["size"])
-    noise = flux.draw_noise(info["seed"], np.full(n, info["first_noise"] + image),
-                            (grid[0] * grid[1], model.cfg.in_channels))
-    start = flux.prepare(model, [info["prompts"][image]] * n, steps=info["steps"], size=info["size"], noise=noise,
-                         text_tokens=info.get("text_tokens"))
+    start = flux.prepare(model, [info["prompts"][image]] * n, steps=info["steps"], size=info["size"], seed=info["seed"],
+                         text_tokens=info.get("text_tokens"), numbers=np.full(n, info["first_noise"] + image))
     scale, feature = jnp.asarray(scales, jnp.float32)[:, None, None], jnp.array([f])
 
     def edits(step):

@@ -347,8 +347,8 @@ class Activations:
     def __init__(self, run, model: flux.Model, prompts: Iterator[str], mesh: Mesh | None = None):
         self.run, self.model, self.prompts, self.mesh = run, model, prompts, mesh
         self.grid = flux.token_grid(model, run.size)
-        img, txt = self.grid[0] * self.grid[1], run.text_tokens
-        images, tokens = run.prompt_batch * run.seeds_per_prompt, {"img": img, "txt": txt, "both": img + txt}[run.site]
+        lengths = {"img": self.grid[0] * self.grid[1], "txt": run.text_tokens}
+        images, tokens = run.prompt_batch * run.seeds_per_prompt, sum(lengths[s] for s in flux.SITES[run.site])
         self.all_taken = run.padding or run.site == "img"
         self.forward_tokens = run.timesteps * images * tokens
         self.forwards = -(-max(run.buffer, run.batch) // self.forward_tokens)          # per chunk; more without padding
@@ -356,7 +356,7 @@ class Activations:
         self.batches = self.tokens // run.batch
         self.chunks = -(-run.steps // self.batches)
         self.layers = [run.layer] + ([run.transcoder] if run.transcoder is not None else [])
-        parts = flux.token_groups(run.site, run.timesteps, txt)
+        parts = flux.token_groups(run.site, run.timesteps, run.text_tokens)
         self.groups = tuple(name for name, *_ in parts) if len(parts) > 1 else ()
         pattern = np.zeros((run.timesteps, images, tokens), np.int32)
         for g, (_, t, part) in enumerate(parts):
@@ -494,6 +494,6 @@ def real_tokens(model: flux.Model, prompts: Sequence[str], site: str, text_token
                 image_tokens: int) -> np.ndarray:
     """Return which tokens of a site are not T5's padding: [B, N] bool, in the order of `flux.residual`."""
     lengths = [len(words) for words in model.words(prompts, text_tokens)]
-    text = np.arange(text_tokens) < np.array(lengths)[:, None]
-    image = np.ones((len(prompts), image_tokens), bool)
-    return {"txt": text, "img": image, "both": np.concatenate([text, image], 1)}[site]
+    real = {"txt": np.arange(text_tokens) < np.array(lengths)[:, None],
+            "img": np.ones((len(prompts), image_tokens), bool)}
+    return np.concatenate([real[stream] for stream in flux.SITES[site]], 1)

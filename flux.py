@@ -25,7 +25,7 @@ import mmdit
 import text as text_encoders
 import vae
 import weights as tensor_files
-from mmdit import Config, Edit, residual, residual_names, scan_blocks, velocity, velocity_and_values  # noqa: F401
+from mmdit import SITES, Config, Edit, residual, residual_names, scan_blocks, velocity, velocity_and_values  # noqa: F401
 from weights import Mistake, download
 
 REPOS = {"schnell": "black-forest-labs/FLUX.1-schnell", "dev": "black-forest-labs/FLUX.1-dev"}
@@ -240,7 +240,7 @@ def token_groups(site: str, timesteps: int, text_tokens: int) -> list[tuple[str,
     """Return [(name, timestep, slice of the site's tokens)] for each timestep and stream, in the order of `capture`'s
     axes. The residuals of these groups differ in mean and spread. A single group has the name ""."""
     both = [("txt", slice(0, text_tokens)), ("img", slice(text_tokens, None))]
-    streams = both if site == "both" else [("", slice(None))]
+    streams = both if len(SITES[site]) > 1 else [("", slice(None))]
     times = [f"t{t}" for t in range(timesteps)] if timesteps > 1 else [""]
     return [("-".join(filter(None, (stream, time))), t, part)
             for t, time in enumerate(times) for stream, part in streams]
@@ -262,9 +262,10 @@ def at(start: Start, i: int) -> tuple[Array, Array, Array, Array | None]:
 
 
 def prepare(model: Model, prompts: str | Sequence[str], *, steps: int, size: int | tuple[int, int], seed: int = 0,
-            noise: Array | np.ndarray | None = None, guidance: float | None = None, text_tokens: int | None = None
-            ) -> Start:
-    """Check the arguments of `generate`, encode the prompts and draw the noise."""
+            noise: Array | np.ndarray | None = None, guidance: float | None = None, text_tokens: int | None = None,
+            numbers: Sequence[int] | None = None) -> Start:
+    """Check the arguments of `generate`, encode the prompts and draw the noise. numbers: those of the images, for
+    `draw_noise` (default: 0, 1, …)."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise Mistake("no prompt given; give at least one")
@@ -275,7 +276,7 @@ def prepare(model: Model, prompts: str | Sequence[str], *, steps: int, size: int
     grid = token_grid(model, size)
     shape = (len(prompts), grid[0] * grid[1], model.cfg.in_channels)
     if noise is None:
-        noise = draw_noise(seed, jnp.arange(len(prompts)), shape[1:])
+        noise = draw_noise(seed, jnp.arange(len(prompts)) if numbers is None else jnp.asarray(numbers), shape[1:])
     elif np.shape(noise) != shape:
         raise Mistake(f"noise is {list(np.shape(noise))}; {len(prompts)} prompt(s) at this size need {list(shape)}")
     if guidance is not None or model.cfg.guidance_embeds:

@@ -27,7 +27,7 @@ import weights as tensor_files
 from harvest import plant, reap, sow
 from weights import Mistake
 
-SITES = ("img", "txt", "both")
+SITES = {"img": ("img",), "txt": ("txt",), "both": ("txt", "img")}      # the streams of each site, in their order
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")        # the transformer's, in files with a whole pipeline
 
 
@@ -114,7 +114,7 @@ def residual_names(cfg: Config, layer: int, site: str) -> tuple[str, ...]:
         raise Mistake(f"unknown layer {layer!r}: the model has layers 0 to {cfg.layers - 1} "
                       f"({cfg.num_layers} double, {cfg.num_single_layers} single)")
     kind = "double" if layer < cfg.num_layers else "single"
-    return tuple(f"{kind}.{s}" for s in (("txt", "img") if site == "both" else (site,)))
+    return tuple(f"{kind}.{stream}" for stream in SITES[site])
 
 
 def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=(), edits=()):

@@ -91,9 +91,8 @@ def calibrated(model: flux.Model, subject: session.Subject, prompts: list[str], 
     for first in range(0, len(prompts), batch):
         some = prompts[first:first + batch]
         full = some + some[-1:] * (batch - len(some))            # one shape, one compile
-        numbers, shape = data.DRAWN + first + np.arange(batch), (grid[0] * grid[1], model.cfg.in_channels)
-        start = flux.prepare(model, full, steps=timesteps, size=size, noise=flux.draw_noise(seed, numbers, shape),
-                             text_tokens=tokens)
+        start = flux.prepare(model, full, steps=timesteps, size=size, seed=seed, text_tokens=tokens,
+                             numbers=data.DRAWN + first + np.arange(batch))
         acts = flux.capture(model, start, layer=subject.layer, site=site).astype(jnp.float32)
         real = data.real_tokens(model, some, site, tokens, grid[0] * grid[1]) | subject.padding
         for p, (_, t, part) in zip(itertools.cycle(subject.params), groups):
