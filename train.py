@@ -170,7 +170,7 @@ def evaluate(run: Run, activations: data.Activations, state: sae.State, cfg: sae
     if cfg.d_out is None:
         u = np.concatenate([(part - part.mean(0)) / np.maximum(part.std(0), 1e-30) for part in parts])
         variances = np.linalg.eigvalsh(np.cov(u.astype(np.float64), rowvar=False))
-        unexplained = float(max(0, variances[:-run.k].sum() / variances.sum()))
+        unexplained = float(max(0, variances[:-run.k].sum() / max(variances.sum(), 1e-300)))
         rows[f"PCA, {run.k} components"] = {"fvu_standardized": unexplained, "l0": float(min(run.k, cfg.d_in))}
     fresh = sae.init(jax.random.key(run.seed), cfg, x, group if cfg.groups else None, like=state)
     return rows | {"random features": mean_score(scores(fresh, cfg, parts))}

@@ -22,6 +22,7 @@ import score
 import session
 import train
 
+pytestmark = pytest.mark.filterwarnings("ignore:FVU")            # the SAEs here are random
 PROMPTS = ["a red cube", "a small blue sphere, lit from the left", "two solids: a green cone and a white cube"]
 
 
