@@ -33,6 +33,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 import formats
+import normalize
 import sae
 from formats import CONFIG, WEIGHTS
 from sae import Config, Mistake, Params, State
@@ -119,7 +120,7 @@ def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]
         arrays["since_fired"] = arrays.pop("idle")
     paths, structure = jax.tree_util.tree_flatten_with_path(template)
     expected = {_name(keys): leaf for keys, leaf in paths}
-    formats.check_arrays(path, arrays, {name: leaf.shape for name, leaf in expected.items()})
+    normalize.check_arrays(path, arrays, {name: leaf.shape for name, leaf in expected.items()})
     for name, leaf in expected.items():
         if arrays[name].dtype != leaf.dtype:
             raise Mistake(f"{path}: {name} is {arrays[name].dtype}; need {leaf.dtype}")
@@ -152,7 +153,7 @@ def logged(line: bytes) -> dict[str, Any] | None:
 def _sae_files(params: Params, cfg: Config, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return {file name: function that writes it}. cfg.json comes last: a folder without it is no SAE."""
     arrays = {name: np.asarray(params[name], np.float32) for name in cfg.shapes}
-    formats.check_arrays("params", arrays, cfg.shapes)
+    normalize.check_arrays("params", arrays, cfg.shapes)
     described = _sealed(_description(cfg, metadata or {}))
     text = json.dumps(described, indent=2) + "\n"
     return {

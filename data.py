@@ -470,11 +470,10 @@ def beginning(model: flux.Model, prompts: Sequence[str], numbers: Sequence[int],
               grid: tuple[int, int], seed: int, text_tokens: int | None = None, first: int = SCORED) -> flux.Start:
     """Return the `flux.Start` of images whose noises have the numbers first + `numbers`, at these noise levels. With
     several images per prompt, the images of the first prompt come first."""
-    encoded, each = flux.encode_text(model, prompts, text_tokens), len(numbers) // len(prompts)
-    text, pooled = (jnp.repeat(x, each, 0) if each > 1 else x for x in encoded)
-    guidance = jnp.full(len(numbers), 3.5) if model.cfg.guidance_embeds else None
+    condition, each = flux.condition(model, prompts, text_tokens), len(numbers) // len(prompts)
+    condition = tuple(jnp.repeat(x, each, 0) if each > 1 and x is not None else x for x in condition)
     noise = flux.draw_noise(seed, first + np.asarray(numbers), (grid[0] * grid[1], model.cfg.in_channels))
-    return flux.Start(noise, (text, pooled, guidance), levels, grid)
+    return flux.Start(noise, condition, levels, grid)
 
 
 @lru_cache(2)

@@ -279,11 +279,16 @@ def prepare(model: Model, prompts: str | Sequence[str], *, steps: int, size: int
         noise = draw_noise(seed, jnp.arange(len(prompts)) if numbers is None else jnp.asarray(numbers), shape[1:])
     elif np.shape(noise) != shape:
         raise Mistake(f"noise is {list(np.shape(noise))}; {len(prompts)} prompt(s) at this size need {list(shape)}")
+    levels = sigmas(model.scheduler, steps, shape[1])
+    return Start(jnp.asarray(noise, jnp.float32), condition(model, prompts, text_tokens, guidance), levels, grid)
+
+
+def condition(model: Model, prompts: Sequence[str], text_tokens: int | None = None, guidance: float | None = None
+              ) -> tuple[Array, Array, Array | None]:
+    """Return text, pooled (see `encode_text`) and guidance [B]: 3.5 by default, None if the model takes none."""
     if guidance is not None or model.cfg.guidance_embeds:
         guidance = jnp.full(len(prompts), 3.5 if guidance is None else guidance, jnp.float32)
-    text, pooled = encode_text(model, prompts, text_tokens)
-    levels = sigmas(model.scheduler, steps, shape[1])
-    return Start(jnp.asarray(noise, jnp.float32), (text, pooled, guidance), levels, grid)
+    return *encode_text(model, prompts, text_tokens), guidance
 
 
 @partial(jax.jit, static_argnames="shape")
@@ -389,8 +394,9 @@ def main(*prompts: str, model: str = "auto", steps: int = 4, seed: int = 0, size
     with tqdm(total=steps, unit="step", delay=1e-3) as bar:      # with a delay, no bar shows before an error
         images = generate(loaded, prompts, steps=steps, size=size, seed=seed, noise=noise,
                           guidance=guidance, text_tokens=text_tokens, progress=lambda i: bar.update())
+    target = Path(out)
     for i, image in enumerate(images):
-        file = Path(out) if len(images) == 1 else Path(out).with_stem(f"{Path(out).stem}_{i}")
+        file = target if len(images) == 1 else target.with_stem(f"{target.stem}_{i}")
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(file)
         print(file)

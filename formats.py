@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+import normalize
 import sae
 from sae import Mistake
 
@@ -120,7 +121,7 @@ def _named(path, described, cfg, arrays):
         shapes |= dict.fromkeys(("b_gate", "b_mag", "r_mag"), (cfg.features,))
     if "scaling_factor" in arrays:
         shapes["scaling_factor"] = (cfg.features,)
-    check_arrays(path, arrays, shapes)
+    normalize.check_arrays(path, arrays, shapes)
     if not described["finetuning_scaling_factor"] and not np.allclose(arrays.get("scaling_factor", 1), 1):
         raise Mistake(f"{path} holds a scaling_factor, so cfg.json must say finetuning_scaling_factor: true")
     return {name: value.astype(np.float64) for name, value in arrays.items()}
@@ -147,7 +148,7 @@ def _unnormalized(folder: Path, kind: str, p: Mapping[str, Any]) -> dict[str, An
     if kind == "covariance_whitening":
         path, d = folder / WHITENING, len(p["b_dec"])
         arrays, _ = load_arrays(path)
-        check_arrays(path, arrays, {"mean": (d,), "matrix": (d, d), "inverse_matrix": (d, d)})
+        normalize.check_arrays(path, arrays, {"mean": (d,), "matrix": (d, d), "inverse_matrix": (d, d)})
         mean, matrix, inverse = (arrays[name].astype(np.float64) for name in ("mean", "matrix", "inverse_matrix"))
         enc = matrix @ p["W_enc"]
         return {"W_enc": enc, "b_enc": p["b_enc"] - mean @ enc, "W_dec": p["W_dec"] @ inverse,
@@ -180,15 +181,3 @@ def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in names}, header
     except Exception as error:  # of safetensors, or of numpy for types that it does not know
         raise Mistake(f"{path} is damaged: {error} ({path.stat().st_size} bytes)") from None
-
-
-def check_arrays(source: Any, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise Mistake, naming the first offender, unless arrays have exactly these names and shapes, all finite."""
-    if arrays.keys() != shapes.keys():
-        missing, unknown = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
-        raise Mistake(f"{source}: missing tensors {missing}, unknown tensors {unknown}")
-    for name, array in arrays.items():
-        if array.shape != tuple(shapes[name]):
-            raise Mistake(f"{source}: {name} has shape {list(array.shape)}; its config says {list(shapes[name])}")
-        if not np.isfinite(array).all():
-            raise Mistake(f"{source}: {name} holds {int((~np.isfinite(array)).sum())} values that are not finite")

@@ -10,7 +10,7 @@ Stands alone: copy this one file. `sae.py` uses it; `state` and `cfg` below are 
 
 B batch, N sample tokens, C columns of the residuals, D model width, F features, G groups of tokens.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -99,13 +99,11 @@ def fold(state: Any, cfg: Any, group: int = 0) -> dict[str, Array]:
 def unfold(params: dict[str, Array], cfg: Any, state: Any) -> Any:
     """Return `state` with the parameters of an SAE on raw residuals (of the first group), to train it further.
 
-    `fold` gives back `params`, except that decoder rows have unit length in the state's space. Raises Mistake if a
-    shape differs from that of cfg.
+    `fold` gives back `params`, except that decoder rows have unit length in the state's space. Raises Mistake if an
+    array has another shape than cfg says, or is not finite.
     """
-    for name, shape in cfg.shapes.items():
-        if name != "threshold" and np.shape(params[name]) != shape:
-            raise Mistake(f"the SAE to begin from: {name} has shape {list(np.shape(params[name]))}; its config says "
-                          f"{list(shape)}")
+    needed = {name: shape for name, shape in cfg.shapes.items() if name != "threshold"}
+    check_arrays("the SAE to begin from", {name: np.asarray(params[name]) for name in needed}, needed)
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     mean, std = (np.asarray(a, np.float64) for a in _of_group(state, cfg, 0))
     rotate, _ = _rotations(state)
@@ -132,3 +130,15 @@ def _rotations(state) -> tuple[Callable, Callable]:
         return (lambda rows: rows), (lambda rows: rows)
     basis = np.asarray(state.basis, np.float64)
     return (lambda rows: rows @ basis), (lambda rows: rows @ basis.T)
+
+
+def check_arrays(source: Any, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise Mistake, naming the first offender, unless arrays have exactly these names and shapes, all finite."""
+    if arrays.keys() != shapes.keys():
+        missing, unknown = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
+        raise Mistake(f"{source}: missing tensors {missing}, unknown tensors {unknown}")
+    for name, array in arrays.items():
+        if array.shape != tuple(shapes[name]):
+            raise Mistake(f"{source}: {name} has shape {list(array.shape)}; its config says {list(shapes[name])}")
+        if not np.isfinite(array).all():
+            raise Mistake(f"{source}: {name} holds {int((~np.isfinite(array)).sum())} values that are not finite")

@@ -36,10 +36,9 @@ from jax.sharding import Mesh
 
 import kernels
 import normalize
-from apply import cosine, decode, encode  # noqa: F401 (API)
+from apply import Params, cosine, decode, encode  # noqa: F401 (API)
 from normalize import NORMALIZATIONS, Mistake, fold, standardize, unfold  # noqa: F401 (API)
 
-Params = dict[str, Array]
 NEVER = 2**30  # tokens since it last fired, for a feature that never fired
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu")
 
