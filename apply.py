@@ -99,14 +99,25 @@ def decode(params: Params, cfg: "Config", values: Array, indices: Array) -> Arra
     return (flat + params["b_dec"]).reshape(*values.shape[:-1], params["b_dec"].shape[0])
 
 
+def removed(params: Params, x: Array) -> Array:
+    """Return the part [..., d_in] of raw residuals x that lies along removed directions, relative to the mean (see
+    `normalize.py`). Zeros if none are removed. `decode` does not contain this part."""
+    if "read" not in params:
+        return jnp.zeros_like(x)
+    product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    return product(product(jnp.asarray(x, jnp.float32), params["read"]) + params["offset"], params["write"])
+
+
 def splice(params: Params, cfg: "Config", x: Array) -> Array:
-    """Return the reconstruction [..., d_out] of raw residuals x [..., d_in], in x's dtype. Works under `jit` too."""
+    """Return the reconstruction [..., d_out] of raw residuals x [..., d_in], in x's dtype, with the `removed` part of
+    x. Works under `jit` too."""
     if cfg.activation == "topk":
-        return decode(params, cfg, *encode(params, cfg, x)).astype(x.dtype)
+        return (decode(params, cfg, *encode(params, cfg, x)) + removed(params, x)).astype(x.dtype)
     flat = jnp.asarray(x, jnp.float32).reshape(-1, cfg.d_in)
     size = min(len(flat), 512)  # tokens at a time: no [B, F] of all
     parts = jnp.pad(flat, ((0, -len(flat) % size), (0, 0))).reshape(-1, size, cfg.d_in)
     out = lax.map(partial(_reconstruct_all, params), parts).reshape(-1, params["b_dec"].shape[0])[:len(flat)]
+    out = out if cfg.d_out is not None else out + removed(params, flat)
     return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
@@ -161,7 +172,7 @@ def _ranks(pre, own, features, lanes=128):
 
 class Evaluation(NamedTuple):
     """How well an SAE reconstructs raw residuals x, summed over all tokens in float64. For a transcoder x is the
-    residual that it has to write."""
+    residual that it has to write. The `removed` part of x does not count."""
 
     tokens: int
     fvu: float  # raw space: squared error / squared deviation from the mean; huge dimensions decide
@@ -189,7 +200,7 @@ def added(total: dict[str, Any], params: Params, cfg: "Config", batch: Array) ->
         x, y = cfg.split(rows[i : i + 4096])
         # Sums of squares around a point near the mean: around zero, float32 would lose the variance in the mean.
         shift = total.get("shift", y.mean(0, dtype=np.float64).astype(np.float32))
-        sums = _sums(params, cfg, y, *encode(params, cfg, x), shift)
+        sums = _sums(params, cfg, y - removed(params, y), *encode(params, cfg, x), shift)
         total = {name: total.get(name, 0) + np.asarray(value, np.float64) for name, value in sums.items()}
         total["shift"] = shift
     return total

@@ -23,6 +23,7 @@ import shutil
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ from formats import CONFIG, WEIGHTS
 from sae import Config, Mistake, Params, State
 
 STATE = "state.safetensors"
-READ = (CONFIG, WEIGHTS, "sae.safetensors", formats.SCALER, formats.WHITENING)  # every file that `load` may read
+REMOVED = "removed.safetensors"  # the arrays for `apply.removed`, which SAELens does not know
+READ = (CONFIG, WEIGHTS, REMOVED, "sae.safetensors", formats.SCALER, formats.WHITENING)  # every file `load` may read
 FORMAT = 2  # of state.safetensors and the meaning of its numbers; in format 1, "pca" whitened
 TMP = ".fae-tmp"                                                 # suffix of unfinished saves
 SAE_LENS_VERSION = "6.54.12"  # the format written; SAELens reads a file without a version >= 6 as an old one
@@ -95,7 +97,11 @@ def load(folder: str | Path) -> tuple[Params, Config]:
         raise Mistake(f"{path} is of another run than {folder / CONFIG}: its model, layer, site, seed, group are "
                       f"{header['origin']}, not {origin}")
     p = formats.folded(path, described, cfg, arrays)
-    return {name: jnp.asarray(p[name], jnp.float32) for name in cfg.shapes}, cfg
+    if cfg.removed:
+        more, _ = _load_arrays(folder / REMOVED)
+        normalize.check_arrays(folder / REMOVED, more, cfg.removed_shapes)
+        p |= more
+    return {name: jnp.asarray(p[name], jnp.float32) for name in cfg.shapes | cfg.removed_shapes}, cfg
 
 
 def load_groups(folder: str | Path) -> tuple[list[Params], Config]:
@@ -114,7 +120,8 @@ def load_state(folder: str | Path) -> tuple[State, Config, dict[str, np.ndarray]
     if (written := header.get("format", 1)) != FORMAT:
         raise Mistake(f"{path} has format {written}; this version of fae resumes from format {FORMAT} only (the SAE "
                       "beside it can still be loaded)")
-    template = jax.eval_shape(lambda: sae.init(jax.random.key(0), cfg, *_blank_sample(cfg)))
+    blank = _blank_sample(cfg)
+    template = jax.eval_shape(lambda: sae.init(jax.random.key(0), cfg, *blank[:2], without=blank[2]))
     extra = {name[6:]: arrays.pop(name) for name in list(arrays) if name.startswith("extra/")}
     if "idle" in arrays:                                         # the name before it was since_fired
         arrays["since_fired"] = arrays.pop("idle")
@@ -152,12 +159,15 @@ def logged(line: bytes) -> dict[str, Any] | None:
 
 def _sae_files(params: Params, cfg: Config, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return {file name: function that writes it}. cfg.json comes last: a folder without it is no SAE."""
-    arrays = {name: np.asarray(params[name], np.float32) for name in cfg.shapes}
-    normalize.check_arrays("params", arrays, cfg.shapes)
     described = _sealed(_description(cfg, metadata or {}))
     text = json.dumps(described, indent=2) + "\n"
+    files = {WEIGHTS: cfg.shapes} | ({REMOVED: cfg.removed_shapes} if cfg.removed else {})
+    parts = {file: {name: np.asarray(params[name], np.float32) for name in shapes} for file, shapes in files.items()}
+    for file, shapes in files.items():
+        normalize.check_arrays("params", parts[file], shapes)
     return {
-        WEIGHTS: lambda path: _save_arrays(path, arrays, {"origin": _origin(described)}),
+        **{file: partial(_save_arrays, arrays=arrays, header={"origin": _origin(described)})
+           for file, arrays in parts.items()},
         CONFIG: lambda path: path.write_text(text),
     }
 
@@ -269,9 +279,12 @@ def _is_a(value: Any, kind: Any) -> bool:
     return type(value) in ((int, float) if kind is float else (kind,))  # a bool is no int
 
 
-def _blank_sample(cfg: Config) -> tuple[np.ndarray, np.ndarray | None]:
+def _blank_sample(cfg: Config) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Return a sample, its groups and directions to remove, of the shapes that `sae.init` takes."""
     groups = np.repeat(np.arange(max(len(cfg.groups), 1)), 2)
-    return np.zeros((len(groups), cfg.columns), np.float32), groups if cfg.groups else None
+    without = np.eye(cfg.removed, cfg.d_in) if cfg.removed else None
+    without = np.stack([without] * len(cfg.groups)) if cfg.removed and cfg.groups else without
+    return np.zeros((len(groups), cfg.columns), np.float32), groups if cfg.groups else None, without
 
 
 def _name(keys: tuple) -> str:
@@ -411,7 +424,8 @@ def push(folder: str | Path, repo: str, base: str | None = None) -> str:
     _, cfg = load_groups(folder)                             # refuse to upload a damaged SAE
     about, api = load_metadata(folder), HfApi()
     place = _place(folder, about)
-    names = [str(Path(group, name)) for group in ("", *cfg.groups[1:]) for name in (CONFIG, WEIGHTS)]
+    files = (CONFIG, WEIGHTS, *([REMOVED] if cfg.removed else []))
+    names = [str(Path(group, name)) for group in ("", *cfg.groups[1:]) for name in files]
     names += ["metrics.jsonl"] if (folder / "metrics.jsonl").is_file() else []
     try:
         api.create_repo(repo, exist_ok=True)

@@ -28,7 +28,6 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -83,7 +82,9 @@ def collect(model: flux.Model, params: sae.Params | list[sae.Params], cfg: sae.C
             progress(done)
         if stopped:
             return None
-    found = counts.finish(params[0]["W_dec"], labels, counts.a["maxima"], info | {"arguments": unfinished.arguments})
+    shares = explained(model, params, cfg, info, timesteps, batch)
+    found = counts.finish(params[0]["W_dec"], labels, counts.a["maxima"], shares,
+                          info | {"arguments": unfinished.arguments})
     unfinished.replace_by(found)
     return found
 
@@ -112,7 +113,7 @@ def _add_batch(counts, model, params, cfg, info, folder, first, batch):
     if not bool(jnp.isfinite(acts).all()):
         raise Mistake(f"activations of prompts {first} to {first + len(prompts) - 1} hold NaN or Inf")
     codes = (np.moveaxis(x, 1, 0).reshape(batch, layout.positions, -1)
-             for x in encode(params, cfg, acts.astype(jnp.float32), info["site"], info["text_tokens"]))
+             for x in session.encode(params, cfg, acts.astype(jnp.float32), info["site"], info["text_tokens"]))
     start = dataclasses.replace(start, sigmas=flux.sigmas(model.scheduler, info["steps"], start.latents.shape[1]))
     images = flux.decode(model, flux.sample(model, start), start.grid)
     real = [None] * len(prompts)
@@ -126,21 +127,16 @@ def _add_batch(counts, model, params, cfg, info, folder, first, batch):
         save_image(folder / f"{i}.webp", image)
 
 
-def encode(params: list[sae.Params], cfg: sae.Config, acts: Array, site: str, text_tokens: int
-           ) -> tuple[np.ndarray, np.ndarray]:
-    """Encode acts [timesteps, B, N, D] with each group's SAE. Return values and indices [timesteps, B, N, k], where k
-    is the most active features of a token."""
-    groups = flux.token_groups(site, len(acts), text_tokens) if len(params) > 1 else [("", slice(None), slice(None))]
-    if len(groups) != len(params):
-        raise Mistake(f"the checkpoint has SAEs for {len(params)} groups of tokens; site {site} with {len(acts)} "
-                      f"timestep(s) has {len(groups)}")
-    found = [sae.encode(p, cfg, acts[t, ..., part, :]) for p, (_, t, part) in zip(params, groups)]
-    shape = (*acts.shape[:3], max(values.shape[-1] for values, _ in found))
-    both = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
-    for (_, t, part), codes in zip(groups, found):
-        for whole, some in zip(both, codes):
-            whole[t, ..., part, :some.shape[-1]] = some
-    return both
+def explained(model: flux.Model, params: list[sae.Params], cfg: sae.Config, info: dict, timesteps: int, batch: int,
+              most: int = 32) -> np.ndarray:
+    """Return what explains the variance of each feature, [F, 4] (see `variance.py`). NaN for a single prompt."""
+    prompts = list(dict.fromkeys(info["prompts"]))[:most]
+    if len(prompts) < 2:
+        return np.full((cfg.features, 4), np.nan, np.float32)
+    run = {"timesteps": timesteps} | {name: info[name] for name in ("size", "text_tokens", "padding")}
+    subject = session.Subject("", params, cfg, str(model.source), info["layer"], info["site"], run)
+    subject = session.placed(subject, model.source, model.cfg)
+    return session.explained(model, subject, prompts, seed=info["seed"], batch=batch).table.astype(np.float32)
 
 
 class Partial:

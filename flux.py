@@ -236,6 +236,16 @@ def capture(model: Model, start: "Start", *, layer: int, site: str) -> Array:
     return jnp.stack(captured)
 
 
+def inputs(model: Model, start: "Start") -> Array:
+    """Return the latents that each sampling step from `start` reads: [steps, B, I, C]."""
+    latents, seen = start.latents, [start.latents]
+    for i in range(len(start.sigmas) - 2):
+        v = velocity(model.params, model.cfg, latents, *at(start, i), grid=start.grid, walk=model.walk)
+        latents = _euler(latents, v, *start.sigmas[i:i + 2])
+        seen.append(latents)
+    return jnp.stack(seen)
+
+
 def token_groups(site: str, timesteps: int, text_tokens: int) -> list[tuple[str, int, slice]]:
     """Return [(name, timestep, slice of the site's tokens)] for each timestep and stream, in the order of `capture`'s
     axes. The residuals of these groups differ in mean and spread. A single group has the name ""."""

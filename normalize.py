@@ -6,6 +6,9 @@ Raw FLUX residuals are dominated by a few huge directions. SAEs train on *standa
     u = (x - mean) / std @ basis                         with "pca": then rotated to the principal axes
     u = x / std, one std for all dimensions              with "scale"
 
+Some directions can be *removed* before training, such as those into which the model writes its input noise. u is then
+zero along them, so the SAE neither reads nor writes them. Splicing the SAE into the model leaves this part of x alone.
+
 Stands alone: copy this one file. `sae.py` uses it; `state` and `cfg` below are its `State` and `Config`.
 
 B batch, N sample tokens, C columns of the residuals, D model width, F features, G groups of tokens.
@@ -24,12 +27,15 @@ class Mistake(ValueError):
     """An error that the caller can correct. Its message is one line: the wrong value, and what would be right."""
 
 
-def fit(sample: np.ndarray, groups: np.ndarray, names: Sequence[str], kind: str
-        ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return mean [G, C], std [G, C] and, for "pca", the principal axes [C, C] as columns; float32.
+def fit(sample: np.ndarray, groups: np.ndarray, names: Sequence[str], kind: str, without: np.ndarray | None = None
+        ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Return mean [G, C], std [G, C], basis [C, C] or None, and the removed directions [C, R] or None; float32.
 
-    sample [N, C]: raw residuals. groups [N]: the group of each token, a number. names: of the groups. Raises Mistake if
-    a value is not finite or a group has fewer than two tokens.
+    sample [N, C]: raw residuals. groups [N]: the group of each token, a number. names: of the groups. without:
+    directions [G, R, C] of each group's raw residuals to remove. basis: for "pca" the principal axes as columns, and if
+    directions are removed R columns of zeros; for "std" with removed directions the projection onto the others. The
+    removed directions are orthonormal in standardized space. Raises Mistake if a value is not finite or a group has
+    fewer than two tokens.
 
     The axes are those of all groups together. They change no distance, so they do not change FVU either. But Adam
     scales each coordinate separately and gains from them: in nano's layers 0 and 5 FVU falls by 1 % at k = 16 and by 1
@@ -41,14 +47,26 @@ def fit(sample: np.ndarray, groups: np.ndarray, names: Sequence[str], kind: str
     means, covariances = zip(*(_moments(part, full=kind == "pca") for part in parts))
     if kind == "scale":                                          # as SAELens' expected_average_only_in: mean |x|² is D
         std = np.sqrt([np.full_like(m, (m * m + c).mean()) for m, c in zip(means, covariances)])
-        return np.zeros_like(std, np.float32), np.where(std > 0, std, 1).astype(np.float32), None
-    std = [_spread(m, np.diag(c) if kind == "pca" else c) for m, c in zip(means, covariances)]
+        return np.zeros_like(std, np.float32), np.where(std > 0, std, 1).astype(np.float32), None, None
+    std = np.array([_spread(m, np.diag(c) if kind == "pca" else c) for m, c in zip(means, covariances)])
+    removed, kept = _split_space(None if without is None else without / std[:, None], sample.shape[1])
     if kind == "std":
-        return np.float32(means), np.float32(std), None
-    pooled = sum(c / np.outer(s, s) * len(part) for c, s, part in zip(covariances, std, parts))
-    # Without variation any axes will do. `checkpoint.load_state` asks for that; eigh takes seconds at D = 3072
-    basis = np.linalg.eigh(pooled)[1] if pooled.any() else np.eye(len(pooled))
-    return np.float32(means), np.float32(std), np.float32(basis)
+        basis = None if removed is None else np.eye(len(removed)) - removed @ removed.T
+    else:
+        pooled = sum(c / np.outer(s, s) * len(part) for c, s, part in zip(covariances, std, parts))
+        # Without variation any axes will do. `checkpoint.load_state` asks for that; eigh takes seconds at D = 3072
+        axes = kept @ np.linalg.eigh(kept.T @ pooled @ kept)[1] if pooled.any() else kept
+        basis = np.pad(axes, ((0, 0), (len(axes) - axes.shape[1], 0)))
+    return (np.float32(means), np.float32(std), *(None if a is None else np.float32(a) for a in (basis, removed)))
+
+
+def _split_space(directions: np.ndarray | None, width: int) -> tuple[np.ndarray | None, np.ndarray]:
+    """Return orthonormal columns: the R dimensions that the groups' directions [G, R, C] span most, and the others."""
+    if directions is None:
+        return None, np.eye(width)
+    count = directions.shape[1]
+    rows = np.linalg.svd(np.asarray(directions, np.float64).reshape(-1, width))[2]
+    return rows[:count].T, rows[count:].T
 
 
 def _moments(sample, full):
@@ -79,7 +97,7 @@ def standardize(x: Array, mean: Array, std: Array, basis: Array | None, group: A
 
 def fold(state: Any, cfg: Any, group: int = 0) -> dict[str, Array]:
     """Return the trained SAE on the raw residuals of a group: W_enc [d_in, F], b_enc [F], W_dec [F, d_out], b_dec
-    [d_out] and, with thresholds, threshold [F]. Computed in float64."""
+    [d_out] and, with thresholds, threshold [F]; with removed directions also `Config.removed_shapes`. In float64."""
     p = {name: np.asarray(value) for name, value in state.params.items()}
     (mean, mean_y), (std, std_y) = (cfg.split(np.asarray(a, np.float64)) for a in _of_group(state, cfg, group))
     rotate, back = _rotations(state)
@@ -90,6 +108,10 @@ def fold(state: Any, cfg: Any, group: int = 0) -> dict[str, Array]:
         "W_dec": lambda: back(p["dec"]) * std_y,
         "b_dec": lambda: back(p["b_dec"]) * std_y + mean_y,
     }
+    if cfg.removed:
+        removed = np.asarray(state.removed, np.float64)
+        folded |= {"read": lambda: removed / std[:, None], "write": lambda: removed.T * std,
+                   "offset": lambda: -(mean / std) @ removed}
     if cfg.activation != "topk":
         log = p.get("log_threshold")
         folded["threshold"] = lambda: np.full(cfg.features, state.threshold) if log is None else np.exp(log)

@@ -26,7 +26,8 @@ CHUNK = 256                                                      # features per 
 CONTROLS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\t\n"} | {127: "\u2421"}
 TEMPLATES = Path(__file__).with_name("templates")
 COLUMNS = {"feature": "Feature", "density": "Density", "max": "Max activation", "mean": "Mean activation",
-           "images": "Images", "spread": "Spread", "concentration": "Concentration", "auroc": "Best AUROC"}
+           "images": "Images", "prompt": "Prompt", "noise": "Noise", "spread": "Spread",
+           "concentration": "Concentration", "auroc": "Best AUROC"}
 QUARTERS = ("Highest quarter, without the top examples", "Second quarter", "Third quarter", "Lowest quarter")
 
 
@@ -91,6 +92,7 @@ def index_data(found: "Collected", wanted: Sequence[int]) -> dict[str, Any]:
     short = lambda array: [float(f"{v:.4g}") for v in np.asarray(array, np.float64)[wanted]]
     return {"feature": wanted, "density": short(found.density), "max": short(found.maximum), "mean": short(found.mean),
             "images": found.images[wanted].tolist(), "spread": short(found.spread),
+            "prompt": short(np.nan_to_num(found.variance[:, 1])), "noise": short(np.nan_to_num(found.variance[:, 2])),
             "concentration": short(found.concentration),
             "top": [[i for i in row if i >= 0] for row in found.top_image[wanted].tolist()],
             "attribute": [b[0] if b else "" for b in best], "auroc": [float(f"{b[1]:.4g}") if b else 0 for b in best],
@@ -104,9 +106,17 @@ def index_page(found: "Collected", wanted: Sequence[int]) -> dict[str, Any]:
     facts = [("Features", f"{found.features:,}"), ("Never fired", f"{int(dead.sum()):,} ({dead.mean():.1%})"),
              ("L0", number(found.fired.sum() / max(found.info["tokens"], 1), 3)),
              ("FVU (held out)", number(evaluation["fvu_standardized"], 3) if "fvu_standardized" in evaluation else "–"),
-             ("Images", f"{found.info['images']:,}"), ("Tokens", f"{found.info['tokens']:,}")]
+             *followers(found), ("Images", f"{found.info['images']:,}"), ("Tokens", f"{found.info['tokens']:,}")]
     columns = {k: v for k, v in COLUMNS.items() if k != "auroc" or found.info["attributes"]}
     return {"facts": facts, "curves": curves(found.info.get("metrics", [])), "columns": columns, "first": wanted[0]}
+
+
+def followers(found: "Collected") -> list[tuple[str, str]]:
+    """Return how many alive features follow the prompt: it explains more than all that the noise has a part in."""
+    _, prompt, noise, both = found.variance.T
+    known = ~np.isnan(prompt)
+    follow = prompt[known] > (noise + both)[known]
+    return [("Follow the prompt", f"{int(follow.sum()):,} ({follow.mean():.1%})")] if known.any() else []
 
 
 def curves(metrics: Iterable[dict]) -> list[dict]:
@@ -135,6 +145,9 @@ def feature_page(found: "Collected", f: int, linked: set[int], steered: bool = F
     if found.layout.image_tokens:
         facts += [("Area", f"{found.area[f]:.1%}"), ("Concentration", number(found.concentration[f], 3)),
                   ("Spread", number(found.spread[f], 3))]
+    if fires and not np.isnan(found.variance[f]).any():
+        explained = zip(("position", "prompt", "noise", "prompt × noise"), found.variance[f])
+        facts.append(("Explained by", ", ".join(f"{name} {share:.0%}" for name, share in explained)))
     if best := found.best_attribute(f) if fires else None:
         facts.append((f"AUROC for {best[0]}", number(best[1], 3)))
     values = {"f": f, "facts": facts, "top": [], "nearest": neighbours(found, found.nearest[f], found.nearest_cosine[f],

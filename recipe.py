@@ -53,6 +53,8 @@ class Run:
     transcoder: int | None = flag("train a transcoder that predicts the output of this layer from that of --layer")
     normalization: str = flag("pca (standardize, then rotate to the principal axes), std (no rotation) or scale (one "
                               "factor)", auto="pca; std for txt and transcoders")
+    without: str = flag("what to remove from the residuals before training: input (what is linear in the latents that "
+                        "the model reads) or nothing", auto="nothing")
     init: str | None = flag("SAE to start from: a folder of fae, SAELens or sparsify, or owner/repo/folder")
     transformer: str | None = flag("file or folder to load the transformer from")
     revision: str | None = flag("revision of a model on the hub")
@@ -67,7 +69,8 @@ class Run:
 
 
 # Older checkpoints do not store these flags; their runs used these values.
-OLD = {"padding": True, "held_out": False, "quant": "none", "activation": "topk", "normalization": "std"}
+OLD = {"padding": True, "held_out": False, "quant": "none", "activation": "topk", "normalization": "std",
+       "without": "nothing"}
 
 
 def saved(out: Path) -> Run:
@@ -93,14 +96,14 @@ def defaults(name: str, folder: Path, cfg: flux.Config, given: dict) -> Run:
         "prompt_batch": shard.batch(1, 32) if small else shard.batch(4),
         "seeds_per_prompt": 4 if small else 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0, "text_tokens": 0,
         "dtype": session.default_dtype(), "quant": session.default_quant(folder), "activation": activation,
-        "held_out": source == "scenes", "revision": session.revision_of(folder)}
+        "without": "nothing", "held_out": source == "scenes", "revision": session.revision_of(folder)}
         | recipe(given.get("site"), cfg.width, transcoder) | given)
     run = replace(run, matryoshka=prefixes(run.matryoshka, run.features))
     flux.residual_names(cfg, run.layer, run.site)
     if run.transcoder is not None:
         flux.residual_names(cfg, run.transcoder, run.site)
     check_numbers(run)
-    config(run, cfg.width, ())                                   # raises for flags that do not fit together
+    config(run, cfg, ())                                         # raises for flags that do not fit together
     return replace(run, lr=rate(run.features, run.k, cfg.width, run.site, small)) if run.lr is None else run
 
 
@@ -127,11 +130,12 @@ def rate(features: int, k: int, width: int, site: str, small: bool) -> float:
     return (times if small else 1) * sae.default_lr(features)
 
 
-def config(run: Run, width: int, groups: tuple[str, ...]) -> sae.Config:
-    """Return the SAE's Config for a run on activations of this width and these groups of tokens."""
-    return sae.Config(d_in=width, features=run.features, k=run.k, activation=run.activation, matryoshka=run.matryoshka,
-                      d_out=None if run.transcoder is None else width, normalization=run.normalization, groups=groups,
-                      lr=run.lr, **schedule(run.steps))
+def config(run: Run, cfg: flux.Config, groups: tuple[str, ...]) -> sae.Config:
+    """Return the SAE's Config for a run on activations of a model and these groups of tokens."""
+    return sae.Config(d_in=cfg.width, features=run.features, k=run.k, activation=run.activation,
+                      matryoshka=run.matryoshka, d_out=None if run.transcoder is None else cfg.width,
+                      normalization=run.normalization, removed=cfg.in_channels * (run.without == "input"),
+                      groups=groups, lr=run.lr, **schedule(run.steps))
 
 
 def schedule(steps: int) -> dict:
@@ -178,6 +182,12 @@ def check_numbers(run: Run) -> None:
         raise Mistake(f"--lr {run.lr}: it must be a number above 0")
     session.check_dtype(run.dtype)
     session.quantized(run.quant)                                 # raises for an unknown format
+    if run.without not in ("input", "nothing"):
+        raise Mistake(f"--without {run.without}: it must be input or nothing")
+    if run.without == "input" and (run.site != "img" or run.transcoder is not None or run.normalization == "scale"):
+        raise Mistake("--without input works for an SAE of --site img (text tokens read no latents) with "
+                      f"--normalization pca or std; not for --site {run.site}, --transcoder {run.transcoder}, "
+                      f"--normalization {run.normalization}")
     if run.transformer and not Path(run.transformer).exists():
         raise Mistake(f"--transformer {run.transformer}: there is no such file or folder")
     if run.k > run.features:

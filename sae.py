@@ -54,6 +54,7 @@ class Config:
     matryoshka: tuple[int, ...] | None = None  # nested prefixes of the features; each must reconstruct by itself
     d_out: int | None = None  # width that a transcoder writes; None reconstructs the input
     normalization: str = "std"  # see `normalize.py`
+    removed: int = 0  # directions of the residuals that are removed before training, see `normalize.py`
     groups: tuple[str, ...] = ()  # names of groups of tokens with their own mean and std; empty: one for all tokens
     k_aux: int | None = None
     aux_coefficient: float = 1 / 32  # appendix A.2
@@ -106,6 +107,12 @@ class Config:
         arrays = {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, out), "b_dec": (out,)}
         return arrays if self.activation == "topk" else arrays | {"threshold": (f,)}
 
+    @property
+    def removed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of the arrays for `apply.removed`; none if no directions are removed."""
+        d, r = self.d_in, self.removed
+        return {"read": (d, r), "write": (r, d), "offset": (r,)} if r else {}
+
 
 def _check_choices(cfg):
     # A group's name becomes a folder, and files may contain anything
@@ -120,6 +127,9 @@ def _check_choices(cfg):
     whole = ends is None or all(type(end) is int for end in ends)
     if ends is not None and (not whole or list(ends) != sorted({*ends, cfg.features}) or ends[0] < 1):
         raise Mistake(f"matryoshka = {ends}: prefixes rise to all {cfg.features} features")
+    if not 0 <= cfg.removed < cfg.d_in or (cfg.removed and (cfg.d_out is not None or cfg.normalization == "scale")):
+        raise Mistake(f"removed = {cfg.removed} of {cfg.d_in} dimensions, normalization {cfg.normalization}, d_out "
+                      f"{cfg.d_out}; removing some needs an SAE, no transcoder, and normalization std or pca")
     if cfg.d_out is not None and (cfg.d_out < 1 or cfg.activation == "topk" or cfg.normalization == "pca"):
         raise Mistake("a transcoder has d_out >= 1, a threshold (activation batchtopk or jumprelu: SAELens knows no "
                       f"TopK transcoder) and no PCA; not {cfg.d_out}, {cfg.activation}, {cfg.normalization}")
@@ -152,6 +162,7 @@ class State(NamedTuple):
     mean: Array  # [C] of the raw residuals; [G, C] if cfg has groups
     std: Array  # likewise
     basis: Array | None  # [D, D], principal axes of the standardized residuals as columns
+    removed: Array | None  # [D, R], orthonormal directions of the standardized residuals, along which u is zero
     opt: Any  # optax
     since_fired: Array  # [F] int32, tokens since the feature last fired
     threshold: Array | None  # BatchTopK: running mean of the lowest value that is among the top of a batch
@@ -166,12 +177,14 @@ class State(NamedTuple):
 
 
 def init(
-    key: Array, cfg: Config, sample: np.ndarray, groups: np.ndarray | None = None, like: State | None = None
+    key: Array, cfg: Config, sample: np.ndarray, groups: np.ndarray | None = None, like: State | None = None,
+    without: np.ndarray | None = None
 ) -> State:
     """Return a new state. The sample gives its normalization and its pre-bias; encoder and decoder are tied (A.1).
 
     sample [N, C]: raw residuals. groups [N]: the group of each token. like: a state whose normalization to take.
-    Raises Mistake for a sample of another shape, that is not finite, or that lacks one of the groups.
+    without [cfg.removed, D] (with groups [G, cfg.removed, D]): directions of the raw residuals to remove. Raises
+    Mistake for a sample of another shape, that is not finite, or that lacks one of the groups.
     """
     sample = np.asarray(sample)
     _check_groups(cfg, groups)
@@ -179,18 +192,29 @@ def init(
         raise Mistake(f"sample has shape {sample.shape}; need [N, {cfg.columns}] with N >= 2")
     if like is None:
         numbers = np.zeros(len(sample), int) if groups is None else groups
-        mean, std, basis = normalize.fit(sample, numbers, cfg.groups or ("all",), cfg.normalization)
+        without = _directions(cfg, without)
+        mean, std, basis, removed = normalize.fit(sample, numbers, cfg.groups or ("all",), cfg.normalization, without)
         mean, std = (mean, std) if cfg.groups else (mean[0], std[0])
     else:
-        mean, std, basis = like.mean, like.std, like.basis
+        mean, std, basis, removed = like.mean, like.std, like.basis, like.removed
     some = slice(0, 32768)
     with jax.ensure_compile_time_eval():  # so that `jax.eval_shape` can ask for the state's shapes
         of = None if groups is None else groups[some]
         u = np.asarray(standardize(sample[some].astype(np.float32), mean, std, basis, of))
-    params, threshold = _tied(key, cfg, u[:1024], _geometric_median(u))
+    kept = None if removed is None else basis.T @ basis          # a projection: no row has a part that u lacks
+    params, threshold = _tied(key, cfg, u[:1024], _geometric_median(u), kept)
     since_fired, count = jnp.full(cfg.features, NEVER, jnp.int32), jnp.zeros((), jnp.int32)
-    return State(params, *(None if a is None else jnp.asarray(a) for a in (mean, std, basis)),
+    return State(params, *(None if a is None else jnp.asarray(a) for a in (mean, std, basis, removed)),
                  _optimizer(cfg).init(params), since_fired, threshold, count)
+
+
+def _directions(cfg, without):
+    """Return `without` with an axis for groups, or None. Raises Mistake if it does not fit cfg."""
+    shape = (len(cfg.groups), cfg.removed, cfg.d_in) if cfg.groups else (cfg.removed, cfg.d_in)
+    if (np.shape(without) if without is not None else None) != (shape if cfg.removed else None):
+        raise Mistake(f"without has shape {None if without is None else list(np.shape(without))}; cfg.removed = "
+                      f"{cfg.removed} needs {list(shape) if cfg.removed else None}")
+    return None if without is None else np.asarray(without).reshape(-1, cfg.removed, cfg.d_in)
 
 
 def _check_groups(cfg, group):
@@ -199,7 +223,7 @@ def _check_groups(cfg, group):
 
 
 @jax.jit(static_argnums=1)
-def _tied(key: Array, cfg: Config, u: Array, center: Array) -> tuple[Params, Array | None]:
+def _tied(key: Array, cfg: Config, u: Array, center: Array, kept: Array | None) -> tuple[Params, Array | None]:
     """Return parameters and BatchTopK's threshold.
 
     Decoder rows are random unit vectors. Encoder rows are parallel to them, with the one length that fits the
@@ -209,7 +233,8 @@ def _tied(key: Array, cfg: Config, u: Array, center: Array) -> tuple[Params, Arr
     keys = (key, key) if cfg.d_out is None else jax.random.split(key)
     x, center, b_dec = cfg.split(u - center)[0], *cfg.split(center)
     sizes = cfg.d_in, cfg.d_out or cfg.d_in
-    enc, dec = (_unit(jax.random.normal(key, (cfg.features, size))) for key, size in zip(keys, sizes))
+    rows = (jax.random.normal(key, (cfg.features, size)) for key, size in zip(keys, sizes))
+    enc, dec = (_unit(row if kept is None else row @ kept) for row in rows)
     bias = jnp.zeros(cfg.features)
     values, indices = kernels.sparse_encode(x, enc, bias, cfg.k)
     out = kernels.sparse_decode(values, indices, enc)

@@ -2,9 +2,10 @@
 
     python score.py ckpt/                                  # → ckpt/eval.json, which dash.py shows
     python score.py sae/ --model schnell --layer 18 --site img --out eval.json      # an SAE that does not say where
+    python score.py --input --model schnell                # where each layer keeps the model's input: see `inputs.py`
     python score.py ckptB/ --attribute 123 --prompt "a red cube" --from ckptA/      # why feature 123 fires
 
-Copy it with `attribution.py`, `session.py` and what these import. From Python:
+Copy it with `attribution.py`, `inputs.py`, `variance.py`, `session.py` and what these import. From Python:
 
     subject = session.subject(model, "ckpt")
     found = score.score(model, subject, score.dataset(model, captions, images))     # the contents of eval.json
@@ -36,13 +37,16 @@ import apply
 import checkpoint as saved
 import data as sources
 import flux
+import inputs
 import sae
 import session
 import vae
+import variance
 from session import Mistake
 
 VARIANTS = ("clean", "spliced", "zero", "mean")
 FILE, KIND = "eval.json", "fae score"
+VARIED = 64                                                      # prompts for the analysis of variance
 EVALUATED = 65536                                                # tokens for FVU, L0 and dead features
 
 
@@ -109,7 +113,8 @@ def score(model: flux.Model, subject: session.Subject, data: Data, *, captions: 
         "loss": summary(loss, change), "loss_where_trained": summary(loss[:, trained], change[:, trained]),
         "per_timestep": rows, "image": {"steps": steps} | distances(model, subject, starts, partial(tell, "images")),
         "sae": statistics(model, subject, captions or data.prompts, data.grid, tokens, seed, batch, text_tokens,
-                          partial(tell, "statistics")), **weights(subject.params)}
+                          partial(tell, "statistics")), **weights(subject.params),
+        "variance": explained(model, subject, captions or data.prompts, seed, batch, partial(tell, "variance"))}
 
 
 def prepared(model: flux.Model, data: Data, steps: int, seed: int, batch: int, text_tokens: int | None = None
@@ -242,6 +247,19 @@ def statistics(model: flux.Model, subject: session.Subject, captions: Sequence[s
         "density": histogram(density)}
 
 
+def explained(model: flux.Model, subject: session.Subject, captions: Sequence[str], seed: int, batch: int,
+              progress: Callable[[float], object]) -> dict | None:
+    """Return what explains the features' variance (see `variance.py`): a summary, and the shares of each feature. None
+    for a single caption."""
+    some = list(dict.fromkeys(captions))[:VARIED]
+    if len(some) < 2:
+        return None
+    found = session.explained(model, subject, some, seed=seed, batch=batch, progress=progress)
+    shares = {name: [None if np.isnan(x) else round(float(x), 4) for x in getattr(found, name)]
+              for name in variance.NAMES}
+    return {"prompts": len(some), **found.summary(), "features": shares}
+
+
 def histogram(density: np.ndarray) -> dict:
     """Count features by the power of ten of their density, in half decades from 1e-6 on. "never": those at 0."""
     edges = np.arange(-6, 0.5, 0.5)
@@ -310,7 +328,8 @@ def folder_of_images(folder: str | Path, n: int, size: int | tuple[int, int]) ->
 def main(checkpoint: str = "ckpt", out: str = "", n: int = 64, levels: int = 8, steps: int | None = None,
          tokens: int = EVALUATED, prompts: str = "", prompt_field: str = "", images: str = "", model: str = "",
          layer: int | None = None, site: str = "", seed: int = 0, batch: int | None = None, dtype: str = "",
-         quant: str = "", transformer: str = "", attribute: int | None = None, prompt: str = "", **unknown) -> None:
+         quant: str = "", transformer: str = "", attribute: int | None = None, prompt: str = "",
+         input: bool = False, **unknown) -> None:
     """Score the SAE in the folder `checkpoint`, print a table, and write eval.json into it, or to --out FILE.
 
     --n: number of images. --levels: noise levels of the loss. --steps: sampling steps of the images. --tokens: for FVU,
@@ -319,6 +338,8 @@ def main(checkpoint: str = "ckpt", out: str = "", n: int = 64, levels: int = 8, 
     checkpoint does not state them.
     --attribute 123 --prompt "a red cube" [--from ckptA/]: print why this feature fires: how much each of the prompt's
     tokens and each feature of an earlier layer's SAE adds to it.
+    --input: print how much of the residual is linear in the input latents, and where, for --layer or all layers; needs
+    a checkpoint or a --model. With --out FILE it also writes the numbers as JSON.
     """
     upstream = str(unknown.pop("from", ""))                      # `from` is a keyword of Python
     session.no_unknown_flags(unknown)
@@ -327,6 +348,9 @@ def main(checkpoint: str = "ckpt", out: str = "", n: int = 64, levels: int = 8, 
     asked = attribute is not None
     if asked != bool(prompt) or (upstream and not asked):
         raise Mistake('--attribute needs a prompt: --attribute 123 --prompt "a red cube" --from ckptA/')
+    if input:
+        return of_input(checkpoint, model, layer, prompts, prompt_field, tokens, seed, batch, dtype, quant, transformer,
+                        out)
     target = session.opened(checkpoint, model=model, layer=layer, site=site)
     folder, cfg = flux.read_config(target.model)
     target = session.placed(target, folder, cfg)
@@ -343,6 +367,23 @@ def main(checkpoint: str = "ckpt", out: str = "", n: int = 64, levels: int = 8, 
         source = session.placed(session.opened(upstream, model=target.model), folder, cfg)
         attribution.check_order(source, target)
     attribution.explain(load(), target, attribute, prompt, source, seed)
+
+
+def of_input(checkpoint: str, model: str, layer: int | None, prompts: str, field: str, tokens: int, seed: int,
+             batch: int | None, dtype: str, quant: str, transformer: str, out: str) -> None:
+    """Print the table of `inputs.py` for a model, or for a checkpoint's model if none is named."""
+    about = saved.load_metadata(checkpoint) if not model else {"model": session.announce(model)}
+    if not about.get("model"):
+        raise Mistake(f"--input: {checkpoint} does not say its model: give --model")
+    subject = session.Subject("", [], None, about["model"], 0, "img", about.get("run") or {})
+    _, cfg = flux.read_config(subject.model, *([transformer] if transformer else []))
+    layers = range(cfg.layers) if layer is None else [layer]
+    flux.residual_names(cfg, layers[-1], "img")                  # raises if there is no such layer
+    texts, _ = sources.examples(*session.prompts_of(subject, prompts, field), EVALUATED // 64)
+    loaded = session.load_model(subject.model, subject.run, dtype=dtype, quant=quant, transformer=transformer,
+                                last=layers[-1])
+    inputs.show(loaded, texts, layers, Path(out) if out else None, tokens=tokens, seed=seed,
+                batch=batch or session.default_batch(cfg), size=subject.size, text_tokens=subject.text_tokens)
 
 
 def captions(subject: session.Subject, folder: Path, prompts: str, field: str, images: str, n: int
@@ -373,8 +414,8 @@ def report(file: Path, model: flux.Model, target: session.Subject, n: int, given
     options = {"seed": seed, "batch": batch, "text_tokens": target.text_tokens}
     data = dataset(model, texts[:n], images, size=target.size, steps=steps, origin=origin, **options)
     print(f"data: {len(data.prompts)} images, {data.origin}")
-    places = {"loss": 0, "images": 1, "statistics": 2}
-    with tqdm(total=3.0, desc="scoring", dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}|") as bar:
+    places = {"loss": 0, "images": 1, "statistics": 2, "variance": 3}
+    with tqdm(total=4.0, desc="scoring", dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}|") as bar:
         def progress(name, share):
             bar.set_description(name)
             bar.update(places[name] + share - bar.n)
@@ -429,6 +470,11 @@ def table(found: dict) -> str:
     lines.append(f"FVU {stats['fvu_standardized']:.3f} (raw {stats['fvu']:.3f}), L0 {stats['l0']:.1f}, dead "
                  f"{stats['dead']:.1%} on {stats['tokens']:,} tokens; decoder norm {norm['median']:.3f}, "
                  f"encoder-decoder cosine {cosine['median']:.3f} (medians, raw space)")
+    if shares := found["variance"]:
+        explain = ", ".join(f"{name} {shares[name]:.1%}" for name in variance.NAMES if name in shares)
+        lines.append(f"explained by {explain} (mean over features)")
+        lines.append(f"{shares['follow_prompt']:,} of {shares['varying']:,} features follow the prompt, "
+                     f"{shares['follow_prompt_or_image']:,} the prompt or the image, more than the noise draw")
     return "\n".join(lines)
 
 

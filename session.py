@@ -10,7 +10,7 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, dataclass, replace
 from pathlib import Path
 
@@ -25,9 +25,10 @@ import quant
 import sae
 import shard
 import stats
+import variance
 from weights import Mistake
 
-MISTAKES = (Mistake, quant.Mistake, sae.Mistake, shard.Mistake, stats.Mistake)
+MISTAKES = (Mistake, quant.Mistake, sae.Mistake, shard.Mistake, stats.Mistake, variance.Mistake)
 DTYPES = ("float32", "bfloat16", "float16")
 
 # ---------------------------------------------------------------- the command line
@@ -343,6 +344,48 @@ def streams(subject: Subject, acts: jax.Array, start: flux.Start) -> Iterator[tu
     for _, t, part in flux.token_groups(subject.site, len(acts), start.condition[0].shape[1]):
         name = subject.names[0 if len(subject.names) == 1 or part.start is None or part.start == 0 else 1]
         yield t, name, acts[t, :, part]
+
+
+def encode(params: list[sae.Params], cfg: sae.Config, acts: jax.Array, site: str, text_tokens: int
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """Encode acts [timesteps, B, N, D] with each group's SAE. Return values and indices [timesteps, B, N, k], where k
+    is the most active features of a token."""
+    groups = flux.token_groups(site, len(acts), text_tokens) if len(params) > 1 else [("", slice(None), slice(None))]
+    if len(groups) != len(params):
+        raise Mistake(f"the checkpoint has SAEs for {len(params)} groups of tokens; site {site} with {len(acts)} "
+                      f"timestep(s) has {len(groups)}")
+    found = [sae.encode(p, cfg, acts[t, ..., part, :]) for p, (_, t, part) in zip(params, groups)]
+    shape = (*acts.shape[:3], max(values.shape[-1] for values, _ in found))
+    both = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    for (_, t, part), codes in zip(groups, found):
+        for whole, some in zip(both, codes):
+            whole[t, ..., part, :some.shape[-1]] = some
+    return both
+
+
+def explained(model: flux.Model, subject: Subject, prompts: Sequence[str], *, seed: int = 0, batch: int = 16,
+              progress: Callable[[float], object] = lambda share: None) -> variance.Shares:
+    """Return how much of each feature's variance the position, the prompt and the noise draw explain, from images of
+    each prompt from the same noises. progress: called with the finished share of the prompts."""
+    grid = flux.token_grid(model, subject.size or min(256, model.size))
+    T, levels = subject.text_tokens or model.text_tokens, np.append(subject.levels, 0).astype(np.float32)
+    tokens = {"txt": T, "img": grid[0] * grid[1]}
+    positions = len(subject.levels) * sum(tokens[stream] for stream in flux.SITES[subject.site])
+    seeds = variance.seeds_for(subject.cfg.features, positions)
+    sums, size = variance.Sums(subject.cfg.features, seeds, positions), max(1, batch // seeds)
+    for i in range(0, len(prompts), size):
+        some = [*prompts[i:i + size], *prompts[-1:] * size][:size]       # one shape, one compile
+        start = data.beginning(model, some, np.tile(np.arange(seeds), size), levels, grid, seed, T)
+        acts = flux.capture(model, start, layer=subject.layer, site=subject.site).astype(jnp.float32)
+        codes = encode(subject.params, subject.cfg, acts, subject.site, T)
+        real = (np.ones((size, acts.shape[2]), bool) if subject.padding else
+                data.real_tokens(model, some, subject.site, T, tokens["img"]))
+        for j in range(min(size, len(prompts) - i)):
+            values, indices = (np.moveaxis(code[:, j * seeds:(j + 1) * seeds], 0, 1) for code in codes)
+            of = lambda code: code.reshape(seeds, positions, -1)
+            sums.add(of(values * real[j, None, None, :, None]), of(indices))
+        progress(min(1, (i + size) / len(prompts)))
+    return sums.finish()
 
 
 def prompts_of(subject: Subject, source: str = "", field: str = "") -> tuple[str, str | None, bool | None]:

@@ -115,6 +115,7 @@ class Collected:
     nearest: np.ndarray                                          # [F, 10] int32: most similar decoder rows, or -1
     nearest_cosine: np.ndarray                                   # [F, 10] float32
     auroc: np.ndarray                                            # [F, A] float32: per image, for info["attributes"]
+    variance: np.ndarray                                         # [F, 4] float32: shares, see `variance.Shares`; or NaN
     info: dict                                                   # prompts, model, layer, site, grid, tokens, ...
 
     @property
@@ -288,7 +289,8 @@ class Counts:
         a[f"{kind}_image"][at], a[f"{kind}_span"][at] = number, span[better]
         return len(better) > 0
 
-    def finish(self, W_dec: Any, labels: np.ndarray, maxima: np.ndarray, info: dict[str, Any]) -> Collected:
+    def finish(self, W_dec: Any, labels: np.ndarray, maxima: np.ndarray, variance: np.ndarray, info: dict[str, Any]
+               ) -> Collected:
         """Return the counts as `Collected`. labels [N, A] and maxima [N, F] are for the AUROCs; A may be 0."""
         a, images = self.settled(), max(info["images"], 1)
         order = np.argsort(-a["top_key"], 1, kind="stable")
@@ -302,7 +304,7 @@ class Counts:
             a["fired"], a["images"], a["total"], a["maximum"], a["histogram"],
             (a["map_sum"] / images).astype(np.float32), area, concentration, spread,
             top["value"], top["image"], maps(top["span"]), value, image, maps(span), together, jaccard, nearest, cosine,
-            auroc(maxima, labels), info | {"tokens": int(a["tokens"][0])})
+            auroc(maxima, labels), variance, info | {"tokens": int(a["tokens"][0])})
 
     def _quantiles(self, top):
         """Return values, images and spans of the random examples, [F, 4, Q], with the largest quarter first."""

@@ -31,9 +31,13 @@ import apply
 import checkpoint
 import data
 import flux
+import inputs
+import normalize
 import sae
 import session
 import shard
+import variance
+from activations import Activations
 from recipe import Run, absolute, begun_from, config, defaults, identified, resumed, saved
 from session import Mistake
 
@@ -47,7 +51,7 @@ def train(run: Run, model: flux.Model, prompts: Iterator[str], out: Path, *, mes
     mesh: several devices, over which the SAE's features are split. With several hosts, only the first writes files.
     stop(step): whether to end before that step. The function then writes a checkpoint and returns None.
     """
-    activations = data.Activations(run, model, prompts, mesh)
+    activations = Activations(run, model, prompts, mesh)
     prompts_each = f", from {activations.forwards * run.prompt_batch:,} prompts each"
     count = prompts_each if activations.all_taken else " without padding"
     print(f"data: chunks of {activations.tokens:,} tokens{count}, shuffled whole ({activations.batches} batches of "
@@ -57,7 +61,7 @@ def train(run: Run, model: flux.Model, prompts: Iterator[str], out: Path, *, mes
         if resume:
             state, cfg, window = resumed_state(run, activations, out)
         elif activations.ready(0, partial(stop, 0), bar):
-            state, cfg = first_state(run, activations, model.cfg.width)
+            state, cfg = first_state(run, activations)
             if shard.first():
                 begin(out, state, cfg, metadata)
         else:
@@ -74,7 +78,7 @@ def train(run: Run, model: flux.Model, prompts: Iterator[str], out: Path, *, mes
     return rows
 
 
-def resumed_state(run: Run, activations: data.Activations, out: Path) -> tuple[sae.State, sae.Config, list[dict]]:
+def resumed_state(run: Run, activations: Activations, out: Path) -> tuple[sae.State, sae.Config, list[dict]]:
     """Return the state and Config of the checkpoint, and the metrics of the steps that are not in metrics.jsonl yet."""
     state, cfg, unlogged = load_state(out, run)
     step, first = int(state.step), unlogged.pop("position", None)
@@ -84,13 +88,27 @@ def resumed_state(run: Run, activations: data.Activations, out: Path) -> tuple[s
     return state, cfg, [dict(zip(unlogged, values)) for values in zip(*unlogged.values())]
 
 
-def first_state(run: Run, activations: data.Activations, width: int) -> tuple[sae.State, sae.Config]:
+def first_state(run: Run, activations: Activations) -> tuple[sae.State, sae.Config]:
     """Return a new state and its Config, from the first activations that training uses."""
     half, order = activations.order(0)
-    first, cfg = (half, order[:65536]), config(run, width, activations.groups)
+    first, cfg = (half, order[:65536]), config(run, activations.model.cfg, activations.groups)
     state = sae.init(jax.random.key(run.seed), cfg, activations.rows[first].astype(np.float32),
-                     activations.groups_of(first))
+                     activations.groups_of(first),
+                     without=input_directions(run, activations) if run.without == "input" else None)
     return (sae.unfold(checkpoint.load(begun_from(run.init))[0], cfg, state) if run.init else state), cfg
+
+
+def input_directions(run: Run, activations: Activations, tokens: int = 65536) -> np.ndarray:
+    """Return where the latents are written in the residuals: [C, D], with groups of tokens [G, C, D]."""
+    groups, cfg = max(len(activations.groups), 1), activations.model.cfg
+    moments = [inputs.Moments(cfg.width, cfg.in_channels) for _ in range(groups)]
+    prompts = data.stream(run.prompts, run.prompt_field, False if run.held_out else None)
+    for rows, latents in activations.with_inputs(prompts, tokens):
+        for g, one in enumerate(moments):
+            here = activations.pattern == g
+            one.add(rows[here], latents[here])
+    found = np.stack([one.directions() for one in moments])
+    return found if activations.groups else found[0]
 
 
 @lru_cache
@@ -101,7 +119,7 @@ def stepper(mesh: Mesh, form: Any, *leaves: Any) -> Callable:
                    out_shardings=jax.tree.unflatten(form, leaves))
 
 
-def loop(run: Run, activations: data.Activations, state: sae.State, cfg: sae.Config, mesh: Mesh | None,
+def loop(run: Run, activations: Activations, state: sae.State, cfg: sae.Config, mesh: Mesh | None,
          window: list[dict], out: Path, metadata: dict, bar: tqdm, log_every: int, save_every: int, stop: Callable
          ) -> sae.State:
     """Train from the step of `state` to the end, or until stop(step), and save a checkpoint. Return the state.
@@ -144,7 +162,7 @@ def summary(step: int, batch: int, window: list[dict], speed: float) -> dict[str
     return {"step": step, "tokens": step * batch, **means, "dead": float(window[-1]["dead"]), "tokens_per_s": speed}
 
 
-def evaluate(run: Run, activations: data.Activations, state: sae.State, cfg: sae.Config,
+def evaluate(run: Run, activations: Activations, state: sae.State, cfg: sae.Config,
              stop: Callable = lambda: False) -> dict[str, dict] | None:
     """Return the rows of the closing table, or None if stop() ended it.
 
@@ -164,21 +182,48 @@ def evaluate(run: Run, activations: data.Activations, state: sae.State, cfg: sae
         number += len(some) * run.seeds_per_prompt
     x, group = np.concatenate(x).astype(np.float32), np.concatenate(group)
     parts = [x[group == g] for g in range(max(len(cfg.groups), 1))]
-    rows, each = {}, scores(state, cfg, parts)
+    params = [sae.fold(state, cfg, g) for g in range(len(parts))]
+    rows, each = {}, scores(params, cfg, parts)
     rows["SAE"] = mean_score(each)
     rows |= {f"SAE, {name}": mean_score([score]) for name, score in zip(cfg.groups, each)}
     if cfg.d_out is None:
-        u = np.concatenate([(part - part.mean(0)) / np.maximum(part.std(0), 1e-30) for part in parts])
+        kept = [part - np.asarray(apply.removed(p, part)) for p, part in zip(params, parts)]
+        u = np.concatenate([(part - part.mean(0)) / np.maximum(part.std(0), 1e-30) for part in kept])
         variances = np.linalg.eigvalsh(np.cov(u.astype(np.float64), rowvar=False))
         unexplained = float(max(0, variances[:-run.k].sum() / max(variances.sum(), 1e-300)))
         rows[f"PCA, {run.k} components"] = {"fvu_standardized": unexplained, "l0": float(min(run.k, cfg.d_in))}
     fresh = sae.init(jax.random.key(run.seed), cfg, x, group if cfg.groups else None, like=state)
-    return rows | {"random features": mean_score(scores(fresh, cfg, parts))}
+    fresh = [sae.fold(fresh, cfg, g) for g in range(len(parts))]
+    rows["random features"] = mean_score(scores(fresh, cfg, parts))
+    features, residual = explained(run, activations, state, params, cfg, number)
+    rows["SAE"] |= {"variance": features.summary(), "variance_of_input": residual.pooled}
+    return rows
 
 
-def scores(state: sae.State, cfg: sae.Config, parts: list[np.ndarray]) -> list[apply.Evaluation]:
+def explained(run: Run, activations: Activations, state: sae.State, params: list[sae.Params], cfg: sae.Config,
+              first: int, prompts: int = 64) -> tuple[variance.Shares, variance.Shares]:
+    """Return what explains the variance of the features, and of the standardized residuals that the SAE reads. params:
+    of each group. first: the number of the first noise."""
+    source = data.stream(run.prompts, run.prompt_field, run.held_out or None)
+    group = activations.pattern.reshape(run.timesteps, run.prompt_batch * run.seeds_per_prompt, -1)[:, 0]
+    each = run.seeds_per_prompt
+    seeds = max(each, variance.seeds_for(cfg.features, group.size) // each * each, 2 if each == 1 else 0)
+    features, residual = (variance.Sums(size, seeds, group.size) for size in (cfg.features, cfg.columns))
+    for rows in activations.crossed(list(itertools.islice(source, prompts)), seeds, first):
+        rows, real = rows.astype(np.float32), rows.any(-1, keepdims=True)
+        acts = np.moveaxis(rows.reshape(seeds, *group.shape, -1), 0, 1)[..., :cfg.d_in]
+        values, indices = (np.moveaxis(code, 1, 0).reshape(seeds, group.size, -1)
+                           for code in session.encode(params, cfg, acts, run.site, run.text_tokens))
+        features.add(values * real, indices)
+        of = np.tile(group.reshape(-1), seeds) if cfg.groups else None
+        u = normalize.standardize(rows.reshape(-1, cfg.columns), state.mean, state.std, state.basis, of)
+        residual.add(np.asarray(u).reshape(rows.shape) * real)
+    return features.finish(), residual.finish()
+
+
+def scores(params: list[sae.Params], cfg: sae.Config, parts: list[np.ndarray]) -> list[apply.Evaluation]:
     """Return `apply.evaluate` of each group's SAE on the group's activations."""
-    return [apply.evaluate(sae.fold(state, cfg, g), cfg, part) for g, part in enumerate(parts)]
+    return [apply.evaluate(p, cfg, part) for p, part in zip(params, parts)]
 
 
 def mean_score(each: list[apply.Evaluation]) -> dict[str, float]:
@@ -250,7 +295,7 @@ def ours(out: Path) -> set[str]:
     """Return the names of the files and folders that runs write into `out`."""
     about = checkpoint.load_metadata(out) if (out / checkpoint.CONFIG).is_file() else {}
     groups = (about.get("training") or {}).get("groups") or ()
-    written = checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.STATE, "metrics.jsonl"
+    written = checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.REMOVED, checkpoint.STATE, "metrics.jsonl"
     return {*written, "eval.json", *groups}                      # eval.json: score.py's
 
 
@@ -410,6 +455,12 @@ def table(rows: dict[str, dict], run: Run) -> str:
     for name, row in rows.items():
         cells = (f"{row[key] * (100 if key == 'dead' else 1):.3f}" if key in row else "" for key in columns)
         lines.append(name.ljust(24) + "".join(cell.rjust(12) for cell in cells))
+    shares, read = rows["SAE"]["variance"], rows["SAE"]["variance_of_input"]
+    lines += ["", "explained by".ljust(24) + "".join(name.rjust(12) for name in variance.NAMES)]
+    for name, row in (("what the SAE reads", read), ("features, mean", shares)):
+        lines.append(name.ljust(24) + "".join(f"{row.get(key, float('nan')):.1%}".rjust(12) for key in variance.NAMES))
+    lines.append(f"{shares['follow_prompt']:,} of {shares['varying']:,} features follow the prompt, "
+                 f"{shares['follow_prompt_or_image']:,} the prompt or the image, more than the noise draw")
     return "\n".join(lines)
 
 

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import synthetic
 
+import activations
 import data
 import flux
 import mmdit
@@ -63,7 +64,7 @@ def nano(rounds: int = 5) -> None:
     run = train.defaults("nano", folder, cfg, {"layer": 3, "steps": 10 ** 6})
     model = flux.load("nano", dtype=jnp.float32, last=run.layer)
     run = replace(run, size=min(256, model.size), text_tokens=model.text_tokens)
-    make = lambda: data.Activations(run, model, data.stream("scenes"))
+    make = lambda: activations.Activations(run, model, data.stream("scenes"))
     overlapped, apart = Loop(run, make()), Loop(run, make())
     rows = []
     for _ in range(rounds + 1):
@@ -80,7 +81,7 @@ def nano(rounds: int = 5) -> None:
 class Loop:
     """A training loop without files; every call trains on one chunk."""
 
-    def __init__(self, run: train.Run, harvest: data.Activations):
+    def __init__(self, run: train.Run, harvest: activations.Activations):
         self.harvest, self.number = harvest, 0
         harvest.ready(0)
         self.cfg = train.config(run, harvest.rows.shape[-1], harvest.groups)

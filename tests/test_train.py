@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from huggingface_hub import errors
 
+import activations
 import checkpoint
 import dash
 import data
@@ -674,7 +675,7 @@ def test_mistakes_about_other_saes(monkeypatch, capsys, tmp_path, nano, trained,
 
 def harvest(nano, model, **flags):
     run = run_of(nano, **flags)
-    return data.Activations(run, model, iter(itertools.cycle(PROMPTS)))
+    return activations.Activations(run, model, iter(itertools.cycle(PROMPTS)))
 
 
 def chunk(h, c):
@@ -864,7 +865,7 @@ def test_noise_of_the_closing_table_is_never_that_of_training(nano, model, monke
     monkeypatch.setattr(train, "mean_score", lambda _: {})
     monkeypatch.setattr(sae, "init", lambda *_, **__: None)
     run = run_of(nano, seeds_per_prompt=seeds, prompt_batch=1, steps=2, batch=16 * seeds, buffer=16 * seeds)
-    h = data.Activations(run, model, iter(itertools.cycle(PROMPTS)))
+    h = activations.Activations(run, model, iter(itertools.cycle(PROMPTS)))
     assert h.ready(0) and h.ready(1)
     np.testing.assert_array_equal(np.concatenate(asked), np.arange(2 * seeds))
     asked.clear()
@@ -974,7 +975,7 @@ def test_a_checkpoint_from_before_goes_on_as_it_began(start, tmp_path, monkeypat
     new = ("transformer", "revision", "padding", "held_out", "prompts_sha256")
     with monkeypatch.context() as patch:
         patch.setattr(train, "asdict", lambda run: {k: v for k, v in vars(run).items() if k not in new})
-        patch.setattr(data.Activations, "place", lambda *_: {})
+        patch.setattr(activations.Activations, "place", lambda *_: {})
         stop_after(patch, 2)
         with pytest.raises(Stop):
             start(site="txt", **old)
