@@ -161,18 +161,19 @@ class Activations:
         """Yield the activations [seeds, S, columns] of each prompt, all from the same noises, for `variance.Sums`. S:
         all positions of an image, timestep by timestep; those of padding are zero if the run leaves padding out.
 
-        seeds: a multiple of the run's seeds_per_prompt. first: the number of the first noise."""
+        first: the number of the first noise."""
         run, size = self.run, self.run.prompt_batch
         each, tokens = run.seeds_per_prompt, self.forward_tokens // (run.timesteps * size * run.seeds_per_prompt)
         for i in range(0, len(prompts), size):
             some = (prompts[i:i + size] * size)[:size]           # one shape, one compile
             sent = [self.send(some, first + j, DRAWN, "of the analysis of variance", crossed=True)
                     for j in range(0, seeds, each)]
-            rows = np.stack([self.fetch(one).reshape(run.timesteps, size, each, tokens, -1) for one in sent])
-            rows = rows.transpose(2, 0, 3, 1, 4, 5)              # prompt, pass, seed, timestep, token
+            rows = [self.fetch(one).reshape(run.timesteps, size, each, tokens, -1) for one in sent]
+            rows = np.concatenate(rows, 2)[:, :, :seeds]
+            rows = rows.transpose(1, 2, 0, 3, 4)                 # prompt, seed, timestep, token
             if not self.all_taken:
                 real = data.real_tokens(self.model, some, run.site, run.text_tokens, self.grid[0] * self.grid[1])
-                rows = rows * real[:, None, None, None, :, None]
+                rows = rows * real[:, None, None, :, None]
             yield from rows.reshape(size, seeds, run.timesteps * tokens, -1)[:len(prompts) - i]
 
     def with_inputs(self, prompts: Iterator[str], count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -206,8 +206,7 @@ def explained(run: Run, activations: Activations, state: sae.State, params: list
     of each group. first: the number of the first noise."""
     source = data.stream(run.prompts, run.prompt_field, run.held_out or None)
     group = activations.pattern.reshape(run.timesteps, run.prompt_batch * run.seeds_per_prompt, -1)[:, 0]
-    each = run.seeds_per_prompt
-    seeds = max(each, variance.seeds_for(cfg.features, group.size) // each * each, 2 if each == 1 else 0)
+    seeds = variance.seeds_for(cfg.features, group.size)
     features, residual = (variance.Sums(size, seeds, group.size) for size in (cfg.features, cfg.columns))
     for rows in activations.crossed(list(itertools.islice(source, prompts)), seeds, first):
         rows, real = rows.astype(np.float32), rows.any(-1, keepdims=True)

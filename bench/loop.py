@@ -84,7 +84,7 @@ class Loop:
     def __init__(self, run: train.Run, harvest: activations.Activations):
         self.harvest, self.number = harvest, 0
         harvest.ready(0)
-        self.cfg = train.config(run, harvest.rows.shape[-1], harvest.groups)
+        self.cfg = train.config(run, harvest.model.cfg, harvest.groups)
         self.state = sae.init(jax.random.key(0), self.cfg, harvest.rows[0, :65536].astype(np.float32))
         self.step = jax.jit(sae.step, static_argnums=1, donate_argnums=0)
 

@@ -320,7 +320,8 @@ def measure(layer: dict, trainer: str, site: str, steps: int, keep: Callable | N
     seconds = time.monotonic() - since
     if keep:
         keep(state, cfg)
-    found = train.mean_score(train.scores(state, cfg, layer["test"] if site == "both" else [layer["test"]]))
+    found = train.mean_score(train.scores([sae.fold(state, cfg, g) for g in range(max(len(cfg.groups), 1))], cfg,
+                                           layer["test"] if site == "both" else [layer["test"]]))
     return found | {"silent": silent, "seconds": seconds}
 
 

@@ -1,45 +1,48 @@
-"""Make the nano model from nothing: tokenizers, autoencoder, then the flow transformer with both text encoders.
+"""Make the nano family from nothing: tokenizers, autoencoder, then three flow models, one from the other.
 
-    python nano/train.py --minutes 120            # stops and resumes at any time; what is done is not done again
+    python nano/train.py                                  # everything; a stopped run goes on where it was
+    python nano/train.py --stages base --minutes 300      # one stage, with another time for it
 
 1. Tokenizers learned from captions: byte-level BPE for CLIP, unigram for T5.
 2. The autoencoder, by `train_vae.py`.
-3. Latents of rendered scenes, computed once.
-4. Rectified flow (arXiv 2209.03003) on them, with fae's own `flux.py` and `text.py`: three quarters of the times in
-   0.75…1, the others logit-normal as in SD3 (arXiv 2403.03206), 10 % of the captions dropped, Muon with a rate that
-   falls to zero over the second half of the time, and a moving average of the weights, which is what ships. Words that
-   describe a few pixels weigh little in the error of the velocity, and so are learned late. Two things hasten them: the
-   error counts more where solids are, and until shortly before the end a linear head in the middle names shape and
-   colour at every token, from the noisy latents and the caption (the idea of REPA, arXiv 2410.06940, with the truth for
-   a teacher). Like FLUX.1, the flow is guidance-distilled, here while it learns (model guidance, arXiv 2502.12154):
-   what it says beyond its own answer to no caption is added to the target, times 1 - 1 / GUIDANCE, of which the fixed
-   point is classifier-free guidance with the scale GUIDANCE. It took shapes from 67 to 88 % as captioned.
+3. `base`: rectified flow (arXiv 2209.03003) on the latents of rendered scenes, with fae's own `flux.py` and `text.py`.
+   Three quarters of the times lie in 0.75…1, where a scene takes shape, the others are logit-normal as in SD3
+   (arXiv 2403.03206). One caption in ten is dropped. Both text encoders learn here, and never again.
+4. `dev`: base distilled to one pass per step with guidance (arXiv 2210.03142). Its target is base's velocity with
+   classifier-free guidance, at a scale drawn from 1…4, which a new embedding tells it.
+5. `four`, then `schnell`: dev distilled to few steps, without a guidance input. `four` learns to cross each of the four
+   sampling steps at once, as dev at the scale GUIDANCE does it in four (progressive distillation, arXiv 2202.00512).
+   `schnell` learns to go from the start of each of these steps to the end at once, where `four` arrives in its steps:
+   so it draws in one step as well as in four.
 
-The step is data-parallel over two CPU devices, one core each: XLA runs more of it in parallel so than in one device.
-oneDNN may round the inputs of float32 products to bfloat16, which a core with AMX multiplies five times as fast (but
-see FLAGS). Page faults cost a sixth of a step, unless the environment says MALLOC_MMAP_MAX_=0 MALLOC_ARENA_MAX=1
-MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_TOP_PAD_=500000000.
+No stage sees more than captions and images. Optimizer: Muon; the rate falls to zero over the second half of a stage; a
+moving average of the weights is what a stage leaves, and what the next one begins with.
+
+All data stay on the device, and batches are drawn there. On accelerators many steps run in one program, in bfloat16. On
+a CPU each core is a device with its part of the batch, and oneDNN may round the inputs of float32 products to bfloat16,
+which a core with AMX multiplies five times as fast. There page faults cost a sixth of a step, unless the environment
+says MALLOC_MMAP_MAX_=0 MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_TOP_PAD_=500000000.
 """
 import json
 import math
-import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import NormalDist
 
 CORES = os.cpu_count() or 1
-FLAGS, CPU = f"--xla_force_host_platform_device_count={CORES}", Path("/proc/cpuinfo")
-if CPU.exists() and "amx_bf16" in CPU.read_text():               # elsewhere oneDNN is no faster, and Muon crashes in it
-    FLAGS += (" --xla_cpu_use_onednn=true "
-              "--xla_cpu_experimental_onednn_fusion_type=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
-if __name__ == "__main__":                                       # before jax is imported
-    os.environ.update(JAX_PLATFORMS="cpu", ONEDNN_DEFAULT_FPMATH_MODE="BF16",
-                      XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}")
+CPU = Path("/proc/cpuinfo")
+if __name__ == "__main__":                                       # before jax is imported; other devices ignore it
+    FLAGS = f"--xla_force_host_platform_device_count={CORES}"
+    if CPU.exists() and "amx_bf16" in CPU.read_text():           # elsewhere oneDNN is no faster, and Muon crashes in it
+        FLAGS += (" --xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_fusion_type="
+                  "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
+    os.environ |= {"ONEDNN_DEFAULT_FPMATH_MODE": "BF16", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"}
 
 NANO = Path(__file__).resolve().parent
 sys.path[:0] = [str(NANO.parent), str(NANO)]
@@ -58,17 +61,25 @@ import flux
 import mmdit
 import session
 import text
-import vae
 import weights
 
 FIRST_SEED = 1_000_000                                           # scenes below are for evaluation
-TEXT_TOKENS = 32
-HINT_LAYER, HINT_WEIGHT, SOLID_WEIGHT, BACKGROUND = 6, 0.1, 5, len(scenes.SHAPES) * len(scenes.COLORS)
-GUIDANCE = 2                                                     # a scale; 1 leaves it out
-FLUX = flux.Config(in_channels=64, num_layers=4, num_single_layers=8, attention_head_dim=32, num_attention_heads=4,
+TEXT_TOKENS, VARIANTS = 32, 4                                    # captions of a scene
+SHIFT, GUIDANCE = 3.0, 3.0                                       # of the noise levels; the scale that schnell learns
+FLUX = flux.Config(in_channels=16, num_layers=4, num_single_layers=8, attention_head_dim=32, num_attention_heads=4,
                    joint_attention_dim=128, pooled_projection_dim=96, axes_dims_rope=(8, 12, 12))
 T5 = partial(text.T5Config, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
 CLIP = partial(text.CLIPConfig, hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One model of the family: where it comes from, and how long and fast it learns."""
+    parent: str | None                                           # the stage whose model it begins with and learns from
+    minutes: tuple[float, float]                                 # on two CPU cores, on an accelerator
+    batch: tuple[int, int]
+    rate: float                                                  # at the peak
+    loss: Callable                                               # (params, fixed, cfgs, key, batch of `draw`) → scalar
 
 
 # ---------------------------------------------------------------- 1. tokenizers
@@ -130,75 +141,135 @@ def write_json(file, value):
     file.write_text(json.dumps(value, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------- 3. latents
+# ---------------------------------------------------------------- 3. data
 
 
-def latents_of(work, vae_folder, shards):
-    """Packed latents [N, 64, 64] float16 of rendered scenes FIRST_SEED …; each shard of images is encoded once."""
-    cfg, params = vae.load(vae_folder, dtype=jnp.float32)
-    encode = jax.jit(lambda x: flux.pack(vae.encode(params, cfg, x.astype(jnp.float32) / 127.5 - 1)))
-    for file in shards:
-        target = work / "latents" / file.name
-        if not target.exists() or target.stat().st_mtime < file.stat().st_mtime:   # of other images by now
-            images = np.load(file, mmap_mode="r")
-            latents = [np.asarray(encode(images[i:i + 50]), np.float16) for i in range(0, len(images), 50)]
-            target.parent.mkdir(exist_ok=True)
-            np.save(target, np.concatenate(latents))
-            print(f"latents: {target.name}, std {np.std(np.concatenate(latents), dtype=np.float64):.3f}", flush=True)
-    return np.concatenate([np.load(work / "latents" / file.name) for file in shards])
+def latents_of(work, shared, count):
+    """Packed latents [count, 64, 16] float16 of the scenes FIRST_SEED …"""
+    files = sorted((work / "latents").glob("images_*.npy"))
+    if 5_000 * len(files) < count:
+        import train_vae
+        files = train_vae.latents(shared / "vae", work, count)
+    return np.concatenate([np.load(file) for file in files[:-(-count // 5_000)]])[:count]
 
 
-def seeds_of(shards):
-    return [int(shard.stem.split("_")[1]) + i for shard in shards for i in range(len(np.load(shard, mmap_mode="r")))]
+def captions_of(folder, count):
+    """Token ids of VARIANTS captions of each scene: {"t5": [count, VARIANTS, 32], "clip": the same}, int16; and
+    those of no caption [32] each. CLIP's 77 tokens are cut to 32: its attention is causal, so what follows the end of
+    text changes nothing."""
+    t5, clip = text.t5_tokenizer(folder / "tokenizer_2", TEXT_TOKENS), text.clip_tokenizer(folder / "tokenizer", 77)
+    prompts = [scenes.caption(scene, v) for scene in map(scenes.sample, range(FIRST_SEED, FIRST_SEED + count))
+               for v in range(VARIANTS)]
+    ids = {name: np.asarray(tokenize(["", *prompts]))[:, :TEXT_TOKENS].astype(np.int16)
+           for name, tokenize in (("t5", t5), ("clip", clip))}
+    return ({name: rows[1:].reshape(count, VARIANTS, -1) for name, rows in ids.items()},
+            {name: rows[0] for name, rows in ids.items()})
 
 
-def captions_of(work, tokenize, shards, variants=4):
-    """Token ids of `variants` captions per scene: T5 [N, variants, 32] and CLIP [N, variants, 32] int16.
-
-    CLIP's 77 tokens are cut to 32: its attention is causal, so what follows the end of text changes nothing.
-    """
-    file = work / "captions.safetensors"
-    seeds = seeds_of(shards)
-    if file.exists() and (ids := load_arrays(file))["t5"].shape[0] == len(seeds):
-        return ids["t5"], ids["clip"]
-    prompts = [scenes.caption(scene, v) for scene in map(scenes.sample, seeds) for v in range(variants)]
-    t5, clip = tokenize(prompts)
-    ids = {"t5": t5, "clip": clip[:, :TEXT_TOKENS]}
-    ids = {k: v.reshape(len(seeds), variants, TEXT_TOKENS).astype(np.int16) for k, v in ids.items()}
-    save_file(ids, file)
-    return ids["t5"], ids["clip"]
+def draw(key, data, size):
+    """A batch, drawn on the device: latents, noise, quantiles [B] of times, spread evenly, and the ids of a caption."""
+    row, variant, order, place, noise = jax.random.split(key, 5)
+    rows = jax.random.randint(row, (size,), 0, len(data["latents"]))
+    variants = jax.random.randint(variant, (size,), 0, VARIANTS)
+    u = (jax.random.permutation(order, size) + jax.random.uniform(place, (size,), minval=1e-4)) / size
+    latents = data["latents"][rows].astype(jnp.float32)
+    ids = {name: data[name][rows, variants].astype(jnp.int32) for name in ("t5", "clip")}
+    return latents, jax.random.normal(noise, latents.shape), u, ids
 
 
-def hints_of(work, shards):
-    """uint8 [N, 64, 33]: of a token's 16 sampled pixels, how many show each shape and colour (last: none)."""
-    file, seeds = work / "hints.safetensors", seeds_of(shards)
-    if not file.exists() or (hints := load_arrays(file)["hints"]).shape[0] != len(seeds):
-        with ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn")) as pool:
-            hints = np.stack(list(pool.map(hint, seeds, chunksize=100)))
-        save_file({"hints": hints}, file)
-    return hints
+def times(u):
+    """Times from quantiles: three quarters uniform in 0.75…1, the others logit-normal."""
+    return jnp.where(u < 0.25, jax.nn.sigmoid(jax.scipy.special.ndtri(jnp.minimum(4 * u, 0.9999))), (2 + u) / 3)
 
 
-def hint(seed):
-    scene = scenes.sample(seed)
-    kinds = [list(scenes.SHAPES).index(s.shape) * len(scenes.COLORS) + list(scenes.COLORS).index(s.color)
-             for s in scene.solids]
-    seen = np.array([*kinds, BACKGROUND, BACKGROUND])[scenes.render(scene, 32).object]  # the ground is -1, the wall -2
-    tokens = seen.reshape(8, 4, 8, 4).transpose(0, 2, 1, 3).reshape(64, 16)
-    return (tokens[:, :, None] == np.arange(BACKGROUND + 1)).sum(1, dtype=np.uint8)
+# ---------------------------------------------------------------- 4. what each stage minimizes
 
 
-# ---------------------------------------------------------------- 4. the flow
+def base_loss(params, fixed, cfgs, key, drawn):
+    """Mean squared error of the velocity (arXiv 2209.03003)."""
+    latents, noise, u, ids = drawn
+    time = times(u)
+    drop = jax.random.uniform(key, (len(u), 1)) < 0.1
+    ids = {name: jnp.where(drop, fixed["empty"][name], rows) for name, rows in ids.items()}
+    v = velocity(params["flux"], between(latents, noise, time), encode(params, cfgs, ids), time)
+    return jnp.mean((v - (noise - latents)) ** 2)
 
 
-def unrolled(block, x, stack, layers, rope, *, states):
+def dev_loss(params, fixed, cfgs, key, drawn):
+    """Mean squared distance to base's velocity with classifier-free guidance, at a random scale (arXiv 2210.03142)."""
+    latents, noise, u, ids = drawn
+    time, scale = times(u), jax.random.uniform(key, u.shape, minval=1, maxval=4)
+    x, said = between(latents, noise, time), encode(fixed, cfgs, ids)
+    nothing = encode(fixed, cfgs, {name: row[None] for name, row in fixed["empty"].items()})
+    with_text = velocity(fixed["flux"], x, said, time)
+    without = velocity(fixed["flux"], x, [jnp.repeat(a, len(u), 0) for a in nothing], time)
+    target = without + scale[:, None, None] * (with_text - without)
+    return jnp.mean((velocity(params["flux"], x, said, time, scale) - target) ** 2)
+
+
+def step_loss(params, fixed, cfgs, key, drawn, path, guidance=None):
+    """Mean squared distance to the straight line to where the teacher arrives. path: (number of a sampling step [B]) →
+    the times [B, n + 1] through which the teacher goes."""
+    latents, noise, u, ids = drawn
+    through = path(jnp.minimum((u * (len(LEVELS) - 1)).astype(int), len(LEVELS) - 2))
+    said, start = encode(fixed, cfgs, ids), between(latents, noise, through[:, 0])
+    scale = None if guidance is None else jnp.full(len(u), guidance)
+    x = start
+    for i in range(through.shape[1] - 1):
+        v = velocity(fixed["flux"], x, said, through[:, i], scale)
+        x = x + (through[:, i + 1] - through[:, i])[:, None, None] * v
+    target = (start - x) / (through[:, 0] - through[:, -1])[:, None, None]
+    return jnp.mean((velocity(params["flux"], start, said, through[:, 0]) - target) ** 2)
+
+
+LEVELS = flux.sigmas({"shift": SHIFT}, 4, 64)                    # noise levels of sampling in four steps
+
+
+def across(i):
+    """Sampling step i in four smaller ones."""
+    levels = jnp.asarray(LEVELS)
+    return levels[i][:, None] + (levels[i + 1] - levels[i])[:, None] * jnp.linspace(0, 1, 5)
+
+
+def to_the_end(i):
+    """From the start of sampling step i to the image, in the steps that are left."""
+    return jnp.asarray(LEVELS)[jnp.minimum(i[:, None] + jnp.arange(len(LEVELS)), len(LEVELS) - 1)]
+
+
+STAGES = {
+    "base": Stage(None, (300, 8), (128, 512), 2e-3, base_loss),
+    "dev": Stage("base", (20, 3), (64, 512), 1e-3, dev_loss),
+    "four": Stage("dev", (30, 4), (64, 512), 1e-3, partial(step_loss, path=across, guidance=GUIDANCE)),
+    "schnell": Stage("four", (40, 8), (64, 512), 1e-3, partial(step_loss, path=to_the_end)),
+}
+FOLDERS = {"base": "nano-base", "dev": "nano-dev", "schnell": "nano"}        # the stages that ship, and where
+
+
+def between(latents, noise, time):
+    return latents + time[:, None, None] * (noise - latents)
+
+
+def encode(params, cfgs, ids):
+    """Token ids [B, 32] of both tokenizers → T5's states [B, 32, 128] and CLIP's vector [B, 96]."""
+    return text.t5(params["t5"], cfgs[0], ids["t5"]), text.clip(params["clip"], cfgs[1], ids["clip"])
+
+
+def velocity(params, x, said, time, guidance=None):
+    cfg = replace(FLUX, guidance_embeds=guidance is not None)
+    on_cpu = jax.devices()[0].platform == "cpu"
+    kind = jnp.float32 if on_cpu else jnp.bfloat16
+    params, x, said = jax.tree.map(lambda a: a.astype(kind), (params, x, list(said)))
+    v = flux.velocity(params, cfg, x, *said, time, guidance, grid=(8, 8), walk=unrolled if on_cpu else None)
+    return v.astype(jnp.float32)
+
+
+def unrolled(block, x, stack, layers, *context):
     """The blocks one after the other. On a CPU a training step in a loop would copy every activation into a stack.
 
     A barrier behind each block keeps XLA from computing the sum of all later gradients anew in every layer.
     """
     for i in layers:
-        x = jax.tree.map(barrier, block(x, jax.tree.map(lambda w: w[i], stack), rope)[0])
-        states.append(x[0])
+        x = jax.tree.map(barrier, block(x, jax.tree.map(lambda w: w[i], stack), *context)[0])
     return x, {}
 
 
@@ -210,104 +281,72 @@ def barrier(x):
 barrier.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
-def loss_fn(params, cfgs, empty, batch, hint_weight):
-    """What is minimized; (mean squared error of the guided velocity, cross entropy of the hints)."""
-    t, after = batch["time"][:, None, None], []
-    x = (1 - t) * batch["latents"] + t * batch["noise"]
-    states, pooled = encode(params, cfgs, batch["t5"], batch["clip"])
-    v = velocity(params, x, states, pooled, batch["time"], after)
-    fixed = jax.lax.stop_gradient(params)
-    nothing = [jnp.repeat(one, len(x), 0) for one in encode(fixed, cfgs, *(ids[None] for ids in empty))]
-    guidance = jax.lax.stop_gradient(v) - velocity(fixed, x, *nothing, batch["time"], [])
-    errors = jnp.mean((v - (batch["noise"] - batch["latents"]) - (1 - 1 / GUIDANCE) * guidance) ** 2, -1)
-    img = jax.nn.standardize(after[HINT_LAYER][:, TEXT_TOKENS:])
-    hint = optax.softmax_cross_entropy(img @ params["hint"]["w"], batch["hints"] / 16).mean()
-    solid = 1 - batch["hints"][..., BACKGROUND] / 16
-    # Only at times at which the noise shows where the solids are: else the weights would call for more of them.
-    weight = 1 + SOLID_WEIGHT * solid * jnp.clip((0.8 - batch["time"]) / 0.3, 0, 1)[:, None]
-    return jnp.mean(weight * errors) + hint_weight * hint, (jnp.mean(errors), hint)
+# ---------------------------------------------------------------- 5. the training loop
 
 
-def encode(params, cfgs, t5, clip):
-    """Token ids [B, 32] of both tokenizers → T5's states [B, 32, 128] and CLIP's vector [B, 96]."""
-    return text.t5(params["t5"], cfgs[0], t5), text.clip(params["clip"], cfgs[1], clip)
+def train(name, stage, work, data, fixed, cfgs, params, *, minutes, batch, rate, report=50):
+    """Train a stage until `minutes` of training time are used up (all runs together). Return the averaged weights.
 
-
-def velocity(params, x, states, pooled, time, after):
-    return flux.velocity(params["flux"], FLUX, x, states, pooled, time, grid=(8, 8),
-                         walk=partial(unrolled, states=after))
-
-
-def make_step(mesh, cfgs, empty, optimizer):
-    """(state, batch, rate, hint weight, EMA decay) → (state, losses), each device on its part of the batch."""
-    every, split = PartitionSpec(), PartitionSpec("data")
-
-    def gradients(params, batch, hint_weight):
-        grads, losses = jax.grad(loss_fn, has_aux=True)(params, cfgs, empty, batch, hint_weight)
-        return jax.lax.pmean((grads, losses), "data")
-
-    gradients = jax.shard_map(gradients, mesh=mesh, in_specs=(every, split, every), out_specs=every, check_vma=False)
-
-    def step(state, batch, rate, hint_weight, decay):
-        grads, losses = gradients(state["params"], batch, hint_weight)
-        updates, opt = optimizer.update(grads, state["opt"], state["params"])
-        params = jax.tree.map(lambda p, u: p + rate * u, state["params"], updates)
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params)
-        return {"params": params, "ema": ema, "opt": opt, "step": state["step"] + 1}, losses
-
-    return jax.jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, every))
-
-
-def draw_batch(rng, size, latents, t5, clip, hints, empty):
-    """A batch: scenes with one of their captions (or none, one in ten), noise, and times spread evenly in quantiles."""
-    rows, variant = rng.integers(0, len(latents), size), rng.integers(0, t5.shape[1], size)
-    drop = rng.random(size) < 0.1
-    u = (rng.permutation(size) + rng.random(size)) / size        # stratified: less noise in the loss
-    # Most times are near 1, where a scene takes shape: logit-normal ones hardly ever are, and a model trained on these
-    # alone draws its solids well only if the noise already shows them.
-    time = [1 / (1 + math.exp(-NormalDist().inv_cdf(4 * p))) if p < 0.25 else (2 + p) / 3 for p in u.clip(1e-4)]
-    return {"latents": latents[rows].astype(np.float32), "hints": hints[rows],
-            "noise": rng.standard_normal((size, *latents.shape[1:]), dtype=np.float32),
-            "time": np.array(time, np.float32),
-            "t5": np.where(drop[:, None], empty[0], t5[rows, variant]).astype(np.int32),
-            "clip": np.where(drop[:, None], empty[1], clip[rows, variant]).astype(np.int32)}
-
-
-def train_flow(work, out, data, empty, cfgs, *, minutes, batch, rate, seed=0):
-    """Train until `minutes` of training time are used up (all runs together); export the EMA at every checkpoint."""
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    every, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    fixed: arrays that the loss needs and does not change. The state is saved in `work` every four minutes and at the
+    end."""
+    mesh, file = Mesh(np.array(jax.devices()), ("data",)), work / f"{name}.safetensors"
+    every = NamedSharding(mesh, PartitionSpec())
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.contrib.muon(
         1.0, adam_b2=0.99, weight_decay=0.01, consistent_rms=0.2, muon_weight_dimension_numbers=matrices))
-    keys = jax.random.split(jax.random.key(seed), 3)
-    tables = {"flux": mmdit.table(FLUX), "t5": text.t5_table(cfgs[0]), "clip": text.clip_table(cfgs[1])}
-    params = {name: weights.init_tensors(table, key) for (name, table), key in zip(tables.items(), keys)}
-    if (out / "transformer").exists() and not (work / "flow.safetensors").exists():
-        params = exported(out)                                   # the work folder is gone: go on from what shipped
-    params["hint"] = {"w": jnp.zeros((FLUX.width, BACKGROUND + 1))}
     state = {"params": params, "ema": jax.tree.map(jnp.copy, params), "opt": optimizer.init(params),
              "step": jnp.zeros((), jnp.int32)}
-    used, file = 0.0, work / "flow.safetensors"
+    used, total = 0.0, 60 * minutes
     if file.exists():
         state, used = restore(file, state)
-        print(f"resumed at step {state['step']}, {used / 60:.1f} minutes", flush=True)
-    state, step = jax.device_put(state, every), make_step(mesh, cfgs, empty, optimizer)
-    start, saved, losses, total = time.monotonic() - used, used, [], 60 * minutes
+        print(f"{name}: resumed at step {state['step']}, {used / 60:.1f} minutes", flush=True)
+    state, data, fixed = (jax.device_put(tree, every) for tree in (state, data, fixed))
+    steps = 1 if mesh.devices[0].platform == "cpu" else report
+    run = make_run(mesh, partial(stage.loss, cfgs=cfgs), optimizer, batch, steps)
+    start, saved, losses, shown = time.monotonic() - used, used, [], used
     while used < total:
         i = int(state["step"])
-        rng = np.random.default_rng((seed, i))
-        examples = jax.device_put(draw_batch(rng, batch, *data, empty), split)
         now = rate * min(1, (i + 1) / 100, 2 * (1 - used / total))
-        state, loss = step(state, examples, now, HINT_WEIGHT * (used < 0.9 * total), min(0.999, (1 + i) / (20 + i)))
-        losses.append(np.array(loss))
+        state, loss = run(state, data, fixed, now)
+        losses.append(float(loss))
         used = time.monotonic() - start
-        if (i + 1) % 100 == 0:
-            error, hint = np.mean(losses[-100:], 0)
-            print(f"step {i + 1}  {used / 60:6.1f} min  loss {error:.4f}  hint {hint:.4f}  rate {now:.1e}", flush=True)
+        if (i + steps) % report == 0:
+            speed, shown = report * batch / (used - shown), used
+            print(f"{name}: step {i + steps}  {used / 60:6.1f} min  loss {np.mean(losses):.4f}  rate {now:.1e}  "
+                  f"{speed:.0f} scenes/s", flush=True)
+            losses = []
         if used - saved > 240 or used >= total:
             saved = used
             save(file, state, used)
-            export(out, state["ema"], cfgs)
+    return jax.device_get(state["ema"])
+
+
+def make_run(mesh, loss, optimizer, batch, steps):
+    """Return the program (state, data, fixed, rate) → (state, mean loss) of `steps` steps, each device on its part."""
+    every = PartitionSpec()
+
+    def gradients(params, data, fixed, key):
+        mine, more = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index("data")))
+        batch_ = draw(mine, data, batch // mesh.size)
+        found = jax.value_and_grad(loss)(params, fixed, key=more, drawn=batch_)
+        return jax.lax.pmean(found, "data")
+
+    gradients = jax.shard_map(gradients, mesh=mesh, in_specs=(every,) * 4, out_specs=every, check_vma=False)
+
+    def step(state, data, fixed, rate):
+        value, grads = gradients(state["params"], data, fixed, jax.random.fold_in(jax.random.key(1), state["step"]))
+        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        params = jax.tree.map(lambda p, u: p + rate * u, state["params"], updates)
+        decay = jnp.minimum(0.999, (1 + state["step"]) / (20 + state["step"]))
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params)
+        return {"params": params, "ema": ema, "opt": opt, "step": state["step"] + 1}, value
+
+    def run(state, data, fixed, rate):
+        if steps == 1:
+            return step(state, data, fixed, rate)
+        state, values = jax.lax.scan(lambda state, _: step(state, data, fixed, rate), state, length=steps)
+        return state, values.mean()
+
+    return jax.jit(run, donate_argnums=0, out_shardings=NamedSharding(mesh, every))
 
 
 def matrices(params):
@@ -328,29 +367,41 @@ def restore(file, like):
         return structure.unflatten(saved), float(reader.metadata()["seconds"])
 
 
-def load_arrays(file):
-    with safe_open(file, "np") as reader:
-        return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+def beginning(name, folder, cfgs, seed=0):
+    """The parameters with which a stage begins: {"flux", "t5", "clip"} for base, {"flux"} for the others; and what its
+    loss needs besides: the parent's models. folder: the pipeline of the parent; for base its own, if it exists."""
+    stage = STAGES[name]
+    tables = {"flux": mmdit.table(replace(FLUX, guidance_embeds=name == "dev")), "t5": text.t5_table(cfgs[0]),
+              "clip": text.clip_table(cfgs[1])}
+    fresh = {part: weights.init_tensors(table, key) for (part, table), key in zip(
+        tables.items(), jax.random.split(jax.random.key(seed), 3))}
+    if not (folder / "transformer").exists():
+        if stage.parent:
+            raise session.Mistake(f"--stages {name}: train {stage.parent} first; {folder} does not exist")
+        return fresh, {}
+    teacher = {"flux": mmdit.load_transformer(folder / "transformer", dtype=jnp.float32)[1],
+               "t5": text.load_t5(folder / "text_encoder_2", dtype=jnp.float32)[1],
+               "clip": text.load_clip(folder / "text_encoder", dtype=jnp.float32)[1]}
+    if stage.parent is None:                                     # what shipped: its moving average, in bfloat16
+        return teacher, {}
+    own = {part: value for part, value in teacher["flux"].items() if part in fresh["flux"]}
+    if name == "dev":                                            # at first the guidance says nothing
+        own["guidance"] = jax.tree.map(jnp.array, fresh["flux"]["guidance"])
+        own["guidance"]["fc2"] = jax.tree.map(jnp.zeros_like, own["guidance"]["fc2"])
+    return {"flux": own}, teacher
 
 
-# ---------------------------------------------------------------- the folder that diffusers loads
+# ---------------------------------------------------------------- the folders that diffusers loads
 
 
-def exported(out):
-    """Parameters as `export` wrote them, in float32."""
-    return {"flux": mmdit.load_transformer(out / "transformer", dtype=jnp.float32)[1],
-            "t5": text.load_t5(out / "text_encoder_2", dtype=jnp.float32)[1],
-            "clip": text.load_clip(out / "text_encoder", dtype=jnp.float32)[1]}
-
-
-def export(out, params, cfgs):
+def export(out, params, cfgs, guidance):
     """Write transformer/, text_encoder/, text_encoder_2/, scheduler/ and model_index.json, weights in bfloat16."""
-    t5, clip = cfgs
-    weights.save_tensors(mmdit.table(FLUX), params["flux"], out / "transformer" / "diffusion_pytorch_model.safetensors")
+    (t5, clip), cfg = cfgs, replace(FLUX, guidance_embeds=guidance)
+    weights.save_tensors(mmdit.table(cfg), params["flux"], out / "transformer" / "diffusion_pytorch_model.safetensors")
     weights.save_tensors(text.clip_table(clip, "text_model."), params["clip"],
                          out / "text_encoder" / "model.safetensors")
     weights.save_tensors(text.t5_table(t5), params["t5"], out / "text_encoder_2" / "model.safetensors")
-    fields = {k: v for k, v in vars(FLUX).items() if k != "out_channels"}
+    fields = {k: v for k, v in vars(cfg).items() if k != "out_channels"}
     write_json(out / "transformer" / "config.json", {"_class_name": "FluxTransformer2DModel", **fields})
     write_json(out / "text_encoder" / "config.json", {
         "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **vars(clip), "projection_dim": 96,
@@ -359,9 +410,8 @@ def export(out, params, cfgs):
         "architectures": ["T5EncoderModel"], "model_type": "t5", **vars(t5), "num_decoder_layers": 0,
         "is_encoder_decoder": False, "use_cache": False, "dropout_rate": 0.0, "tie_word_embeddings": False,
         "pad_token_id": 0, "eos_token_id": 1, "dtype": "bfloat16"})
-    # Shifted by 3, as SD3's: 4 steps then draw as well as 20 do. With schnell's 1 they lost a fifth of the colours.
     write_json(out / "scheduler" / "scheduler_config.json", {
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": SHIFT,
         "use_dynamic_shifting": False, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
         "max_image_seq_len": 4096})
     write_json(out / "model_index.json", {
@@ -373,28 +423,50 @@ def export(out, params, cfgs):
         "vae": ["diffusers", "AutoencoderKL"]})
 
 
-def main(work=NANO / "work", out=NANO, minutes=120, vae_minutes=20, batch=64, rate=1e-3, **unknown):
-    """Run all stages that are not done yet; the flow trains until `minutes` of training are used up."""
+def complete(folder, source):
+    """Copy to a folder the parts that the whole family shares: tokenizers and autoencoder."""
+    for part in ("tokenizer", "tokenizer_2", "vae"):
+        if folder.resolve() != source.resolve():
+            shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+
+
+def main(work=NANO / "work", out=NANO.parent, stages="base,dev,four,schnell", count=60_000, minutes=None, batch=None,
+         rate=None, vae_minutes=20, **unknown):
+    """Run the given stages that are not done yet, and write their pipelines to the folders nano-base, nano-dev and nano
+    in --out. --minutes, --batch, --rate: for a single stage."""
     session.no_unknown_flags(unknown)
+    names = list(stages) if isinstance(stages, (tuple, list)) else str(stages).split(",")
+    if wrong := [name for name in names if name not in STAGES]:
+        raise session.Mistake(f"--stages {wrong[0]}: the stages are {', '.join(STAGES)}")
+    if len(names) > 1 and (minutes or batch or rate):
+        raise session.Mistake("--minutes, --batch and --rate are for a single stage: give --stages with one name")
     work, out = Path(work), Path(out)
     work.mkdir(parents=True, exist_ok=True)
-    if not (out / "tokenizer_2" / "tokenizer.json").exists():
+    shared, where = work / "shared", lambda name: (out / FOLDERS[name] if name in FOLDERS else work / name)
+    if (where("base") / "vae" / "config.json").exists():         # a family that shipped goes on with its own parts
+        complete(shared, where("base"))
+    if not (shared / "tokenizer_2" / "tokenizer.json").exists():
         captions = scenes.captions(FIRST_SEED)
-        make_tokenizers(out, [next(captions) for _ in range(20_000)])
-    if not (out / "vae" / "config.json").exists():
-        import train_vae
-        train_vae.main(work=work, minutes=vae_minutes, out=out / "vae")
-    shards = sorted((work / "scenes").glob("images_*.npy"))
-    latents = latents_of(work, out / "vae", shards)
-    t5 = text.t5_tokenizer(out / "tokenizer_2", TEXT_TOKENS)
-    clip = text.clip_tokenizer(out / "tokenizer", 77)
-    ids = captions_of(work, lambda prompts: (t5(prompts), clip(prompts)), shards)
-    hints = hints_of(work, shards)
-    vocab = json.loads((out / "tokenizer" / "vocab.json").read_text())
-    pieces = Tokenizer.from_file(str(out / "tokenizer_2" / "tokenizer.json")).get_vocab_size()
+        make_tokenizers(shared, [next(captions) for _ in range(20_000)])
+    if not (shared / "vae" / "config.json").exists():
+        import train_vae  # PyTorch is needed only if autoencoder or latents are missing
+
+        train_vae.main(work=work, minutes=vae_minutes, out=shared / "vae", count=count)
+    ids, empty = captions_of(shared, count)
+    data = {"latents": latents_of(work, shared, count), **ids}
+    vocab = json.loads((shared / "tokenizer" / "vocab.json").read_text())
+    pieces = Tokenizer.from_file(str(shared / "tokenizer_2" / "tokenizer.json")).get_vocab_size()
     cfgs = (T5(vocab_size=pieces), CLIP(vocab_size=len(vocab), eos_token_id=vocab["<|endoftext|>"]))
-    train_flow(work, out, (latents, *ids, hints), (t5([""])[0], clip([""])[0, :TEXT_TOKENS]), cfgs,
-               minutes=minutes, batch=batch, rate=rate)
+    accelerated = jax.devices()[0].platform != "cpu"
+    for name in names:
+        stage = STAGES[name]
+        params, fixed = beginning(name, where(stage.parent or name), cfgs)
+        found = train(name, stage, work, data, fixed | {"empty": empty}, cfgs, params,
+                      minutes=minutes or stage.minutes[accelerated], batch=batch or stage.batch[accelerated],
+                      rate=rate or stage.rate)
+        export(where(name), {**fixed, **found}, cfgs, guidance=name == "dev")
+        complete(where(name), shared)
+        print(f"{name}: {where(name)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def test_statistics_are_those_of_the_raw_activations(layout, F, batched, monkeyp
     for i in range(n):
         alive, peak = counts.add(i, values[i], indices[i], seed=0)
         maxima[i, alive] = peak
-    found = counts.finish(W_dec, labels, maxima, {"images": n, "attributes": list("abc")})
+    found = counts.finish(W_dec, labels, maxima, np.full((F, 4), 0.25), {"images": n, "attributes": list("abc")})
     dense = dense_of(values, indices, F)
     flat = dense.reshape(-1, F)
     assert found.info["tokens"] == len(flat)
@@ -845,4 +845,4 @@ def large(F, n=20):
                           rng.random((F, 64)).astype(np.float32), ones, ones, rng.random(F),
                           np.sort(rng.random((F, stats.KEPT)).astype(np.float32))[:, ::-1], top, maps,
                           np.zeros(none.shape, np.float32), none, np.zeros((*none.shape, 64), np.float32), *neighbours,
-                          *neighbours, np.zeros((F, 0), np.float32), info)
+                          *neighbours, np.zeros((F, 0), np.float32), np.full((F, 4), 0.25), info)

@@ -157,7 +157,7 @@ def test_directions_must_fit_the_config():
     x, _, where = residuals(100)
     cfg = sae.Config(d_in=D, features=40, k=4, removed=Q)
     for given in (None, where[:2]):
-        with pytest.raises(sae.Mistake, match="cfg.removed = 3 needs"):
+        with pytest.raises(sae.Mistake, match=r"cfg\.removed = 3 needs"):
             sae.init(jax.random.key(0), cfg, x, without=given)
     with pytest.raises(sae.Mistake, match="needs None"):
         sae.init(jax.random.key(0), dataclasses.replace(cfg, removed=0), x, without=where)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import jax.numpy as jnp
@@ -142,7 +143,8 @@ def test_metadata_says_how_to_make_it_again(trained, nano):
                                       "timesteps": 1, "lr": 9 * sae.default_lr(256), "seed": 0, "dtype": "float32",
                                       "quant": "none", "activation": "topk", "matryoshka": None,
                                       "transcoder": None, "normalization": "pca", "init": None, "transformer": None,
-                                      "revision": None, "padding": False, "held_out": True, "prompts_sha256": None}
+                                      "revision": None, "padding": False, "held_out": True, "prompts_sha256": None,
+                                      "without": "nothing"}
     rows = metadata["evaluation"]
     assert list(rows) == ["SAE", "PCA, 8 components", "random features"]
     assert 0 < rows["PCA, 8 components"]["fvu_standardized"] < rows["random features"]["fvu_standardized"]
@@ -153,7 +155,7 @@ def test_output_of_a_run(start, capsys):
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert "chunks of 256 tokens, from 8 prompts each" in printed.out
-    assert lines[-1] == "checkpoint: ckpt" and lines[-5].startswith("held-out") and "FVU" in lines[-5]
+    assert lines[-1] == "checkpoint: ckpt" and lines[-10].startswith("held-out") and "FVU" in lines[-10]
     assert "FVU" in printed.err and "L0" in printed.err and "dead" in printed.err and "tokens/s" in printed.err
     assert "100%" in printed.err
 
@@ -864,13 +866,17 @@ def test_noise_of_the_closing_table_is_never_that_of_training(nano, model, monke
     monkeypatch.setattr(train, "scores", lambda *_: [])
     monkeypatch.setattr(train, "mean_score", lambda _: {})
     monkeypatch.setattr(sae, "init", lambda *_, **__: None)
+    monkeypatch.setattr(sae, "fold", lambda *_: {})
+    some, draws = SimpleNamespace(summary=dict, pooled={}), []
+    monkeypatch.setattr(train, "explained", lambda *args: draws.append(args[-1]) or (some, some))
     run = run_of(nano, seeds_per_prompt=seeds, prompt_batch=1, steps=2, batch=16 * seeds, buffer=16 * seeds)
     h = activations.Activations(run, model, iter(itertools.cycle(PROMPTS)))
     assert h.ready(0) and h.ready(1)
     np.testing.assert_array_equal(np.concatenate(asked), np.arange(2 * seeds))
     asked.clear()
-    train.evaluate(run, h, None, train.config(run, 128, ()))
+    train.evaluate(run, h, None, train.config(run, model.cfg, ()))
     numbers = np.concatenate(asked)
+    assert draws == [numbers.max() + 1]
     assert numbers.min() == data.TABLE and numbers.max() < data.DRAWN and len(set(numbers)) == len(numbers)
     with pytest.raises(ValueError, match="noise number 1,000,000,"):
         h.send(PROMPTS[:1], data.TABLE - seeds + 1, data.TABLE)
