@@ -41,6 +41,8 @@ from activations import Activations
 from recipe import Run, absolute, begun_from, config, defaults, identified, resumed, saved
 from session import Mistake
 
+EVALUATED = 65536                                                # tokens of the closing table, at most a chunk
+
 # ---------------------------------------------------------------- the run
 
 
@@ -172,7 +174,7 @@ def evaluate(run: Run, activations: Activations, state: sae.State, cfg: sae.Conf
     """
     prompts = data.stream(run.prompts, run.prompt_field, run.held_out or None)
     x, group, number = [], [], data.TABLE
-    while sum(map(len, x)) < min(activations.tokens, 65536):
+    while sum(map(len, x)) < min(activations.tokens, EVALUATED):
         if stop():
             return None
         some = list(itertools.islice(prompts, run.prompt_batch))
@@ -201,12 +203,13 @@ def evaluate(run: Run, activations: Activations, state: sae.State, cfg: sae.Conf
 
 
 def explained(run: Run, activations: Activations, state: sae.State, params: list[sae.Params], cfg: sae.Config,
-              first: int, prompts: int = 64) -> tuple[variance.Shares, variance.Shares]:
-    """Return what explains the variance of the features, and of the standardized residuals that the SAE reads. params:
-    of each group. first: the number of the first noise."""
+              first: int) -> tuple[variance.Shares, variance.Shares]:
+    """Return what explains the variance of the features, and of the standardized residuals that the SAE reads, on up to
+    64 prompts. params: of each group. first: the number of the first noise."""
     source = data.stream(run.prompts, run.prompt_field, run.held_out or None)
     group = activations.pattern.reshape(run.timesteps, run.prompt_batch * run.seeds_per_prompt, -1)[:, 0]
     seeds = variance.seeds_for(cfg.features, group.size)
+    prompts = max(2, min(64, min(activations.tokens, EVALUATED) // (seeds * group.size)))
     features, residual = (variance.Sums(size, seeds, group.size) for size in (cfg.features, cfg.columns))
     for rows in activations.crossed(list(itertools.islice(source, prompts)), seeds, first):
         rows, real = rows.astype(np.float32), rows.any(-1, keepdims=True)

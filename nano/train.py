@@ -13,7 +13,10 @@
 5. `four`, then `schnell`: dev distilled to few steps, without a guidance input. `four` learns to cross each of the four
    sampling steps at once, as dev at the scale GUIDANCE does it in four (progressive distillation, arXiv 2202.00512).
    `schnell` learns to go from the start of each of these steps to the end at once, where `four` arrives in its steps:
-   so it draws in one step as well as in four.
+   so it draws in one step as well as in four. The mean of many possible images is a blur, so it must also convince a
+   discriminator (latent adversarial diffusion distillation, arXiv 2403.12015): small heads on the residual stream of
+   base, which reads latents with new noise and the caption. The heads learn to tell the data from what schnell draws,
+   and from data with the caption of another scene.
 
 No stage sees more than captions and images. Optimizer: Muon; the rate falls to zero over the second half of a stage; a
 moving average of the weights is what a stage leaves, and what the next one begins with.
@@ -66,6 +69,7 @@ import weights
 FIRST_SEED = 1_000_000                                           # scenes below are for evaluation
 TEXT_TOKENS, VARIANTS = 32, 4                                    # captions of a scene
 SHIFT, GUIDANCE = 3.0, 3.0                                       # of the noise levels; the scale that schnell learns
+ADVERSARIAL, HEADS, HIDDEN = 0.1, (3, 7), 64                     # its weight; layers that the discriminator reads
 FLUX = flux.Config(in_channels=16, num_layers=4, num_single_layers=8, attention_head_dim=32, num_attention_heads=4,
                    joint_attention_dim=128, pooled_projection_dim=96, axes_dims_rope=(8, 12, 12))
 T5 = partial(text.T5Config, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
@@ -207,9 +211,39 @@ def dev_loss(params, fixed, cfgs, key, drawn):
     return jnp.mean((velocity(params["flux"], x, said, time, scale) - target) ** 2)
 
 
-def step_loss(params, fixed, cfgs, key, drawn, path, guidance=None):
-    """Mean squared distance to the straight line to where the teacher arrives. path: (number of a sampling step [B]) →
-    the times [B, n + 1] through which the teacher goes."""
+def four_loss(params, fixed, cfgs, key, drawn):
+    """Mean squared distance of the velocity to the straight line along which dev, in four steps, crosses one."""
+    return arrival(params, fixed, cfgs, drawn, across, GUIDANCE)[0]
+
+
+def schnell_loss(params, fixed, cfgs, key, drawn):
+    """The same for the line to where `four` arrives in the end; and the losses of schnell and of the discriminator."""
+    latents, *_ = drawn
+    error, image, said = arrival(params, fixed, cfgs, drawn, to_the_end)
+    noise, level = jax.random.split(key)
+    time = jax.random.uniform(level, (len(latents),), minval=0.05, maxval=0.6)
+    noise = jax.random.normal(noise, latents.shape)
+    other = [jnp.roll(a, 1, 0) for a in said]
+    score = lambda heads, x, said: judged(heads, fixed["base"], between(x, noise, time), said, time)
+    hinge = lambda sign, x, said: jax.nn.relu(1 + sign * score(params["heads"], jax.lax.stop_gradient(x), said)).mean()
+    discriminator = hinge(-1, latents, said) + (hinge(1, image, said) + hinge(1, latents, other)) / 2
+    return error + discriminator - ADVERSARIAL * score(jax.lax.stop_gradient(params["heads"]), image, said).mean()
+
+
+def judged(heads, base, x, said, time):
+    """The discriminator's score [B, 64] of every image token, above zero for data."""
+    scores = 0
+    for layer, head in heads.items():
+        residual = _run(partial(flux.residual, layer=int(layer), site="img"), base, x, said, time)
+        hidden = jax.nn.gelu(jax.nn.standardize(residual) @ head["in"]["w"] + head["in"]["b"])
+        scores += (hidden @ head["out"]["w"])[..., 0]
+    return scores
+
+
+def arrival(params, fixed, cfgs, drawn, path, guidance=None):
+    """(Mean squared distance of the velocity to the straight line to where the teacher arrives, the image to which the
+    velocity points, the encoded captions). path: (number of a sampling step [B]) → the times [B, n + 1] through which
+    the teacher goes."""
     latents, noise, u, ids = drawn
     through = path(jnp.minimum((u * (len(LEVELS) - 1)).astype(int), len(LEVELS) - 2))
     said, start = encode(fixed, cfgs, ids), between(latents, noise, through[:, 0])
@@ -219,7 +253,8 @@ def step_loss(params, fixed, cfgs, key, drawn, path, guidance=None):
         v = velocity(fixed["flux"], x, said, through[:, i], scale)
         x = x + (through[:, i + 1] - through[:, i])[:, None, None] * v
     target = (start - x) / (through[:, 0] - through[:, -1])[:, None, None]
-    return jnp.mean((velocity(params["flux"], start, said, through[:, 0]) - target) ** 2)
+    v = velocity(params["flux"], start, said, through[:, 0])
+    return jnp.mean((v - target) ** 2), start - through[:, 0, None, None] * v, said
 
 
 LEVELS = flux.sigmas({"shift": SHIFT}, 4, 64)                    # noise levels of sampling in four steps
@@ -239,8 +274,8 @@ def to_the_end(i):
 STAGES = {
     "base": Stage(None, (300, 8), (128, 512), 2e-3, base_loss),
     "dev": Stage("base", (20, 3), (64, 512), 1e-3, dev_loss),
-    "four": Stage("dev", (30, 4), (64, 512), 1e-3, partial(step_loss, path=across, guidance=GUIDANCE)),
-    "schnell": Stage("four", (40, 8), (64, 512), 1e-3, partial(step_loss, path=to_the_end)),
+    "four": Stage("dev", (30, 4), (64, 512), 1e-3, four_loss),
+    "schnell": Stage("four", (60, 8), (64, 512), 5e-4, schnell_loss),
 }
 FOLDERS = {"base": "nano-base", "dev": "nano-dev", "schnell": "nano"}        # the stages that ship, and where
 
@@ -255,12 +290,17 @@ def encode(params, cfgs, ids):
 
 
 def velocity(params, x, said, time, guidance=None):
+    return _run(flux.velocity, params, x, said, time, guidance)
+
+
+def _run(function, params, x, said, time, guidance=None):
+    """`flux.velocity` or the like in float32; on accelerators it computes in bfloat16."""
     cfg = replace(FLUX, guidance_embeds=guidance is not None)
     on_cpu = jax.devices()[0].platform == "cpu"
     kind = jnp.float32 if on_cpu else jnp.bfloat16
     params, x, said = jax.tree.map(lambda a: a.astype(kind), (params, x, list(said)))
-    v = flux.velocity(params, cfg, x, *said, time, guidance, grid=(8, 8), walk=unrolled if on_cpu else None)
-    return v.astype(jnp.float32)
+    out = function(params, cfg, x, *said, time, guidance, grid=(8, 8), walk=unrolled if on_cpu else None)
+    return out.astype(jnp.float32)
 
 
 def unrolled(block, x, stack, layers, *context):
@@ -268,9 +308,12 @@ def unrolled(block, x, stack, layers, *context):
 
     A barrier behind each block keeps XLA from computing the sum of all later gradients anew in every layer.
     """
+    found = []
     for i in layers:
-        x = jax.tree.map(barrier, block(x, jax.tree.map(lambda w: w[i], stack), *context)[0])
-    return x, {}
+        x, values = block(x, jax.tree.map(lambda w: w[i], stack), *context)
+        x = jax.tree.map(barrier, x)
+        found.append(values)
+    return x, jax.tree.map(lambda *parts: jnp.stack(parts), *found)
 
 
 @jax.custom_vjp
@@ -367,9 +410,10 @@ def restore(file, like):
         return structure.unflatten(saved), float(reader.metadata()["seconds"])
 
 
-def beginning(name, folder, cfgs, seed=0):
+def beginning(name, folder, base, cfgs, seed=0):
     """The parameters with which a stage begins: {"flux", "t5", "clip"} for base, {"flux"} for the others; and what its
-    loss needs besides: the parent's models. folder: the pipeline of the parent; for base its own, if it exists."""
+    loss needs besides: the parent's models. folder: the pipeline of the parent; for base its own, if it exists. base:
+    the pipeline of base."""
     stage = STAGES[name]
     tables = {"flux": mmdit.table(replace(FLUX, guidance_embeds=name == "dev")), "t5": text.t5_table(cfgs[0]),
               "clip": text.clip_table(cfgs[1])}
@@ -388,7 +432,14 @@ def beginning(name, folder, cfgs, seed=0):
     if name == "dev":                                            # at first the guidance says nothing
         own["guidance"] = jax.tree.map(jnp.array, fresh["flux"]["guidance"])
         own["guidance"]["fc2"] = jax.tree.map(jnp.zeros_like, own["guidance"]["fc2"])
-    return {"flux": own}, teacher
+    own = {"flux": own}
+    if name == "schnell":
+        shapes = {"in": (FLUX.width, HIDDEN), "out": (HIDDEN, 1)}
+        own["heads"] = {str(layer): {part: {"w": jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), shape)
+                                            * shape[0] ** -0.5, "b": jnp.zeros(shape[1])}
+                                     for i, (part, shape) in enumerate(shapes.items(), 2 * layer)} for layer in HEADS}
+        teacher["base"] = mmdit.load_transformer(base / "transformer", dtype=jnp.float32)[1]
+    return own, teacher
 
 
 # ---------------------------------------------------------------- the folders that diffusers loads
@@ -460,7 +511,7 @@ def main(work=NANO / "work", out=NANO.parent, stages="base,dev,four,schnell", co
     accelerated = jax.devices()[0].platform != "cpu"
     for name in names:
         stage = STAGES[name]
-        params, fixed = beginning(name, where(stage.parent or name), cfgs)
+        params, fixed = beginning(name, where(stage.parent or name), where("base"), cfgs)
         found = train(name, stage, work, data, fixed | {"empty": empty}, cfgs, params,
                       minutes=minutes or stage.minutes[accelerated], batch=batch or stage.batch[accelerated],
                       rate=rate or stage.rate)

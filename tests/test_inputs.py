@@ -205,7 +205,7 @@ def test_runs_that_cannot_leave_the_input_out(start, flags, tmp_path):
 
 
 def test_closing_table_says_what_explains_the_features(start, capsys, tmp_path):
-    start(without="nothing")
+    start(without="nothing", buffer=4096)
     lines = capsys.readouterr().out.splitlines()
     row = checkpoint.load_metadata(tmp_path / "ckpt")["evaluation"]["SAE"]
     assert sum(row["variance_of_input"].values()) == pytest.approx(1)
