@@ -1,0 +1,136 @@
+"""What can be read from an SAE's features? Against what nano's own images show, token by token, as Markdown.
+
+    python bench/readable.py ckpt/ other/ --n 512          # SAEs of nano, trained on pure noise
+    python bench/readable.py ckpt/ --some 30 --out thirty.png         # and 30 random features, to name them by eye
+
+The activations come from one step of held-out captions from pure noise, as in training, and the images from the same
+noise. `nano/inverse.py` says what each token of such an image shows. For every alive feature and every attribute:
+AUROC over all tokens, the token's value against whether half of the token or more shows the attribute. The best
+attribute is chosen on the first half of the captions, and its AUROC is that on the second half. A feature that is high
+only where an attribute is missing does not count. The shares of variance are `session.explained`'s.
+
+Letters: N images, I tokens of an image, F features, A attributes.
+"""
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"TQDM_DISABLE": "1"}
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "nano")]
+
+import inverse
+import jax.numpy as jnp
+import numpy as np
+
+import data
+import flux
+import session
+
+LEAST = 50                                                       # tokens with an attribute, else it is left out
+
+
+def measured(model: flux.Model, subject: session.Subject, network: dict, n: int, steps: int, batch: int = 32) -> dict:
+    """Return {"auroc": [F, A] on each half, "values": codes, "images", "names"} of n held-out captions."""
+    captions, _ = data.examples("scenes", None, True, n)
+    halves, images = [Ranks(subject.cfg.features), Ranks(subject.cfg.features)], []
+    for i in range(0, n, batch):
+        start = flux.prepare(model, captions[i:i + batch], steps=steps, size=model.size,
+                             numbers=data.DRAWN + np.arange(i, min(i + batch, n)))
+        drawn = flux.decode(model, flux.sample(model, start), start.grid)
+        acts = flux.capture(model, flux.Start(start.latents, start.condition, start.sigmas[[0, -1]], start.grid),
+                            layer=subject.layer, site="img").astype(jnp.float32)
+        values, indices = (code[0] for code in session.encode(subject.params, subject.cfg, acts, "img", 0))
+        shown = inverse.tokens(inverse.read(network, drawn), start.grid[0])
+        labels = np.stack([share.reshape(len(drawn), -1) >= 0.5 for share in shown.values()], -1)
+        halves[i >= n // 2].add(values, indices, labels)
+        images.append((drawn, values, indices))
+    return {"halves": [half.auroc() for half in halves], "names": list(shown), "images": images, "captions": captions}
+
+
+class Ranks:
+    """Collect sparse values and labels, for areas under the ROC curve of every feature and attribute."""
+
+    def __init__(self, features):
+        self.features, self.parts = features, []
+
+    def add(self, values, indices, labels):
+        """Add tokens: values, indices [..., k], labels [..., A]."""
+        k, A = values.shape[-1], labels.shape[-1]
+        self.parts.append((values.reshape(-1, k), indices.reshape(-1, k), labels.reshape(-1, A)))
+
+    def auroc(self):
+        """Return [F, A]; NaN for features that never fire, and for attributes that are too rare."""
+        values, indices, labels = (np.concatenate(part) for part in zip(*self.parts))
+        n, total = len(labels), labels.sum(0)
+        token, slot = np.nonzero(values > 0)
+        feature, value = indices[token, slot], values[token, slot]
+        order = np.lexsort((value, feature))
+        token, feature, value = token[order], feature[order], value[order]
+        out = np.full((self.features, labels.shape[1]), np.nan)
+        known = (total >= LEAST) & (total <= n - LEAST)
+        ends = np.searchsorted(feature, np.arange(self.features + 1))
+        for f in range(self.features):
+            here = token[ends[f]:ends[f + 1]]                    # rising values; all other tokens have 0
+            if len(here):
+                yes = labels[here]
+                silent = n - len(here)
+                rank = silent + 1 + np.arange(len(here))
+                sums = rank @ yes + (total - yes.sum(0)) * (silent + 1) / 2
+                out[f, known] = ((sums - total * (total + 1) / 2) / (total * (n - total)))[known]
+        return out
+
+
+def row(name: str, model: flux.Model, subject: session.Subject, found: dict) -> str:
+    """Return a line of the table."""
+    first, second = found["halves"]
+    alive = ~np.isnan(first).all(1) & ~np.isnan(second).all(1)
+    best = np.nanargmax(np.where(np.isnan(first), -1, first), 1)
+    score = second[np.arange(len(best)), best][alive]
+    captions = list(dict.fromkeys(found["captions"]))[:64]
+    shares = session.explained(model, subject, captions, batch=32).summary()
+    follow = shares["follow_prompt_or_image"] / max(shares["varying"], 1)
+    return (f"| {name} | {subject.layer} | {subject.cfg.features} | {subject.cfg.k} | {int(alive.sum())} "
+            f"| {np.nanmean(score >= 0.8):.1%} | {np.nanmean(score >= 0.9):.1%} | {shares['noise']:.1%} "
+            f"| {shares['follow_prompt'] / max(shares['varying'], 1):.1%} | {follow:.1%} |")
+
+
+def examples(found: dict, features: np.ndarray, file: str, columns: int = 8) -> None:
+    """Save a sheet: a row per feature, its top images with the active tokens outlined by brightness."""
+    from PIL import Image, ImageDraw
+    images = np.concatenate([part[0] for part in found["images"]])
+    values, indices = (np.concatenate([part[j] for part in found["images"]]) for j in (1, 2))
+    size, side = images.shape[1], int(values.shape[1] ** 0.5)
+    sheet = Image.new("RGB", (60 + columns * (size + 4), len(features) * (size + 4)), "white")
+    for y, f in enumerate(features):
+        dense = (values * (indices == f)).sum(-1)                # [N, I]
+        ImageDraw.Draw(sheet).text((4, y * (size + 4) + 4), str(f), "black")
+        for x, i in enumerate(np.argsort(-dense.max(1), kind="stable")[:columns]):
+            shade = 0.3 + 0.7 * dense[i].reshape(side, side) / max(dense.max(), 1e-9)
+            shade = np.repeat(np.repeat(shade, size // side, 0), size // side, 1)[..., None]
+            picture = Image.fromarray((images[i] * shade).astype(np.uint8))
+            sheet.paste(picture, (60 + x * (size + 4), y * (size + 4)))
+    sheet.save(file)
+
+
+def main(*checkpoints: str, n: int = 512, steps: int = 1, some: int = 0, out: str = "readable.png",
+         seed: int = 0, **unknown) -> None:
+    """Print a table with a row per checkpoint. --some: how many random features to draw into --out."""
+    session.no_unknown_flags(unknown)
+    network, models = inverse.load(), {}
+    print("| SAE | layer | features | k | alive | AUROC ≥ 0.8 | ≥ 0.9 | noise | follow the prompt | prompt or image |\n"
+          "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for checkpoint in checkpoints or ("ckpt",):
+        about = session.opened(checkpoint)
+        model = models.setdefault(about.model, flux.load(about.model, dtype=jnp.float32))
+        subject = session.subject(model, checkpoint)
+        found = measured(model, subject, network, n, steps)
+        print(row(Path(checkpoint).name, model, subject, found), flush=True)
+        if some:
+            alive = np.flatnonzero(~np.isnan(found["halves"][0]).all(1))
+            drawn = np.random.default_rng(seed).choice(alive, min(some, len(alive)), replace=False)
+            examples(found, np.sort(drawn), out)
+
+
+if __name__ == "__main__":
+    session.command(main)

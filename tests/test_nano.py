@@ -1,0 +1,166 @@
+"""The scripts that make and measure the nano family: every stage trains and leaves a pipeline; images are read back."""
+import importlib.util
+import json
+import shutil
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flux
+import session
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name):
+    """A script of nano/ as a module of its own: `train` is also a tool's name."""
+    if f"nano_{name}" not in sys.modules:
+        spec = importlib.util.spec_from_file_location(f"nano_{name}", ROOT / "nano" / f"{name}.py")
+        sys.modules[f"nano_{name}"] = module = importlib.util.module_from_spec(spec)
+        path = list(sys.path)
+        spec.loader.exec_module(module)
+        sys.path[:] = path
+    return sys.modules[f"nano_{name}"]
+
+
+@pytest.fixture(scope="module")
+def trainer(nano):
+    """nano/train.py with a model of two blocks, for the autoencoder that is bundled."""
+    module = script("train")
+    channels = 4 * json.loads((nano / "vae" / "config.json").read_text())["latent_channels"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FLUX", replace(
+            module.FLUX, in_channels=channels, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=20, axes_dims_rope=(4, 6, 6)))
+        patch.setattr(module, "T5", partial(module.T5, d_model=24, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+        patch.setattr(module, "CLIP", partial(module.CLIP, hidden_size=20, intermediate_size=16, num_hidden_layers=1,
+                                              num_attention_heads=2))
+        patch.setattr(module, "HEADS", (0, 1))
+        yield module
+
+
+@pytest.fixture(scope="module")
+def family(trainer, nano, tmp_path_factory):
+    """The folder in which each stage has trained for one step on random latents, and its work folder."""
+    out = tmp_path_factory.mktemp("family")
+    work = out / "work"
+    for part in ("tokenizer", "tokenizer_2", "vae"):
+        shutil.copytree(nano / part, work / "shared" / part)
+    (work / "latents").mkdir()
+    rng = np.random.default_rng(0)
+    np.save(work / "latents" / "images_1000000.npy",
+            rng.standard_normal((40, 64, trainer.FLUX.in_channels)).astype(np.float16))
+    for name in trainer.STAGES:
+        trainer.main(work=work, out=out, stages=name, minutes=1e-4, batch=4, count=40)
+    return out, work
+
+
+def test_every_stage_leaves_a_pipeline(family, trainer):
+    """Base, dev with a guidance input, and schnell; the text encoders are base's, bit for bit."""
+    out, _ = family
+    models = {name: flux.load(out / folder, dtype=jnp.float32) for name, folder in trainer.FOLDERS.items()}
+    assert [model.cfg.guidance_embeds for model in models.values()] == [False, True, False]
+    for name in ("dev", "schnell"):
+        for part in ("t5", "clip"):
+            for a, b in zip(jax.tree.leaves(getattr(models[name], part)[1]), jax.tree.leaves(
+                    getattr(models["base"], part)[1]), strict=True):
+                np.testing.assert_array_equal(a, b)
+    base, schnell = (jax.tree.leaves(models[name].params["single"]) for name in ("base", "schnell"))
+    assert any((np.asarray(a) != b).any() for a, b in zip(base, schnell, strict=True))
+    for name, model in models.items():
+        images = flux.generate(model, ["a red cube"], steps=1, size=64, guidance=2.0 if name == "dev" else None)
+        assert images.shape == (1, 64, 64, 3)
+
+
+def test_diffusers_loads_them(family, trainer):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("torch")
+    out, _ = family
+    for folder in trainer.FOLDERS.values():
+        pipe = diffusers.FluxPipeline.from_pretrained(out / folder)
+        assert pipe.transformer.config.in_channels == trainer.FLUX.in_channels
+
+
+def test_a_stage_resumes_from_its_state(family, trainer, capsys):
+    out, work = family
+    trainer.main(work=work, out=out, stages="dev", minutes=1e-4, batch=4, count=40)
+    assert "dev: resumed at step 1" in capsys.readouterr().out
+    (work / "dev.safetensors").unlink()
+
+
+def test_mistakes(trainer, tmp_path):
+    with pytest.raises(session.Mistake, match="--stages medium"):
+        trainer.main(work=tmp_path, out=tmp_path, stages="base,medium")
+    with pytest.raises(session.Mistake, match="for a single stage"):
+        trainer.main(work=tmp_path, out=tmp_path, stages="base,dev", minutes=3)
+    with pytest.raises(session.Mistake, match="unknown flag --hours"):
+        trainer.main(work=tmp_path, hours=3)
+
+
+def test_a_student_that_is_its_teacher_has_no_error(trainer, family):
+    """dev as a student of itself at scale 1, `four` along a straight flow: what they must reach is where they are."""
+    rng = np.random.default_rng(1)
+    C, B = trainer.FLUX.in_channels, 4
+    latents, noise = (jnp.asarray(rng.standard_normal((B, 64, C)), jnp.float32) for _ in range(2))
+    u, ids = jnp.linspace(0.1, 0.9, B), {name: jnp.ones((B, 32), int) for name in ("t5", "clip")}
+    cfgs = (trainer.T5(vocab_size=40), trainer.CLIP(vocab_size=40, eos_token_id=39))
+    params, _ = trainer.beginning("base", ROOT / "nowhere", None, cfgs)
+    # Untrained, the last projection is zero: the velocity is zero everywhere, a straight flow from any point.
+    fixed = params | {"empty": {name: jnp.ones(32, int) for name in ("t5", "clip")}}
+    drawn = latents, noise, u, ids
+    error, image, _ = trainer.arrival({"flux": params["flux"]}, fixed, cfgs, drawn, trainer.to_the_end)
+    assert float(error) == 0 and image.shape == latents.shape
+    loss = trainer.base_loss(params, fixed, cfgs, jax.random.key(0), drawn)
+    assert float(loss) == pytest.approx(float(jnp.mean((noise - latents) ** 2)), rel=1e-5)
+
+
+def test_paths_of_the_teacher(trainer):
+    """`four` crosses one sampling step in four; schnell's teacher takes the steps that are left, then stays."""
+    levels = trainer.LEVELS
+    np.testing.assert_allclose(trainer.across(jnp.array([1]))[0], np.linspace(levels[1], levels[2], 5), rtol=1e-6)
+    np.testing.assert_allclose(trainer.to_the_end(jnp.array([0, 3])), [levels, [levels[3], 0, 0, 0, 0]], rtol=1e-6)
+
+
+# ---------------------------------------------------------------- reading images
+
+
+@pytest.fixture(scope="module")
+def inverse():
+    return script("inverse")
+
+
+def test_truth_is_that_of_the_scene(inverse):
+    """Each solid's cells have its colour and shape, and `objects` finds them all."""
+    seen, images = inverse.drawn(range(30))
+    assert images.shape == (30, 128, 128, 3) and seen.shape.shape == (30, 32, 32)
+    for i, there in enumerate(inverse.objects(seen, least=1)):
+        solids = inverse.scenes.sample(i).solids
+        if len({solid.color for solid in solids}) == len(solids):
+            assert there == {(solid.color, solid.shape) for solid in solids}
+    none = seen.surface != 0
+    assert (seen.color[none] == 8).all() and (seen.shape[none] == 4).all() and (seen.color[~none] < 8).all()
+    np.testing.assert_allclose(np.linalg.norm(seen.normal, axis=-1), 1, atol=1e-5)
+    shares = inverse.tokens(seen)
+    assert sum(shares[f"color: {name}"] for name in inverse.COLORS).max() <= 1
+    np.testing.assert_allclose(sum(shares[name] for name in inverse.SURFACES), 1)
+    np.testing.assert_allclose(sum(shares[f"shape: {name}"] for name in inverse.SHAPES), shares["solid"])
+    assert (shares["shadow"] <= shares["ground"]).all() and 0 < shares["edge"].mean() < shares["solid"].mean()
+
+
+def test_the_network_learns_to_read(inverse, monkeypatch):
+    """On few renders: it knows ground from solids after some steps; its outputs have the shapes of the truth."""
+    monkeypatch.setattr(inverse, "WIDTHS", (8, 8, 8))
+    params = inverse.train(count=64, epochs=40, batch=16)
+    seen, images = inverse.drawn(range(inverse.TRAIN_SEED, inverse.TRAIN_SEED + 20))
+    read = inverse.read(params, images, batch=8)
+    for a, b in zip(seen, read):
+        assert a.shape == b.shape
+    assert (seen.surface == read.surface).mean() > 0.85
+    with pytest.raises(session.Mistake, match="should be uint8"):
+        inverse.read(params, images[:, :64])
