@@ -210,12 +210,12 @@ def export(vae, pixels, out):
     return scale, shift, latents
 
 
-@torch.no_grad()
 def latents(folder, work, count):
     """Files in work/latents of packed latents [5000, 64, 4 CHANNELS] float16, as a flow model sees them, of `count`
     scenes or more. Each shard of images is encoded once."""
     vae = AutoencoderKL.from_pretrained(folder).to(DEVICE, memory_format=torch.channels_last)
 
+    @torch.no_grad()                                             # holds for a thread alone
     def encoded(pixels):
         with torch.autocast(DEVICE, torch.bfloat16):
             z = vae.encode(tensor(pixels)).latent_dist.mode().float()
@@ -228,7 +228,7 @@ def latents(folder, work, count):
     for path in shards(work / "scenes", count):
         target = work / "latents" / path.name
         if not target.exists() or target.stat().st_mtime < path.stat().st_mtime:   # of other images by now
-            images = np.load(path, mmap_mode="r")
+            images = np.load(path)
             with ThreadPoolExecutor(THREADS) as pool:
                 part = np.concatenate(list(pool.map(encoded, np.array_split(images, len(images) // 50))))
             target.parent.mkdir(exist_ok=True)
