@@ -336,7 +336,8 @@ def train(name, stage, work, data, fixed, cfgs, params, *, minutes, batch, rate,
     every = NamedSharding(mesh, PartitionSpec())
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.contrib.muon(
         1.0, adam_b2=0.99, weight_decay=0.01, consistent_rms=0.2, muon_weight_dimension_numbers=matrices))
-    state = {"params": params, "ema": jax.tree.map(jnp.copy, params), "opt": optimizer.init(params),
+    copied = partial(jax.tree.map, jnp.copy)                     # a step donates its state; `fixed` may hold the same
+    state = {"params": copied(params), "ema": copied(params), "opt": optimizer.init(params),
              "step": jnp.zeros((), jnp.int32)}
     used, total = 0.0, 60 * minutes
     if file.exists():

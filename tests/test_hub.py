@@ -26,6 +26,8 @@ RUN = {"model": "schnell", "layer": 10, "site": "img", "features": 96, "k": 5, "
        "prompts": "p.txt", "prompt_field": None, "prompt_batch": 2, "seeds_per_prompt": 1, "timesteps": 1,
        "buffer": 64, "size": 64, "text_tokens": 16, "lr": 1e-3, "seed": 0, "dtype": "float32"}
 SCORES = {"fvu_standardized": 0.125, "fvu": 0.0625, "l0": 5.0, "dead": 0.01, "cosine": 0.9, "variance_explained": 0.8}
+SHARES = {"position": 0.1, "prompt": 0.6, "noise": 0.05, "both": 0.25, "varying": 90, "follow_prompt": 70,
+          "follow_prompt_or_image": 80}
 
 
 class Hub(ThreadingHTTPServer):
@@ -135,14 +137,15 @@ def server(monkeypatch, tmp_path):
     hub.server_close()
 
 
-def made(folder, **changes):
+def made(folder, removed=0, **changes):
     """As the end of a run leaves it."""
-    run, cfg = RUN | changes, sae.Config(d_in=24, features=96, k=5)
+    run, cfg = RUN | changes, sae.Config(d_in=24, features=96, k=5, removed=removed)
     x = np.random.default_rng(0).standard_normal((200, 24), np.float32)
-    state = sae.init(jax.random.key(run["layer"]), cfg, x)._replace(step=np.int32(run["steps"]))
+    without = np.eye(removed, 24) if removed else None
+    state = sae.init(jax.random.key(run["layer"]), cfg, x, without=without)._replace(step=np.int32(run["steps"]))
     about = {name: run[name] for name in ("model", "layer", "site", "seed")} | {
         "revision": None, "normalization": "per dimension", "run": run | {"quant": "none"},
-        "evaluation": {"SAE": SCORES, "PCA, 5 components": {"fvu_standardized": 0.5, "l0": 5.0}}}
+        "evaluation": {"SAE": SCORES | {"variance": SHARES}, "PCA, 5 components": {"fvu_standardized": 0.5, "l0": 5.0}}}
     train.save(folder, state, cfg, about)
     (folder / "metrics.jsonl").write_text('{"step": 7}\n')
     return folder
@@ -217,11 +220,22 @@ def test_the_card(server, tmp_path):
     assert "sparse-autoencoder" in front["tags"] and "license" not in front
     for fact in ("layer 10", "image tokens", "k = 5", "96, of 24 dimensions", "224 tokens",
                  "| SAE | 0.125 | 0.062 | 5.000 |", "PCA, 5 components | 0.500 |",
-                 'SAE.from_pretrained("lab/saes", "layer10-img")', "per dimension"):
+                 'SAE.from_pretrained("lab/saes", "layer10-img")', "per dimension",
+                 "position 10 %, prompt 60 %, noise 5 %, both 25 %, mean over features; 70 of 90 features"):
         assert fact in text, fact
+    assert "removed" not in text
     given = dict(flag[2:].split("=", 1) for flag in shlex.split(re.search(r"python train.py (.*)", text)[1]))
     run = RUN | {"quant": "none", "prompts": "a file's name.txt"}
     assert given == {name: str(value) for name, value in run.items() if value is not None}
+
+
+def test_an_sae_without_the_input_says_so_and_brings_what_was_removed(server, tmp_path):
+    folder = made(tmp_path / "a", removed=3)
+    checkpoint.push(folder, "me/saes")
+    held = server.repos["me/saes"]
+    assert held["layer10-img/removed.safetensors"] == (folder / checkpoint.REMOVED).read_bytes()
+    card = held["README.md"].decode()
+    assert "the 3 directions that hold the model's input" in card and "apply.removed" in card
 
 
 READER = """
