@@ -29,6 +29,7 @@ from mmdit import SITES, Config, Edit, residual, residual_names, scan_blocks, ve
 from weights import Mistake, download
 
 REPOS = {"schnell": "black-forest-labs/FLUX.1-schnell", "dev": "black-forest-labs/FLUX.1-dev"}
+BUNDLED = ("nano", "nano-dev", "nano-base")                      # folders beside this file
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,6 +100,12 @@ def _check_parts(folder, cfg):
     return t5, clip, image, scheduler
 
 
+def draws_scenes(folder: Path) -> bool:
+    """Return whether the model in a folder is of the nano family, whose world is known."""
+    family = folder.name in BUNDLED and (folder.parent / "nano" / "scenes.py").is_file()
+    return family or (folder / "scenes.py").is_file()
+
+
 def read_scheduler(folder: Path) -> dict:
     """Read the fields of scheduler_config.json, which `sigmas` needs."""
     return tensor_files.read_json(folder / "scheduler" / "scheduler_config.json")
@@ -140,8 +147,8 @@ PARTS = ["model_index.json", *(f"{part}/*" for part in (
 
 def resolve(model: str | Path, files: Sequence[str] = PARTS) -> Path:
     """Return the folder of `model` (see `load`); download `files` of a repo. Raise ValueError if it does not exist."""
-    if str(model) == "nano" and not Path("nano/model_index.json").exists():
-        model = Path(__file__).parent / "nano"
+    if str(model) in BUNDLED and not (Path(model) / "model_index.json").exists():
+        model = Path(__file__).parent / model
     if Path(model).is_dir():
         return Path(model)
     repo, _, revision = str(model).partition("@")

@@ -87,7 +87,7 @@ def defaults(name: str, folder: Path, cfg: flux.Config, given: dict) -> Run:
     transcoder = given.get("transcoder") is not None
     activation = "batchtopk" if transcoder else "topk"           # SAELens has no TopK transcoder
     given = inherited(given, cfg.width) if "init" in given else given
-    source, field = ("scenes", None) if (folder / "scenes.py").is_file() else (data.DATASET, data.DATASET_FIELD)
+    source, field = ("scenes", None) if flux.draws_scenes(folder) else (data.DATASET, data.DATASET_FIELD)
     source = given.get("prompts", source)
     run = Run(**{
         "model": name, "layer": max(cfg.num_layers - 1, 0), "features": min(16 * cfg.width, 16384),

@@ -399,7 +399,7 @@ def captions(subject: session.Subject, folder: Path, prompts: str, field: str, i
             raise Mistake("--images brings its own captions: leave --prompts out")
         return *folder_of_images(images, n, size), f"images of {images}"
     texts, drawn = sources.examples(*session.prompts_of(subject, prompts, field), many)
-    if not drawn or not (folder / "scenes.py").is_file() or not isinstance(size, int):
+    if not drawn or not flux.draws_scenes(folder) or not isinstance(size, int):
         return texts, None, ""
     render = sources.scenes().render                             # the model was trained on square renders of scenes
     return texts, [render(scene, size).image for scene in drawn[:n]], "renders of held-out scenes"

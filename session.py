@@ -152,7 +152,7 @@ def announce(model: str) -> str:
 
 def located(model: str) -> str:
     """Return a model's name that is valid in any folder: absolute for a folder, unchanged for nano or the hub."""
-    bundled = model == "nano" and flux.resolve(model).samefile(Path(flux.__file__).parent / "nano")
+    bundled = model in flux.BUNDLED and flux.resolve(model).samefile(Path(flux.__file__).parent / model)
     return os.path.abspath(model) if Path(model).is_dir() and not bundled else model
 
 
@@ -174,7 +174,7 @@ def default_dtype() -> str:
 
 def default_quant(folder: Path) -> str:
     """Return the default weight format: none for nano and on a CPU, nf4 on an accelerator."""
-    return "none" if jax.devices()[0].platform == "cpu" or (folder / "scenes.py").is_file() else "nf4"
+    return "none" if jax.devices()[0].platform == "cpu" or flux.draws_scenes(folder) else "nf4"
 
 
 def default_steps(cfg: flux.Config) -> int:
@@ -396,7 +396,7 @@ def prompts_of(subject: Subject, source: str = "", field: str = "") -> tuple[str
         return source, field, None
     if own:
         return own, field, True if subject.run.get("held_out") else None
-    if (flux.read_config(subject.model)[0] / "scenes.py").is_file():
+    if flux.draws_scenes(flux.read_config(subject.model)[0]):
         return "scenes", None, None
     return data.DATASET, field or data.DATASET_FIELD, None
 
