@@ -145,9 +145,6 @@ def feature_page(found: "Collected", f: int, linked: set[int], steered: bool = F
     if found.layout.image_tokens:
         facts += [("Area", f"{found.area[f]:.1%}"), ("Concentration", number(found.concentration[f], 3)),
                   ("Spread", number(found.spread[f], 3))]
-    if fires and not np.isnan(found.variance[f]).any():
-        explained = zip(("position", "prompt", "noise", "prompt × noise"), found.variance[f])
-        facts.append(("Explained by", ", ".join(f"{name} {share:.0%}" for name, share in explained)))
     if best := found.best_attribute(f) if fires else None:
         facts.append((f"AUROC for {best[0]}", number(best[1], 3)))
     values = {"f": f, "facts": facts, "top": [], "nearest": neighbours(found, found.nearest[f], found.nearest_cosine[f],
@@ -159,7 +156,8 @@ def feature_page(found: "Collected", f: int, linked: set[int], steered: bool = F
     return values | {
         "top": examples(found, f, found.top_value[f], found.top_image[f], found.top_map[f]),
         "quantiles": [(name, items) for name, items in some if items], "strip": strip(found, f) if steered else [],
-        "mean_map": mean_map(found, f), "histogram": histogram(found, f), "attributes": attributes(found, f)}
+        "mean_map": mean_map(found, f), "histogram": histogram(found, f), "attributes": attributes(found, f),
+        "explained": explained(found, f)}
 
 
 def mean_map(found: "Collected", f: int) -> dict | None:
@@ -169,6 +167,12 @@ def mean_map(found: "Collected", f: int) -> dict | None:
     values = found.mean_map[f]
     return heatmap(values, found.layout.grid, values.max(),
                    f"Mean activation at each image token; the maximum is {number(values.max())}")
+
+
+def explained(found: "Collected", f: int) -> list[tuple[str, str]]:
+    """Return (cause, share of the feature's variance); nothing if it is not known."""
+    causes = zip(("position", "prompt", "noise", "prompt × noise"), found.variance[f])
+    return [] if np.isnan(found.variance[f]).any() else [(name, f"{share:.0%}") for name, share in causes]
 
 
 def attributes(found: "Collected", f: int, shown: int = 5) -> list[tuple[str, str]]:

@@ -100,11 +100,13 @@ def first_state(run: Run, activations: Activations) -> tuple[sae.State, sae.Conf
     return (sae.unfold(checkpoint.load(begun_from(run.init))[0], cfg, state) if run.init else state), cfg
 
 
-def input_directions(run: Run, activations: Activations, tokens: int = 65536) -> np.ndarray:
-    """Return where the latents are written in the residuals: [C, D], with groups of tokens [G, C, D]."""
+def input_directions(run: Run, activations: Activations) -> np.ndarray:
+    """Return where the latents are written in the residuals: [C, D], with groups of tokens [G, C, D]. They come from as
+    many tokens as the closing table, but at least 32 C of each group."""
     groups, cfg = max(len(activations.groups), 1), activations.model.cfg
     moments = [inputs.Moments(cfg.width, cfg.in_channels) for _ in range(groups)]
     prompts = data.stream(run.prompts, run.prompt_field, False if run.held_out else None)
+    tokens = max(min(activations.tokens, EVALUATED), 32 * cfg.in_channels * groups)
     for rows, latents in activations.with_inputs(prompts, tokens):
         for g, one in enumerate(moments):
             here = activations.pattern == g
