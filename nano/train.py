@@ -69,7 +69,7 @@ import weights
 FIRST_SEED = 1_000_000                                           # scenes below are for evaluation
 TEXT_TOKENS, VARIANTS = 32, 4                                    # captions of a scene
 SHIFT, GUIDANCE = 3.0, 3.0                                       # of the noise levels; the scale that schnell learns
-ADVERSARIAL, HEADS, HIDDEN = 0.1, (3, 7), 64                     # its weight; layers that the discriminator reads
+ADVERSARIAL, HEADS, HIDDEN = 0.1, (7,), 64                       # its weight; layers that the discriminator reads
 FLUX = flux.Config(in_channels=16, num_layers=4, num_single_layers=8, attention_head_dim=32, num_attention_heads=4,
                    joint_attention_dim=128, pooled_projection_dim=96, axes_dims_rope=(8, 12, 12))
 T5 = partial(text.T5Config, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)

@@ -34,6 +34,7 @@ def test_the_readme_runs_as_printed(tmp_path, monkeypatch, capsys, nano):
         if "16384" in words:                                     # FLUX.1 on an accelerator
             continue
         small = [flag for flag in SMALL[file] if not set(words) & {flag.split("=")[0], "--pages_only"}]
+        small += ["--layer=3"] if "--input" in words else []     # one layer instead of all
         monkeypatch.setattr(sys, "argv", [file, *words, *small])
         session.command(importlib.import_module(Path(file).stem).main)
         ran.append(file)
