@@ -152,7 +152,8 @@ def announce(model: str) -> str:
 
 def located(model: str) -> str:
     """Return a model's name that is valid in any folder: absolute for a folder, unchanged for nano or the hub."""
-    bundled = model in flux.BUNDLED and flux.resolve(model).samefile(Path(flux.__file__).parent / model)
+    ours = (Path(flux.__file__).parent / model).resolve()
+    bundled = model in flux.BUNDLED and flux.resolve(model).resolve() == ours
     return os.path.abspath(model) if Path(model).is_dir() and not bundled else model
 
 

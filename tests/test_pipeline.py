@@ -33,6 +33,7 @@ calculate_shift, = optional("diffusers.pipelines.flux.pipeline_flux", "calculate
 CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast = optional(
     "transformers", "CLIPTextConfig", "CLIPTextModel", "CLIPTokenizer", "T5Config", "T5EncoderModel", "T5TokenizerFast")
 
+ROOT = Path(flux.__file__).parent
 # double, single, heads, head width, rope axes, guidance
 SCHNELL = (1, 2, 2, 16, (4, 6, 6), False)
 DEV = (2, 1, 3, 16, (4, 6, 6), True)
@@ -84,11 +85,9 @@ def dev(nano, tmp_path_factory):
     return both(save_pipeline(nano, tmp_path_factory.mktemp("dev"), DEV, DYNAMIC))
 
 
-@pytest.fixture(scope="session")
-def bundled(nano):
-    if not (nano / "model_index.json").exists() or not (nano / "transformer").is_dir():
-        pytest.skip("nano is not built yet")
-    return both(nano)
+@pytest.fixture(scope="session", params=[name for name in flux.BUNDLED if (ROOT / name).is_dir()])
+def bundled(request):
+    return both(ROOT / request.param)
 
 
 def both(folder):
@@ -97,9 +96,9 @@ def both(folder):
     return folder, flux.load(folder, dtype=jnp.float32), pipeline
 
 
-def noise_for(size, seed=0):
+def noise_for(size, seed=0, channels=64):
     height, width = (size, size) if isinstance(size, int) else size
-    return np.random.default_rng(seed).standard_normal((2, height * width // 256, 64), dtype=np.float32)
+    return np.random.default_rng(seed).standard_normal((2, height * width // 256, channels), dtype=np.float32)
 
 
 def theirs(pipeline, noise, size, steps, text_tokens, **more):
@@ -111,7 +110,8 @@ def theirs(pipeline, noise, size, steps, text_tokens, **more):
 
 def compare(pair, size, steps, text_tokens, guidance=None):
     _, model, pipeline = pair
-    noise, more = noise_for(size), {} if guidance is None else {"guidance_scale": guidance}
+    noise = noise_for(size, channels=model.cfg.in_channels)
+    more = {} if guidance is None else {"guidance_scale": guidance}
     ours = flux.generate(model, PROMPTS, steps=steps, size=size, noise=noise, guidance=guidance,
                          text_tokens=text_tokens)
     their = theirs(pipeline, noise, size, steps, text_tokens, **more)
@@ -137,7 +137,8 @@ def test_bundled_images_match_diffusers(bundled):
 
 def test_bundled_model_in_bfloat16(bundled):
     folder, model, _ = bundled
-    draw = lambda model: flux.generate(model, PROMPTS, steps=4, size=128, noise=noise_for(128)).astype(np.float32)
+    noise = noise_for(128, channels=model.cfg.in_channels)
+    draw = lambda model: flux.generate(model, PROMPTS, steps=4, size=128, noise=noise).astype(np.float32)
     assert np.abs(draw(flux.load(folder)) - draw(model)).mean() <= 4
 
 

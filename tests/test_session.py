@@ -337,3 +337,15 @@ def test_all_tools_load_the_model_by_one_rule(monkeypatch, capsys, tmp_path, nan
     dtype, quantization, why = expected
     assert loaded.value.args == (dtype, quantization, str(nano / "transformer"))
     assert f"precision: {dtype} ({why}), quantization {quantization} ({why})" in capsys.readouterr().out
+
+
+def test_the_family_is_known_by_its_folders(nano, tmp_path, monkeypatch):
+    """Models beside nano draw its scenes, whatever their folder is called here; others do not."""
+    for name in ("nano", "nano-dev", "other"):
+        shutil.copytree(nano, tmp_path / name, ignore=shutil.ignore_patterns("work", "*.py", "*.safetensors"))
+    assert not flux.draws_scenes(tmp_path / "nano-dev")          # no scenes.py, so another world's
+    (tmp_path / "nano" / "scenes.py").touch()
+    assert [flux.draws_scenes(tmp_path / name) for name in ("nano", "nano-dev", "other")] == [True, True, False]
+    monkeypatch.chdir(tmp_path)
+    assert session.located("nano-dev") == str(tmp_path / "nano-dev")     # a user's own folder goes first
+    assert flux.read_config("nano-dev")[0] == Path("nano-dev")
