@@ -57,7 +57,6 @@ class Activations:
         self.group = np.zeros((2, self.tokens), np.int32)        # group of each token in rows
         self.flatten = jax.jit(partial(flat_and_finite, dtype=self.rows.dtype),
                                out_shardings=shard.everywhere(mesh) if mesh else None)
-        self.everywhere = jax.jit(lambda x: x, out_shardings=shard.everywhere(mesh)) if mesh else lambda x: x
         self.stored, self.passes = 0, None                       # tokens stored so far; a generator that stores more
         self.starts = {}                                         # chunk → number of its first prompt
 
@@ -147,12 +146,14 @@ class Activations:
 
         first, crossed: as in `start`. Raise Mistake if a noise reaches the number `end`: other tools use those.
         """
-        run, model, images = self.run, self.model, len(prompts) * self.run.seeds_per_prompt
+        images = len(prompts) * self.run.seeds_per_prompt
         if first + images > end:
             raise Mistake(f"noise number {first + images:,} is too large for activations {purpose}, the last one is "
                           f"{end - 1:,}: reduce --steps or --seeds_per_prompt")
-        start = self.start(prompts, first, crossed)
-        acts = [flux.capture(model, start, layer=layer, site=run.site) for layer in self.layers]
+        return self._send(prompts, self.start(prompts, first, crossed), purpose)
+
+    def _send(self, prompts, start, purpose):
+        acts = [flux.capture(self.model, start, layer=layer, site=self.run.site) for layer in self.layers]
         acts, finite = shard.wait(self.mesh, self.flatten(acts))
         acts.copy_to_host_async()
         return prompts, purpose, acts, finite
@@ -179,11 +180,12 @@ class Activations:
     def with_inputs(self, prompts: Iterator[str], count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (activations [n, columns], the latents [n, C] that the same image tokens read) of passes over
         `prompts`, up to `count` tokens."""
+        whole = jax.jit(lambda x: x, out_shardings=shard.everywhere(self.mesh)) if self.mesh else lambda x: x
         for i in range(-(-count // self.forward_tokens)):
-            some, first = list(itertools.islice(prompts, self.run.prompt_batch)), i * self.run.prompt_batch
-            sent = self.send(some, first * self.run.seeds_per_prompt)
-            latents = flux.inputs(self.model, self.start(some, first * self.run.seeds_per_prompt))
-            latents = np.asarray(shard.wait(self.mesh, self.everywhere(latents)), np.float32)
+            some = list(itertools.islice(prompts, self.run.prompt_batch))
+            start = self.start(some, i * self.run.prompt_batch * self.run.seeds_per_prompt)
+            sent = self._send(some, start, "of the input's subspace")
+            latents = np.asarray(shard.wait(self.mesh, whole(flux.inputs(self.model, start))), np.float32)
             yield self.fetch(sent), latents.reshape(-1, latents.shape[-1])
 
     def fetch(self, sent: tuple) -> np.ndarray:

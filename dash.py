@@ -49,7 +49,7 @@ def collect(model: flux.Model, params: sae.Params | list[sae.Params], cfg: sae.C
             folder: str | Path, *, layer: int, site: str, timesteps: int = 1, steps: int = 4,
             size: int | tuple[int, int] | None = None, text_tokens: int | None = None, padding: bool = True,
             seed: int = 0, batch: int = 16, attributes: Sequence[str] = (), labels: np.ndarray | None = None,
-            info: dict | None = None, progress: Callable | None = None, stop: Callable = lambda: False
+            info: dict | None = None, progress: Callable = lambda done: None, stop: Callable = lambda: False
             ) -> Collected | None:
     """Draw `prompts`, encode the activations of one layer, and collect statistics of every feature.
 
@@ -78,13 +78,11 @@ def collect(model: flux.Model, params: sae.Params | list[sae.Params], cfg: sae.C
         done = min(done + batch, len(prompts))
         if (stopped := stop()) or unfinished.due():
             unfinished.save(counts.settled(), done)
-        if progress:
-            progress(done)
+        progress(done)
         if stopped:
             return None
-    shares = explained(model, params, cfg, info, timesteps, batch)
-    found = counts.finish(params[0]["W_dec"], labels, counts.a["maxima"], shares,
-                          info | {"arguments": unfinished.arguments})
+    found = counts.finish(params[0]["W_dec"], labels, counts.a["maxima"], explained(
+        model, params, cfg, info, timesteps, batch), info | {"arguments": unfinished.arguments})
     unfinished.replace_by(found)
     return found
 
@@ -130,13 +128,11 @@ def _add_batch(counts, model, params, cfg, info, folder, first, batch):
 def explained(model: flux.Model, params: list[sae.Params], cfg: sae.Config, info: dict, timesteps: int, batch: int,
               most: int = 32) -> np.ndarray:
     """Return what explains the variance of each feature, [F, 4] (see `variance.py`). NaN for a single prompt."""
-    prompts = list(dict.fromkeys(info["prompts"]))[:most]
-    if len(prompts) < 2:
-        return np.full((cfg.features, 4), np.nan, np.float32)
     run = {"timesteps": timesteps} | {name: info[name] for name in ("size", "text_tokens", "padding")}
     subject = session.Subject("", params, cfg, str(model.source), info["layer"], info["site"], run)
     subject = session.placed(subject, model.source, model.cfg)
-    return session.explained(model, subject, prompts, seed=info["seed"], batch=batch).table.astype(np.float32)
+    found = session.explained(model, subject, info["prompts"], most, seed=info["seed"], batch=batch)
+    return (np.full((cfg.features, 4), np.nan) if found is None else found.table).astype(np.float32)
 
 
 class Partial:

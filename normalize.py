@@ -60,6 +60,15 @@ def fit(sample: np.ndarray, groups: np.ndarray, names: Sequence[str], kind: str,
     return (np.float32(means), np.float32(std), *(None if a is None else np.float32(a) for a in (basis, removed)))
 
 
+def directions(cfg: Any, without: np.ndarray | None) -> np.ndarray | None:
+    """Return the directions to remove with an axis for groups, for `fit`. Raises Mistake if they do not fit cfg."""
+    shape = (len(cfg.groups), cfg.removed, cfg.d_in) if cfg.groups else (cfg.removed, cfg.d_in)
+    if (np.shape(without) if without is not None else None) != (shape if cfg.removed else None):
+        raise Mistake(f"without has shape {None if without is None else list(np.shape(without))}; cfg.removed = "
+                      f"{cfg.removed} needs {list(shape) if cfg.removed else None}")
+    return None if without is None else np.asarray(without).reshape(-1, cfg.removed, cfg.d_in)
+
+
 def _split_space(directions: np.ndarray | None, width: int) -> tuple[np.ndarray | None, np.ndarray]:
     """Return orthonormal columns: the R dimensions that the groups' directions [G, R, C] span most, and the others."""
     if directions is None:

@@ -1,6 +1,7 @@
 """Write the HTML pages of a dashboard from what `dash.py` collected. The pages open directly from disk.
 
-Copy `templates/` with this file. It needs jinja2, numpy, tqdm. `found` is a `stats.Collected`: arrays over F features.
+Copy `templates/` and `variance.py` with this file. It needs jinja2, numpy, tqdm. `found` is a `stats.Collected`: arrays
+over F features.
 
     index.html        summary numbers, training curves, a scatter plot and the table of all features
     feature/7.html    one feature: examples with heatmaps, statistics, similar features
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 from tqdm import tqdm
+
+import variance
 
 if TYPE_CHECKING:
     from stats import Collected
@@ -112,11 +115,9 @@ def index_page(found: "Collected", wanted: Sequence[int]) -> dict[str, Any]:
 
 
 def followers(found: "Collected") -> list[tuple[str, str]]:
-    """Return how many alive features follow the prompt: it explains more than all that the noise has a part in."""
-    _, prompt, noise, both = found.variance.T
-    known = ~np.isnan(prompt)
-    follow = prompt[known] > (noise + both)[known]
-    return [("Follow the prompt", f"{int(follow.sum()):,} ({follow.mean():.1%})")] if known.any() else []
+    """Return how many alive features follow the prompt, if that is known."""
+    follow = variance.follows_prompt(found.variance[~np.isnan(found.variance).any(1)])
+    return [("Follow the prompt", f"{int(follow.sum()):,} ({follow.mean():.1%})")] if len(follow) else []
 
 
 def curves(metrics: Iterable[dict]) -> list[dict]:

@@ -110,8 +110,7 @@ class Config:
     @property
     def removed_shapes(self) -> dict[str, tuple[int, ...]]:
         """The names and shapes of the arrays for `apply.removed`; none if no directions are removed."""
-        d, r = self.d_in, self.removed
-        return {"read": (d, r), "write": (r, d), "offset": (r,)} if r else {}
+        return {"read": (self.d_in, r), "write": (r, self.d_in), "offset": (r,)} if (r := self.removed) else {}
 
 
 def _check_choices(cfg):
@@ -178,13 +177,12 @@ class State(NamedTuple):
 
 def init(
     key: Array, cfg: Config, sample: np.ndarray, groups: np.ndarray | None = None, like: State | None = None,
-    without: np.ndarray | None = None
-) -> State:
+    without: np.ndarray | None = None) -> State:
     """Return a new state. The sample gives its normalization and its pre-bias; encoder and decoder are tied (A.1).
 
     sample [N, C]: raw residuals. groups [N]: the group of each token. like: a state whose normalization to take.
-    without [cfg.removed, D] (with groups [G, cfg.removed, D]): directions of the raw residuals to remove. Raises
-    Mistake for a sample of another shape, that is not finite, or that lacks one of the groups.
+    without [cfg.removed, D], with groups [G, cfg.removed, D]: directions of raw residuals to remove. Raises Mistake for
+    a sample of another shape, that is not finite, or that lacks one of the groups.
     """
     sample = np.asarray(sample)
     _check_groups(cfg, groups)
@@ -192,8 +190,8 @@ def init(
         raise Mistake(f"sample has shape {sample.shape}; need [N, {cfg.columns}] with N >= 2")
     if like is None:
         numbers = np.zeros(len(sample), int) if groups is None else groups
-        without = _directions(cfg, without)
-        mean, std, basis, removed = normalize.fit(sample, numbers, cfg.groups or ("all",), cfg.normalization, without)
+        mean, std, basis, removed = normalize.fit(sample, numbers, cfg.groups or ("all",), cfg.normalization,
+                                                  normalize.directions(cfg, without))
         mean, std = (mean, std) if cfg.groups else (mean[0], std[0])
     else:
         mean, std, basis, removed = like.mean, like.std, like.basis, like.removed
@@ -201,20 +199,10 @@ def init(
     with jax.ensure_compile_time_eval():  # so that `jax.eval_shape` can ask for the state's shapes
         of = None if groups is None else groups[some]
         u = np.asarray(standardize(sample[some].astype(np.float32), mean, std, basis, of))
-    kept = None if removed is None else basis.T @ basis          # a projection: no row has a part that u lacks
-    params, threshold = _tied(key, cfg, u[:1024], _geometric_median(u), kept)
+    params, threshold = _tied(key, cfg, u[:1024], _geometric_median(u), None if removed is None else basis.T @ basis)
     since_fired, count = jnp.full(cfg.features, NEVER, jnp.int32), jnp.zeros((), jnp.int32)
     return State(params, *(None if a is None else jnp.asarray(a) for a in (mean, std, basis, removed)),
                  _optimizer(cfg).init(params), since_fired, threshold, count)
-
-
-def _directions(cfg, without):
-    """Return `without` with an axis for groups, or None. Raises Mistake if it does not fit cfg."""
-    shape = (len(cfg.groups), cfg.removed, cfg.d_in) if cfg.groups else (cfg.removed, cfg.d_in)
-    if (np.shape(without) if without is not None else None) != (shape if cfg.removed else None):
-        raise Mistake(f"without has shape {None if without is None else list(np.shape(without))}; cfg.removed = "
-                      f"{cfg.removed} needs {list(shape) if cfg.removed else None}")
-    return None if without is None else np.asarray(without).reshape(-1, cfg.removed, cfg.d_in)
 
 
 def _check_groups(cfg, group):
@@ -228,12 +216,11 @@ def _tied(key: Array, cfg: Config, u: Array, center: Array, kept: Array | None) 
 
     Decoder rows are random unit vectors. Encoder rows are parallel to them, with the one length that fits the
     reconstructions to u. A transcoder's encoder rows are random too: they live in another space. Thresholds begin where
-    they leave k features active on these tokens.
+    they leave k features active on these tokens. kept [D, D]: a projection, which takes from rows what u lacks.
     """
     keys = (key, key) if cfg.d_out is None else jax.random.split(key)
     x, center, b_dec = cfg.split(u - center)[0], *cfg.split(center)
-    sizes = cfg.d_in, cfg.d_out or cfg.d_in
-    rows = (jax.random.normal(key, (cfg.features, size)) for key, size in zip(keys, sizes))
+    rows = (jax.random.normal(key, (cfg.features, size)) for key, size in zip(keys, (cfg.d_in, cfg.d_out or cfg.d_in)))
     enc, dec = (_unit(row if kept is None else row @ kept) for row in rows)
     bias = jnp.zeros(cfg.features)
     values, indices = kernels.sparse_encode(x, enc, bias, cfg.k)

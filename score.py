@@ -251,13 +251,12 @@ def explained(model: flux.Model, subject: session.Subject, captions: Sequence[st
               progress: Callable[[float], object]) -> dict | None:
     """Return what explains the features' variance (see `variance.py`): a summary, and the shares of each feature. None
     for a single caption."""
-    some = list(dict.fromkeys(captions))[:VARIED]
-    if len(some) < 2:
+    found = session.explained(model, subject, captions, VARIED, seed=seed, batch=batch, progress=progress)
+    if found is None:
         return None
-    found = session.explained(model, subject, some, seed=seed, batch=batch, progress=progress)
     shares = {name: [None if np.isnan(x) else round(float(x), 4) for x in getattr(found, name)]
               for name in variance.NAMES}
-    return {"prompts": len(some), **found.summary(), "features": shares}
+    return {"prompts": min(len(set(captions)), VARIED), **found.summary(), "features": shares}
 
 
 def histogram(density: np.ndarray) -> dict:
@@ -338,8 +337,7 @@ def main(checkpoint: str = "ckpt", out: str = "", n: int = 64, levels: int = 8, 
     checkpoint does not state them.
     --attribute 123 --prompt "a red cube" [--from ckptA/]: print why this feature fires: how much each of the prompt's
     tokens and each feature of an earlier layer's SAE adds to it.
-    --input: print how much of the residual is linear in the input latents, and where, for --layer or all layers; needs
-    a checkpoint or a --model. With --out FILE it also writes the numbers as JSON.
+    --input: print where --layer, or each layer, of --model or the checkpoint's model keeps its input (--out: as JSON).
     """
     upstream = str(unknown.pop("from", ""))                      # `from` is a keyword of Python
     session.no_unknown_flags(unknown)
@@ -348,13 +346,13 @@ def main(checkpoint: str = "ckpt", out: str = "", n: int = 64, levels: int = 8, 
     asked = attribute is not None
     if asked != bool(prompt) or (upstream and not asked):
         raise Mistake('--attribute needs a prompt: --attribute 123 --prompt "a red cube" --from ckptA/')
+    weights_as = {"dtype": dtype, "quant": quant, "transformer": transformer}
     if input:
-        return of_input(checkpoint, model, layer, prompts, prompt_field, tokens, seed, batch, dtype, quant, transformer,
-                        out)
+        return of_input(checkpoint, model, layer, prompts, prompt_field, tokens, seed, batch, out, weights_as)
     target = session.opened(checkpoint, model=model, layer=layer, site=site)
     folder, cfg = flux.read_config(target.model)
     target = session.placed(target, folder, cfg)
-    load = partial(session.load_model, target.model, target.run, dtype=dtype, quant=quant, transformer=transformer)
+    load = partial(session.load_model, target.model, target.run, **weights_as)
     if not asked:
         check_out(file := Path(out) if out else Path(checkpoint) / FILE)
         given = captions(target, folder, prompts, prompt_field, images, n)
@@ -362,26 +360,24 @@ def main(checkpoint: str = "ckpt", out: str = "", n: int = 64, levels: int = 8, 
         return
     import attribution
     target.check_feature(attribute)
-    source = None
-    if upstream:
-        source = session.placed(session.opened(upstream, model=target.model), folder, cfg)
+    source = session.placed(session.opened(upstream, model=target.model), folder, cfg) if upstream else None
+    if source:
         attribution.check_order(source, target)
     attribution.explain(load(), target, attribute, prompt, source, seed)
 
 
 def of_input(checkpoint: str, model: str, layer: int | None, prompts: str, field: str, tokens: int, seed: int,
-             batch: int | None, dtype: str, quant: str, transformer: str, out: str) -> None:
+             batch: int | None, out: str, weights_as: dict[str, str]) -> None:
     """Print the table of `inputs.py` for a model, or for a checkpoint's model if none is named."""
     about = saved.load_metadata(checkpoint) if not model else {"model": session.announce(model)}
     if not about.get("model"):
         raise Mistake(f"--input: {checkpoint} does not say its model: give --model")
     subject = session.Subject("", [], None, about["model"], 0, "img", about.get("run") or {})
-    _, cfg = flux.read_config(subject.model, *([transformer] if transformer else []))
+    _, cfg = flux.read_config(subject.model, weights_as["transformer"] or None)
     layers = range(cfg.layers) if layer is None else [layer]
     flux.residual_names(cfg, layers[-1], "img")                  # raises if there is no such layer
     texts, _ = sources.examples(*session.prompts_of(subject, prompts, field), EVALUATED // 64)
-    loaded = session.load_model(subject.model, subject.run, dtype=dtype, quant=quant, transformer=transformer,
-                                last=layers[-1])
+    loaded = session.load_model(subject.model, subject.run, last=layers[-1], **weights_as)
     inputs.show(loaded, texts, layers, Path(out) if out else None, tokens=tokens, seed=seed,
                 batch=batch or session.default_batch(cfg), size=subject.size, text_tokens=subject.text_tokens)
 

@@ -364,10 +364,14 @@ def encode(params: list[sae.Params], cfg: sae.Config, acts: jax.Array, site: str
     return both
 
 
-def explained(model: flux.Model, subject: Subject, prompts: Sequence[str], *, seed: int = 0, batch: int = 16,
-              progress: Callable[[float], object] = lambda share: None) -> variance.Shares:
-    """Return how much of each feature's variance the position, the prompt and the noise draw explain, from images of
-    each prompt from the same noises. progress: called with the finished share of the prompts."""
+def explained(model: flux.Model, subject: Subject, prompts: Sequence[str], most: int = 64, *, seed: int = 0,
+              batch: int = 16, progress: Callable[[float], object] = lambda share: None) -> variance.Shares | None:
+    """Return how much of each feature's variance the position, the prompt and the noise draw explain, from images of up
+    to `most` different prompts, each from the same noises; None if there is only one prompt. progress: called with the
+    finished share of the prompts."""
+    prompts = list(dict.fromkeys(prompts))[:most]
+    if len(prompts) < 2:
+        return None
     grid = flux.token_grid(model, subject.size or min(256, model.size))
     T, levels = subject.text_tokens or model.text_tokens, np.append(subject.levels, 0).astype(np.float32)
     tokens = {"txt": T, "img": grid[0] * grid[1]}

@@ -60,11 +60,16 @@ class Shares:
 
         A feature follows the prompt if the prompt explains more of it than all that the noise has a part in. It follows
         the prompt or the image if prompt and both explain more than the noise draw alone."""
-        with np.errstate(invalid="ignore"):                      # NaN compares as False
-            prompt = self.prompt > self.noise + self.both
-            image = self.prompt + self.both > self.noise
-        return self.mean | {"varying": int((self.total > 0).sum()), "follow_prompt": int(prompt.sum()),
+        image = self.prompt + self.both > self.noise             # NaN compares as False
+        return self.mean | {"varying": int((self.total > 0).sum()),
+                            "follow_prompt": int(follows_prompt(self.table).sum()),
                             "follow_prompt_or_image": int(image.sum())}
+
+
+def follows_prompt(table: np.ndarray) -> np.ndarray:
+    """Return which features [F] follow the prompt (see `Shares.summary`), from `Shares.table` [F, 4]."""
+    _, prompt, noise, both = table.T
+    return prompt > noise + both
 
 
 class Sums:

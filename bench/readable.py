@@ -87,8 +87,7 @@ def row(name: str, model: flux.Model, subject: session.Subject, found: dict) -> 
     alive = ~np.isnan(first).all(1) & ~np.isnan(second).all(1)
     best = np.nanargmax(np.where(np.isnan(first), -1, first), 1)
     score = second[np.arange(len(best)), best][alive]
-    captions = list(dict.fromkeys(found["captions"]))[:64]
-    shares = session.explained(model, subject, captions, batch=32).summary()
+    shares = session.explained(model, subject, found["captions"], batch=32).summary()
     follow = shares["follow_prompt_or_image"] / max(shares["varying"], 1)
     return (f"| {name} | {subject.layer} | {subject.cfg.features} | {subject.cfg.k} | {int(alive.sum())} "
             f"| {np.nanmean(score >= 0.8):.1%} | {np.nanmean(score >= 0.9):.1%} | {shares['noise']:.1%} "
