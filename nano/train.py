@@ -6,8 +6,8 @@
 1. Tokenizers learned from captions: byte-level BPE for CLIP, unigram for T5.
 2. The autoencoder, by `train_vae.py`.
 3. `base`: rectified flow (arXiv 2209.03003) on the latents of rendered scenes, with fae's own `flux.py` and `text.py`.
-   Three quarters of the times lie in 0.75…1, where a scene takes shape, the others are logit-normal as in SD3
-   (arXiv 2403.03206). One caption in ten is dropped. Both text encoders learn here, and never again.
+   Half of the times are logit-normal as in SD3 (arXiv 2403.03206): there solids get their edges and corners. The
+   other half is uniform in 0.5…1, where the scene is laid out. One caption in ten is dropped. Both text encoders learn here, and never again.
 4. `dev`: base distilled to one pass per step with guidance (arXiv 2210.03142). Its target is base's velocity with
    classifier-free guidance, at a scale drawn from 1…4, which a new embedding tells it.
 5. `four`, then `schnell`: dev distilled to few steps, without a guidance input. `four` learns to cross each of the four
@@ -182,8 +182,8 @@ def draw(key, data, size):
 
 
 def times(u):
-    """Times from quantiles: three quarters uniform in 0.75…1, the others logit-normal."""
-    return jnp.where(u < 0.25, jax.nn.sigmoid(jax.scipy.special.ndtri(jnp.minimum(4 * u, 0.9999))), (2 + u) / 3)
+    """Times from quantiles: the lower half logit-normal, the upper half uniform in 0.5…1."""
+    return jnp.where(u < 0.5, jax.nn.sigmoid(jax.scipy.special.ndtri(jnp.minimum(2 * u, 0.9999))), u)
 
 
 # ---------------------------------------------------------------- 4. what each stage minimizes
