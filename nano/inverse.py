@@ -20,11 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-FLAGS = ("--xla_cpu_use_onednn=true "
-         "--xla_cpu_experimental_onednn_fusion_type=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
-CPU = Path("/proc/cpuinfo")
-if __name__ == "__main__" and CPU.exists() and "amx_bf16" in CPU.read_text():    # before jax is imported; see train.py
-    os.environ |= {"ONEDNN_DEFAULT_FPMATH_MODE": "BF16", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"}
+if __name__ == "__main__":
+    import cpu
+    cpu.fast()                                                   # before jax is imported
 
 NANO = Path(__file__).resolve().parent
 sys.path[:0] = [str(NANO.parent), str(NANO)]

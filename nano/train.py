@@ -1,22 +1,23 @@
-"""Make the nano family from nothing: tokenizers, autoencoder, then three flow models, one from the other.
+"""Make the nano family from nothing: tokenizers, autoencoder, then flow models, one from the other.
 
     python nano/train.py                                  # everything; a stopped run goes on where it was
     python nano/train.py --stages base --minutes 300      # one stage, with another time for it
 
-1. Tokenizers learned from captions: byte-level BPE for CLIP, unigram for T5.
+1. Tokenizers learned from captions, by `vocabulary.py`.
 2. The autoencoder, by `train_vae.py`.
 3. `base`: rectified flow (arXiv 2209.03003) on the latents of rendered scenes, with fae's own `flux.py` and `text.py`.
    Half of the times are logit-normal as in SD3 (arXiv 2403.03206): there solids get their edges and corners. The
-   other half is uniform in 0.5…1, where the scene is laid out. One caption in ten is dropped. Both text encoders learn here, and never again.
+   other half is uniform in 0.5…1, where the scene is laid out. One caption in ten is dropped. Both text encoders learn
+   here, and never again.
 4. `dev`: base distilled to one pass per step with guidance (arXiv 2210.03142). Its target is base's velocity with
    classifier-free guidance, at a scale drawn from 1…4, which a new embedding tells it.
-5. `four`, then `schnell`: dev distilled to few steps, without a guidance input. `four` learns to cross each of the four
-   sampling steps at once, as dev at the scale GUIDANCE does it in four (progressive distillation, arXiv 2202.00512).
-   `schnell` learns to go from the start of each of these steps to the end at once, where `four` arrives in its steps:
-   so it draws in one step as well as in four. The mean of many possible images is a blur, so it must also convince a
+5. `straight`: the same without a guidance input, and for few steps. Its data are what dev draws at the scale GUIDANCE:
+   pairs of noise and image. The line from one to the other is straight, so few steps follow it (reflow, the second
+   rectification of arXiv 2209.03003). Half of the times are 1: one step must do.
+6. `schnell`: what is still a blur becomes sharp. The same loss holds it near dev's images, and it must convince a
    discriminator (latent adversarial diffusion distillation, arXiv 2403.12015): small heads on the residual stream of
-   base, which reads latents with new noise and the caption. The heads learn to tell the data from what schnell draws,
-   and from data with the caption of another scene.
+   base, which reads latents with new noise and the caption. The heads learn to tell the latents of renders from what
+   schnell draws, and from renders with the caption of another scene.
 
 No stage sees more than captions and images. Optimizer: Muon; the rate falls to zero over the second half of a stage; a
 moving average of the weights is what a stage leaves, and what the next one begins with.
@@ -27,25 +28,18 @@ which a core with AMX multiplies five times as fast. There page faults cost a si
 says MALLOC_MMAP_MAX_=0 MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_TOP_PAD_=500000000.
 """
 import json
-import math
 import os
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-CORES = os.cpu_count() or 1
-CPU = Path("/proc/cpuinfo")
-if __name__ == "__main__":                                       # before jax is imported; other devices ignore it
-    FLAGS = f"--xla_force_host_platform_device_count={CORES}"
-    if CPU.exists() and "amx_bf16" in CPU.read_text():           # elsewhere oneDNN is no faster, and Muon crashes in it
-        FLAGS += (" --xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_fusion_type="
-                  "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
-    os.environ |= {"ONEDNN_DEFAULT_FPMATH_MODE": "BF16", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"}
+if __name__ == "__main__":
+    import cpu
+    cpu.fast(os.cpu_count() or 1)                                # before jax is imported
 
 NANO = Path(__file__).resolve().parent
 sys.path[:0] = [str(NANO.parent), str(NANO)]
@@ -55,10 +49,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scenes
+import vocabulary
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
 import flux
 import mmdit
@@ -68,7 +63,7 @@ import weights
 
 FIRST_SEED = 1_000_000                                           # scenes below are for evaluation
 TEXT_TOKENS, VARIANTS = 32, 4                                    # captions of a scene
-SHIFT, GUIDANCE = 3.0, 3.0                                       # of the noise levels; the scale that schnell learns
+SHIFT, GUIDANCE, STEPS = 3.0, 3.0, 10                            # of the noise levels; how dev draws the pairs
 ADVERSARIAL, HEADS, HIDDEN = 0.1, (7,), 64                       # its weight; layers that the discriminator reads
 FLUX = flux.Config(in_channels=16, num_layers=4, num_single_layers=8, attention_head_dim=32, num_attention_heads=4,
                    joint_attention_dim=128, pooled_projection_dim=96, axes_dims_rope=(8, 12, 12))
@@ -83,69 +78,11 @@ class Stage:
     minutes: tuple[float, float]                                 # on two CPU cores, on an accelerator
     batch: tuple[int, int]
     rate: float                                                  # at the peak
-    loss: Callable                                               # (params, fixed, cfgs, key, batch of `draw`) → scalar
+    loss: Callable                                               # (params, fixed, cfgs, key, data, batch size) → scalar
+    pairs: bool = False                                          # whether it learns from what dev draws
 
 
-# ---------------------------------------------------------------- 1. tokenizers
-
-
-def make_tokenizers(out, captions):
-    """Write `tokenizer/` (CLIP: vocab.json, merges.txt) and `tokenizer_2/` (T5: tokenizer.json) as FLUX.1 has them."""
-    make_clip_tokenizer(out / "tokenizer", captions)
-    make_t5_tokenizer(out / "tokenizer_2", captions)
-
-
-def make_clip_tokenizer(folder, captions):
-    folder.mkdir(parents=True, exist_ok=True)
-    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=4096, min_frequency=50, initial_alphabet=bytes_, end_of_word_suffix="</w>", show_progress=False))
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    # CLIP's order: bytes, bytes that end a word, merges, then the two special tokens; the last has the highest id.
-    words = dict.fromkeys([*bytes_, *(b + "</w>" for b in bytes_), *("".join(pair) for pair in merges),
-                           "<|startoftext|>", "<|endoftext|>"])
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    special = {"bos_token": "<|startoftext|>", **{f"{name}_token": "<|endoftext|>" for name in ("eos", "unk", "pad")}}
-    write_json(folder / "tokenizer_config.json",
-               {**special, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True})
-    write_json(folder / "special_tokens_map.json", special)
-
-
-def make_t5_tokenizer(folder, captions):
-    folder.mkdir(parents=True, exist_ok=True)
-    extra = [f"<extra_id_{i}>" for i in range(100)]
-    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    # Unigram pieces: each word of the captions by its log frequency, and characters, so rare that no word is split.
-    words = Counter(word for caption in captions for word in caption.replace(",", " ,").replace(":", " :").split())
-    total = sum(words.values())
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [("▁" + word if word.isalnum() else word, math.log(n / total)) for word, n in words.most_common()]
-    known = {piece for piece, _ in pieces}
-    pieces += [(c, -20.0) for c in ["▁", *map(chr, range(33, 127))] if c not in known]
-    pieces += [(name, 0.0) for name in reversed(extra)]          # T5 puts its sentinels last, backwards
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
-    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)
-                                  for name in ["<pad>", "</s>", "<unk>", *extra]])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    write_json(folder / "tokenizer_config.json", {
-        **special, "model_max_length": TEXT_TOKENS, "extra_ids": 100, "tokenizer_class": "T5Tokenizer"})
-    write_json(folder / "special_tokens_map.json", special)
-
-
-def write_json(file, value):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=2) + "\n")
-
-
-# ---------------------------------------------------------------- 3. data
+# ---------------------------------------------------------------- 1. data
 
 
 def latents_of(work, shared, count):
@@ -170,15 +107,52 @@ def captions_of(folder, count):
             {name: rows[0] for name, rows in ids.items()})
 
 
+def pairs_of(work, dev, data, cfgs, count, size=500):
+    """What `dev` (a folder) draws from `count` noises, as data for `draw`; kept in files of `size` in `work`."""
+    rows, files = np.arange(count), []
+    ids = {name: data[name][rows % len(data[name]), rows % VARIANTS] for name in ("t5", "clip")}
+    run, params = None, None
+    for first in range(0, count, size):
+        files.append(work / "pairs" / f"{first}.npy")
+        if files[-1].exists():
+            continue
+        if run is None:
+            files[-1].parent.mkdir(exist_ok=True)
+            every, parts = (NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec(*axes))
+                            for axes in ((), ("data",)))
+            run, params = jax.jit(partial(sampled, cfgs=cfgs)), jax.device_put(pipeline(dev), every)
+        noise = np.random.default_rng(first).standard_normal((size, *data["latents"].shape[1:]), np.float32)
+        some = {name: np.resize(of[first:first + size], (size, of.shape[1])) for name, of in ids.items()}
+        images = run(params, noise=jax.device_put(noise, parts), ids=jax.device_put(some, parts))
+        np.save(work / "new.npy", np.stack([noise, images]).astype(np.float16))
+        os.replace(work / "new.npy", files[-1])
+        print(f"pairs: {first + size} of {count}", flush=True)
+    noise, images = (np.concatenate(part)[:count] for part in zip(*map(np.load, files)))
+    return {"latents": images, "noise": noise, **{name: of[:, None] for name, of in ids.items()}}
+
+
+def sampled(params, noise, ids, cfgs):
+    """Latents that dev draws in STEPS steps at the scale GUIDANCE."""
+    said, levels = encode(params, cfgs, ids), jnp.asarray(flux.sigmas({"shift": SHIFT}, STEPS, 64))
+
+    def step(x, level):
+        here, there = level
+        full = lambda value: jnp.full(len(x), value)
+        return x + (there - here) * velocity(params["flux"], x, said, full(here), full(GUIDANCE)), None
+
+    return jax.lax.scan(step, noise, (levels[:-1], levels[1:]))[0]
+
+
 def draw(key, data, size):
     """A batch, drawn on the device: latents, noise, quantiles [B] of times, spread evenly, and the ids of a caption."""
     row, variant, order, place, noise = jax.random.split(key, 5)
     rows = jax.random.randint(row, (size,), 0, len(data["latents"]))
-    variants = jax.random.randint(variant, (size,), 0, VARIANTS)
+    variants = jax.random.randint(variant, (size,), 0, data["t5"].shape[1])
     u = (jax.random.permutation(order, size) + jax.random.uniform(place, (size,), minval=1e-4)) / size
     latents = data["latents"][rows].astype(jnp.float32)
+    noise = data["noise"][rows].astype(jnp.float32) if "noise" in data else jax.random.normal(noise, latents.shape)
     ids = {name: data[name][rows, variants].astype(jnp.int32) for name in ("t5", "clip")}
-    return latents, jax.random.normal(noise, latents.shape), u, ids
+    return latents, noise, u, ids
 
 
 def times(u):
@@ -186,12 +160,13 @@ def times(u):
     return jnp.where(u < 0.5, jax.nn.sigmoid(jax.scipy.special.ndtri(jnp.minimum(2 * u, 0.9999))), u)
 
 
-# ---------------------------------------------------------------- 4. what each stage minimizes
+# ---------------------------------------------------------------- 2. what each stage minimizes
 
 
-def base_loss(params, fixed, cfgs, key, drawn):
+def base_loss(params, fixed, cfgs, key, data, size):
     """Mean squared error of the velocity (arXiv 2209.03003)."""
-    latents, noise, u, ids = drawn
+    key, some = jax.random.split(key)
+    latents, noise, u, ids = draw(some, data, size)
     time = times(u)
     drop = jax.random.uniform(key, (len(u), 1)) < 0.1
     ids = {name: jnp.where(drop, fixed["empty"][name], rows) for name, rows in ids.items()}
@@ -199,9 +174,10 @@ def base_loss(params, fixed, cfgs, key, drawn):
     return jnp.mean((v - (noise - latents)) ** 2)
 
 
-def dev_loss(params, fixed, cfgs, key, drawn):
+def dev_loss(params, fixed, cfgs, key, data, size):
     """Mean squared distance to base's velocity with classifier-free guidance, at a random scale (arXiv 2210.03142)."""
-    latents, noise, u, ids = drawn
+    key, some = jax.random.split(key)
+    latents, noise, u, ids = draw(some, data, size)
     time, scale = times(u), jax.random.uniform(key, u.shape, minval=1, maxval=4)
     x, said = between(latents, noise, time), encode(fixed, cfgs, ids)
     nothing = encode(fixed, cfgs, {name: row[None] for name, row in fixed["empty"].items()})
@@ -211,23 +187,32 @@ def dev_loss(params, fixed, cfgs, key, drawn):
     return jnp.mean((velocity(params["flux"], x, said, time, scale) - target) ** 2)
 
 
-def four_loss(params, fixed, cfgs, key, drawn):
-    """Mean squared distance of the velocity to the straight line along which dev, in four steps, crosses one."""
-    return arrival(params, fixed, cfgs, drawn, across, GUIDANCE)[0]
+def straight_loss(params, fixed, cfgs, key, data, size):
+    """Mean squared error of the velocity from dev's noise to dev's image, at the noise levels of sampling."""
+    return straight(params, fixed, cfgs, draw(key, data["pairs"], size))[0]
 
 
-def schnell_loss(params, fixed, cfgs, key, drawn):
-    """The same for the line to where `four` arrives in the end; and the losses of schnell and of the discriminator."""
-    latents, *_ = drawn
-    error, image, said = arrival(params, fixed, cfgs, drawn, to_the_end)
-    noise, level = jax.random.split(key)
-    time = jax.random.uniform(level, (len(latents),), minval=0.05, maxval=0.6)
-    noise = jax.random.normal(noise, latents.shape)
-    other = [jnp.roll(a, 1, 0) for a in said]
+def straight(params, fixed, cfgs, drawn):
+    """(The mean squared error, the images to which the velocity points, the encoded captions)"""
+    latents, noise, u, ids = drawn
+    time = jnp.asarray(LEVELS)[jnp.maximum(6 * u - 2, 0).astype(int)]            # half of them 1, the others even
+    x, said = between(latents, noise, time), encode(fixed, cfgs, ids)
+    v = velocity(params["flux"], x, said, time)
+    return jnp.mean((v - (noise - latents)) ** 2), x - time[:, None, None] * v, said
+
+
+def schnell_loss(params, fixed, cfgs, key, data, size):
+    """The same, and the losses of schnell as the discriminator sees it and of the discriminator (hinge)."""
+    keys = jax.random.split(key, 4)
+    error, image, said = straight(params, fixed, cfgs, draw(keys[0], data["pairs"], size))
+    latents, _, _, ids = draw(keys[1], data, size)
+    true = encode(fixed, cfgs, ids)
+    noise, time = jax.random.normal(keys[2], latents.shape), jax.random.uniform(keys[3], (size,), maxval=0.7)
     score = lambda heads, x, said: judged(heads, fixed["base"], between(x, noise, time), said, time)
-    hinge = lambda sign, x, said: jax.nn.relu(1 + sign * score(params["heads"], jax.lax.stop_gradient(x), said)).mean()
-    discriminator = hinge(-1, latents, said) + (hinge(1, image, said) + hinge(1, latents, other)) / 2
-    return error + discriminator - ADVERSARIAL * score(jax.lax.stop_gradient(params["heads"]), image, said).mean()
+    hinge = lambda sign, x, said: jax.nn.relu(1 + sign * score(params["heads"], x, said)).mean()
+    wrong = (hinge(1, jax.lax.stop_gradient(image), said) + hinge(1, latents, [jnp.roll(a, 1, 0) for a in true])) / 2
+    deceived = score(jax.lax.stop_gradient(params["heads"]), image, said).mean()
+    return error + hinge(-1, latents, true) + wrong - ADVERSARIAL * deceived
 
 
 def judged(heads, base, x, said, time):
@@ -240,42 +225,12 @@ def judged(heads, base, x, said, time):
     return scores
 
 
-def arrival(params, fixed, cfgs, drawn, path, guidance=None):
-    """(Mean squared distance of the velocity to the straight line to where the teacher arrives, the image to which the
-    velocity points, the encoded captions). path: (number of a sampling step [B]) → the times [B, n + 1] through which
-    the teacher goes."""
-    latents, noise, u, ids = drawn
-    through = path(jnp.minimum((u * (len(LEVELS) - 1)).astype(int), len(LEVELS) - 2))
-    said, start = encode(fixed, cfgs, ids), between(latents, noise, through[:, 0])
-    scale = None if guidance is None else jnp.full(len(u), guidance)
-    x = start
-    for i in range(through.shape[1] - 1):
-        v = velocity(fixed["flux"], x, said, through[:, i], scale)
-        x = x + (through[:, i + 1] - through[:, i])[:, None, None] * v
-    target = (start - x) / (through[:, 0] - through[:, -1])[:, None, None]
-    v = velocity(params["flux"], start, said, through[:, 0])
-    return jnp.mean((v - target) ** 2), start - through[:, 0, None, None] * v, said
-
-
 LEVELS = flux.sigmas({"shift": SHIFT}, 4, 64)                    # noise levels of sampling in four steps
-
-
-def across(i):
-    """Sampling step i in four smaller ones."""
-    levels = jnp.asarray(LEVELS)
-    return levels[i][:, None] + (levels[i + 1] - levels[i])[:, None] * jnp.linspace(0, 1, 5)
-
-
-def to_the_end(i):
-    """From the start of sampling step i to the image, in the steps that are left."""
-    return jnp.asarray(LEVELS)[jnp.minimum(i[:, None] + jnp.arange(len(LEVELS)), len(LEVELS) - 1)]
-
-
 STAGES = {
     "base": Stage(None, (300, 8), (128, 512), 2e-3, base_loss),
     "dev": Stage("base", (20, 3), (64, 512), 1e-3, dev_loss),
-    "four": Stage("dev", (30, 4), (64, 512), 1e-3, four_loss),
-    "schnell": Stage("four", (60, 8), (64, 512), 5e-4, schnell_loss),
+    "straight": Stage("dev", (30, 5), (64, 512), 1e-3, straight_loss, pairs=True),
+    "schnell": Stage("straight", (40, 7), (64, 512), 5e-4, schnell_loss, pairs=True),
 }
 FOLDERS = {"base": "nano-base", "dev": "nano-dev", "schnell": "nano"}        # the stages that ship, and where
 
@@ -324,7 +279,7 @@ def barrier(x):
 barrier.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
-# ---------------------------------------------------------------- 5. the training loop
+# ---------------------------------------------------------------- 3. the training loop
 
 
 def train(name, stage, work, data, fixed, cfgs, params, *, minutes, batch, rate, report=50):
@@ -369,9 +324,8 @@ def make_run(mesh, loss, optimizer, batch, steps):
     every = PartitionSpec()
 
     def gradients(params, data, fixed, key):
-        mine, more = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index("data")))
-        batch_ = draw(mine, data, batch // mesh.size)
-        found = jax.value_and_grad(loss)(params, fixed, key=more, drawn=batch_)
+        mine = jax.random.fold_in(key, jax.lax.axis_index("data"))
+        found = jax.value_and_grad(loss)(params, fixed, key=mine, data=data, size=batch // mesh.size)
         return jax.lax.pmean(found, "data")
 
     gradients = jax.shard_map(gradients, mesh=mesh, in_specs=(every,) * 4, out_specs=every, check_vma=False)
@@ -424,9 +378,7 @@ def beginning(name, folder, base, cfgs, seed=0):
         if stage.parent:
             raise session.Mistake(f"--stages {name}: train {stage.parent} first; {folder} does not exist")
         return fresh, {}
-    teacher = {"flux": mmdit.load_transformer(folder / "transformer", dtype=jnp.float32)[1],
-               "t5": text.load_t5(folder / "text_encoder_2", dtype=jnp.float32)[1],
-               "clip": text.load_clip(folder / "text_encoder", dtype=jnp.float32)[1]}
+    teacher = pipeline(folder)
     if stage.parent is None:                                     # what shipped: its moving average, in bfloat16
         return teacher, {}
     own = {part: value for part, value in teacher["flux"].items() if part in fresh["flux"]}
@@ -443,6 +395,13 @@ def beginning(name, folder, base, cfgs, seed=0):
     return own, teacher
 
 
+def pipeline(folder):
+    """The models of a folder in float32: {"flux", "t5", "clip"}."""
+    return {"flux": mmdit.load_transformer(folder / "transformer", dtype=jnp.float32)[1],
+            "t5": text.load_t5(folder / "text_encoder_2", dtype=jnp.float32)[1],
+            "clip": text.load_clip(folder / "text_encoder", dtype=jnp.float32)[1]}
+
+
 # ---------------------------------------------------------------- the folders that diffusers loads
 
 
@@ -454,19 +413,19 @@ def export(out, params, cfgs, guidance):
                          out / "text_encoder" / "model.safetensors")
     weights.save_tensors(text.t5_table(t5), params["t5"], out / "text_encoder_2" / "model.safetensors")
     fields = {k: v for k, v in vars(cfg).items() if k != "out_channels"}
-    write_json(out / "transformer" / "config.json", {"_class_name": "FluxTransformer2DModel", **fields})
-    write_json(out / "text_encoder" / "config.json", {
+    vocabulary.write_json(out / "transformer" / "config.json", {"_class_name": "FluxTransformer2DModel", **fields})
+    vocabulary.write_json(out / "text_encoder" / "config.json", {
         "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **vars(clip), "projection_dim": 96,
         "bos_token_id": clip.vocab_size - 2, "pad_token_id": clip.vocab_size - 1, "dtype": "bfloat16"})
-    write_json(out / "text_encoder_2" / "config.json", {
+    vocabulary.write_json(out / "text_encoder_2" / "config.json", {
         "architectures": ["T5EncoderModel"], "model_type": "t5", **vars(t5), "num_decoder_layers": 0,
         "is_encoder_decoder": False, "use_cache": False, "dropout_rate": 0.0, "tie_word_embeddings": False,
         "pad_token_id": 0, "eos_token_id": 1, "dtype": "bfloat16"})
-    write_json(out / "scheduler" / "scheduler_config.json", {
+    vocabulary.write_json(out / "scheduler" / "scheduler_config.json", {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": SHIFT,
         "use_dynamic_shifting": False, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
         "max_image_seq_len": 4096})
-    write_json(out / "model_index.json", {
+    vocabulary.write_json(out / "model_index.json", {
         "_class_name": "FluxPipeline", "_diffusers_version": "0.30.0",
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -482,8 +441,8 @@ def complete(folder, source):
             shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
 
 
-def main(work=NANO / "work", out=NANO.parent, stages="base,dev,four,schnell", count=60_000, minutes=None, batch=None,
-         rate=None, vae_minutes=20, **unknown):
+def main(work=NANO / "work", out=NANO.parent, stages="base,dev,straight,schnell", count=60_000, pairs=20_000,
+         minutes=None, batch=None, rate=None, vae_minutes=20, **unknown):
     """Run the given stages that are not done yet, and write their pipelines to the folders nano-base, nano-dev and nano
     in --out. --minutes, --batch, --rate: for a single stage."""
     session.no_unknown_flags(unknown)
@@ -499,7 +458,7 @@ def main(work=NANO / "work", out=NANO.parent, stages="base,dev,four,schnell", co
         complete(shared, where("base"))
     if not (shared / "tokenizer_2" / "tokenizer.json").exists():
         captions = scenes.captions(FIRST_SEED)
-        make_tokenizers(shared, [next(captions) for _ in range(20_000)])
+        vocabulary.make(shared, [next(captions) for _ in range(20_000)], TEXT_TOKENS)
     if not (shared / "vae" / "config.json").exists():
         import train_vae  # PyTorch is needed only if autoencoder or latents are missing
 
@@ -513,7 +472,8 @@ def main(work=NANO / "work", out=NANO.parent, stages="base,dev,four,schnell", co
     for name in names:
         stage = STAGES[name]
         params, fixed = beginning(name, where(stage.parent or name), where("base"), cfgs)
-        found = train(name, stage, work, data, fixed | {"empty": empty}, cfgs, params,
+        drawn = {"pairs": pairs_of(work, where("dev"), data, cfgs, pairs)} if stage.pairs else {}
+        found = train(name, stage, work, data | drawn, fixed | {"empty": empty}, cfgs, params,
                       minutes=minutes or stage.minutes[accelerated], batch=batch or stage.batch[accelerated],
                       rate=rate or stage.rate)
         export(where(name), {**fixed, **found}, cfgs, guidance=name == "dev")

@@ -57,7 +57,7 @@ def family(trainer, nano, tmp_path_factory):
     np.save(work / "latents" / "images_1000000.npy",
             rng.standard_normal((40, 64, trainer.FLUX.in_channels)).astype(np.float16))
     for name in trainer.STAGES:
-        trainer.main(work=work, out=out, stages=name, minutes=1e-4, batch=4, count=40)
+        trainer.main(work=work, out=out, stages=name, minutes=1e-4, batch=4, count=40, pairs=6)
     return out, work
 
 
@@ -103,28 +103,62 @@ def test_mistakes(trainer, tmp_path):
         trainer.main(work=tmp_path, hours=3)
 
 
-def test_a_student_that_is_its_teacher_has_no_error(trainer, family):
-    """dev as a student of itself at scale 1, `four` along a straight flow: what they must reach is where they are."""
-    rng = np.random.default_rng(1)
-    C, B = trainer.FLUX.in_channels, 4
-    latents, noise = (jnp.asarray(rng.standard_normal((B, 64, C)), jnp.float32) for _ in range(2))
-    u, ids = jnp.linspace(0.1, 0.9, B), {name: jnp.ones((B, 32), int) for name in ("t5", "clip")}
+@pytest.fixture(scope="module")
+def untrained(trainer):
+    """(cfgs, parameters, what a loss needs besides, data of random latents). The last projection of an untrained model
+    is zero, so its velocity is zero everywhere."""
     cfgs = (trainer.T5(vocab_size=40), trainer.CLIP(vocab_size=40, eos_token_id=39))
     params, _ = trainer.beginning("base", ROOT / "nowhere", None, cfgs)
-    # Untrained, the last projection is zero: the velocity is zero everywhere, a straight flow from any point.
-    fixed = params | {"empty": {name: jnp.ones(32, int) for name in ("t5", "clip")}}
-    drawn = latents, noise, u, ids
-    error, image, _ = trainer.arrival({"flux": params["flux"]}, fixed, cfgs, drawn, trainer.to_the_end)
-    assert float(error) == 0 and image.shape == latents.shape
-    loss = trainer.base_loss(params, fixed, cfgs, jax.random.key(0), drawn)
+    rng, ids = np.random.default_rng(1), {name: np.ones((8, 4, 32), np.int16) for name in ("t5", "clip")}
+    data = {"latents": rng.standard_normal((8, 64, trainer.FLUX.in_channels)).astype(np.float32), **ids}
+    return cfgs, params, params | {"empty": {name: np.ones(32, int) for name in ids}}, data
+
+
+def test_losses_of_a_model_that_does_nothing(trainer, untrained):
+    """The error of base is the mean square of noise minus image; that of a student is zero where image is noise."""
+    cfgs, params, fixed, data = untrained
+    key = jax.random.key(0)
+    latents, noise, u, _ = trainer.draw(jax.random.split(key)[1], data, 4)
+    assert sorted((4 * u).astype(int).tolist()) == [0, 1, 2, 3]  # spread evenly
+    loss = trainer.base_loss(params, fixed, cfgs, key, data, 4)
     assert float(loss) == pytest.approx(float(jnp.mean((noise - latents) ** 2)), rel=1e-5)
+    pairs = {**data, "noise": data["latents"]}
+    assert float(trainer.straight_loss(params, fixed, cfgs, key, {"pairs": pairs}, 4)) == 0
+    pairs["noise"] = data["latents"] + 2
+    assert float(trainer.straight_loss(params, fixed, cfgs, key, {"pairs": pairs}, 4)) == pytest.approx(4, rel=1e-5)
 
 
-def test_paths_of_the_teacher(trainer):
-    """`four` crosses one sampling step in four; schnell's teacher takes the steps that are left, then stays."""
-    levels = trainer.LEVELS
-    np.testing.assert_allclose(trainer.across(jnp.array([1]))[0], np.linspace(levels[1], levels[2], 5), rtol=1e-6)
-    np.testing.assert_allclose(trainer.to_the_end(jnp.array([0, 3])), [levels, [levels[3], 0, 0, 0, 0]], rtol=1e-6)
+def test_pairs_are_what_dev_draws(trainer, family, tmp_path):
+    """`flux.sample` of a random dev with the pair's caption, noise, steps and guidance arrives at the pair's image."""
+    out, work = family
+    dev, rng = tmp_path / "dev", np.random.default_rng(2)
+    shutil.copytree(out / "nano-dev", dev)
+    params = trainer.pipeline(dev)
+    params["flux"] = jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape, np.float32), params["flux"])
+    cfgs = tuple(part[0] for part in (flux.load(dev).t5, flux.load(dev).clip))
+    trainer.export(dev, params, cfgs, guidance=True)
+    ids, _ = trainer.captions_of(work / "shared", 5)
+    data = {"latents": rng.standard_normal((5, 64, trainer.FLUX.in_channels)), **ids}
+    pairs = trainer.pairs_of(tmp_path, dev, data, cfgs, 7, size=4)
+    assert len(pairs["latents"]) == 7 and pairs["t5"].shape == (7, 1, 32)
+    noise, model = pairs["noise"].astype(np.float32), flux.load(dev, dtype=jnp.float32)
+    captions = [trainer.scenes.caption(trainer.scenes.sample(trainer.FIRST_SEED + i % 5), i % 4) for i in range(7)]
+    start = flux.prepare(model, captions, steps=trainer.STEPS, size=128, noise=noise, guidance=trainer.GUIDANCE)
+    drawn = np.asarray(flux.sample(model, start))
+    assert np.abs(drawn - noise).mean() > 0.3
+    np.testing.assert_allclose(pairs["latents"], drawn, atol=0.02 * np.abs(drawn).max())
+    again = trainer.pairs_of(tmp_path, tmp_path / "gone", data, cfgs, 7, size=4)
+    np.testing.assert_array_equal(again["latents"], pairs["latents"])
+
+
+def test_time_levels(trainer):
+    """Half of a student's times are 1; half of base's are above 0.5 and even, the others lie around 0.5."""
+    u = (jnp.arange(1200) + 0.5) / 1200
+    time = np.asarray(trainer.LEVELS)[np.maximum(6 * u - 2, 0).astype(int)]
+    assert (time == 1).mean() == 0.5 and set(time) == set(np.asarray(trainer.LEVELS[:4]))
+    times = np.asarray(trainer.times(u))
+    np.testing.assert_allclose(np.histogram(times[600:], 5, (0.5, 1))[0], 120, atol=1)
+    assert np.median(times[:600]) == pytest.approx(0.5, abs=0.01) and times.min() > 0 and times.max() <= 1
 
 
 # ---------------------------------------------------------------- reading images
