@@ -1,16 +1,15 @@
-"""Steer nano's images toward a colour or a shape, and let a judge check them, as Markdown tables and a picture.
+"""Steer nano's images toward a colour or a shape, and read what they show, as Markdown tables and a picture.
 
     python bench/steering.py ckpt3 ckpt5 ckpt8 --out docs/steering.webp     # SAEs of image tokens
 
 For each colour and shape, take the feature whose maximum in an image predicts it best (AUROC on held-out scenes of one
 to three objects, activations of a single step). Draw captions of one object that state another colour or shape, and add
-the feature in every step, at every image token or only at the tokens that show the object in the unsteered image. (In
-nano's world an object is more saturated, or whiter, than floor and wall.) nano's judge says what the images show.
-Comparisons, with vectors of the same norm: a random feature; the block's MLP neuron with the best AUROC, and a random
-neuron (their rows of the output weights, times the mean gate); and the difference of the mean residuals with and
-without the attribute, as a probe with labels would find. The judge always names a colour, also if no object is left;
-"stays" is then chance. Strengths are chosen per row on captions that are not reported. On these captions the feature
-also decides the layer, and where vectors are added: everywhere, or at the object.
+the feature in every step, at every image token or only at the tokens that show the object in the unsteered image.
+`nano/inverse.py` says what images and tokens show. Comparisons, with vectors of the same norm: a random feature; the
+block's MLP neuron with the best AUROC, and a random neuron (their rows of the output weights, times the mean gate); and
+the difference of the mean residuals with and without the attribute, as a probe with labels would find. An image without
+an object takes no target and keeps nothing. Strengths are chosen per row on captions that are not reported. On these
+captions the feature also decides the layer, and where vectors are added: everywhere, or at the object.
 """
 import os
 import sys
@@ -23,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "nano")]
 
 import evaluate
+import inverse
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +39,7 @@ import steer
 
 COLORS, SHAPES, SIZE, BATCH = evaluate.COLORS, evaluate.SHAPES, evaluate.SIZE, 32
 TARGETS = [(f"color: {word}", 1, i) for i, word in enumerate(COLORS)]
-TARGETS += [(f"shape: {word}", 0, i) for i, word in enumerate(SHAPES)]           # name, column of verdicts, index
+TARGETS += [(f"shape: {word}", 0, i) for i, word in enumerate(SHAPES)]           # name, column of labels, index
 CHOOSE, REPORT = 5_000, 6_000                                    # first seeds of the captions; all are held out
 METHODS = ("feature", "random feature", "neuron", "random neuron", "difference of means")
 PLACES = ("everywhere", "at the object")
@@ -158,21 +158,18 @@ def added(name: str, x: jax.Array, each: tuple, shared: None) -> jax.Array:
     return x + (where[..., None] * vectors[:, None]).astype(x.dtype)
 
 
-def object_tokens(images: np.ndarray, share: float = 0.3) -> np.ndarray:
-    """Return a mask [B, 64] of the tokens that show an object: at least `share` of their pixels are saturated or white.
-    An image without such a token gets all its tokens."""
-    rgb = images.astype(np.float32) / 255
-    low, high = rgb.min(-1), rgb.max(-1)
-    solid = (high - low > 0.3 * high) | (low > 0.83)
-    shares = solid.reshape(len(images), 8, 16, 8, 16).mean((2, 4)).reshape(len(images), 64)
+def object_tokens(seen: inverse.Seen, share: float = 0.3) -> np.ndarray:
+    """Return a mask [B, 64] of the tokens that show an object on at least `share` of their cells. An image without such
+    a token gets all its tokens."""
+    shares = inverse.tokens(seen)["solid"].reshape(len(seen.shape), 64)
     return np.where(shares.max(1, keepdims=True) >= share, shares >= share, True)
 
 
 class Pictures:
-    """Captions of one object that state colour and shape, with the judge's verdicts on their images."""
+    """Captions of one object that state colour and shape, with what their images show."""
 
     def __init__(self, model: flux.Model, first: int, n: int, steps: int):
-        world, self.model, self.judge = data.scenes(), model, evaluate.load_judge()
+        world, self.model, self.network = data.scenes(), model, inverse.load()
         self.captions, self.said = [], []
         for scene in (world.sample(i, objects=1) for i in range(first, first + 20 * n)):
             caption = world.caption(scene)
@@ -183,8 +180,9 @@ class Pictures:
         D = model.cfg.width
         self.where = {"everywhere": np.ones((n, 64), bool)}
         self.plain = self.draw(np.arange(n), np.zeros((n, D)), 0, "everywhere")
-        self.where["at the object"] = object_tokens(self.plain)
-        self.seen = evaluate.verdicts(self.judge, self.plain)    # [n, 2]: shape, colour
+        seen = inverse.read(self.network, self.plain)
+        self.where["at the object"] = object_tokens(seen)
+        self.seen = evaluate.verdicts(seen)                      # [n, 2]: shape, colour
 
     def draw(self, which: np.ndarray, vectors: np.ndarray, layer: int, place: str) -> np.ndarray:
         """Draw the captions `which` [m] with vectors [m, D] added to the image tokens of a place at a layer."""
@@ -208,10 +206,11 @@ class Pictures:
                 if self.said[i][kind] != value and self.seen[i][kind] != value]
         targets, which = np.array(jobs).T
         images = self.draw(which, strength * directions.of[method][targets], directions.layer, place)
-        now, kind = evaluate.verdicts(self.judge, images), np.array([TARGETS[t][1] for t in targets])
+        now = evaluate.verdicts(inverse.read(self.network, images))
+        kind = np.array([TARGETS[t][1] for t in targets])
         here = np.arange(len(now))
         became = now[here, kind] == np.array([TARGETS[t][2] for t in targets])
-        stayed = now[here, 1 - kind] == self.seen[which, 1 - kind]
+        stayed = (now[here, 1 - kind] == self.seen[which, 1 - kind]) & (now[here, 0] >= 0)
         return [float(x[kind == k].mean()) for k in (1, 0) for x in (became, stayed, became & stayed)]
 
 

@@ -203,6 +203,21 @@ def drawn(seeds):
     return Seen(*(np.stack(part) for part in zip(*seen))), np.stack(images)
 
 
+def reconstruct(model, images, noise=0.0):
+    """What the autoencoder makes of images, uint8; `noise` is an error of its latents, such as a flow model makes."""
+    import vae
+    cfg, params = model.vae
+
+    @jax.jit
+    def run(params, images, key):
+        latents = vae.encode(params, cfg, images.astype(jnp.float32) / 127.5 - 1)
+        latents += noise * jax.random.normal(key, latents.shape)
+        return jnp.round((vae.decode(params, cfg, latents).clip(-1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+    keys = jax.random.split(jax.random.key(0), len(images))
+    return np.concatenate([np.asarray(run(params, images[i:i + 20], keys[i])) for i in range(0, len(images), 20)])
+
+
 def loss_fn(params, x, seen):
     """Cross entropies of the labels, and squared errors of depth (in tens of units) and normal."""
     out, total = outputs(params, x), 0.0
@@ -216,8 +231,7 @@ def train(model=None, count=16_000, passed=2_000, epochs=6, batch=64, seed=0):
     """Parameters trained on `count` renders; `passed` of them also as the autoencoder of `model` shows them."""
     seen, images = drawn(range(TRAIN_SEED, TRAIN_SEED + count))
     if model is not None:
-        import evaluate
-        images = np.concatenate([images, *[evaluate.reconstruct(model, images[:passed], noise=n) for n in (0.05, 0.3)]])
+        images = np.concatenate([images, *[reconstruct(model, images[:passed], noise=n) for n in (0.05, 0.3)]])
         seen = Seen(*(np.concatenate([part, part[:passed], part[:passed]]) for part in seen))
     arrays = {name: np.asarray(value, np.int32 if name in ("shape", "color", "surface", "lit") else np.float32)
               for name, value in seen._asdict().items()}

@@ -198,3 +198,52 @@ def test_the_network_learns_to_read(inverse, monkeypatch):
     assert (seen.surface == read.surface).mean() > 0.75
     with pytest.raises(session.Mistake, match="should be uint8"):
         inverse.read(params, images[:, :64])
+
+
+# ---------------------------------------------------------------- measuring the family
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    return script("evaluate")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_true_renders_are_as_captioned(evaluate, monkeypatch, wrong):
+    """Renders come true, also where a solid hides behind another; those of other scenes do not."""
+    inverse, counts, truth = evaluate.inverse, iter((1, 2, 3)), []
+
+    def draw(prompts):
+        worlds = [inverse.scenes.sample(seed, objects=objects) for objects in [next(counts)]
+                  for seed in range(len(prompts))]
+        found, images = zip(*map(inverse.truth_of, worlds[1:] + worlds[:1] if wrong else worlds))
+        truth.append(inverse.Seen(*(np.stack(part) for part in zip(*found))))
+        return np.stack(images)
+
+    monkeypatch.setattr(inverse, "read", lambda network, images: truth[-1])
+    shares = evaluate.judged(None, draw, 60)
+    assert list(shares) == ["shape", "cube", "colour", "two", "three"]
+    if wrong:
+        assert max(shares.values()) < 0.6
+    else:
+        assert shares["shape"] == shares["cube"] == shares["colour"] == 1
+        assert shares["two"] > 0.9 and shares["three"] > 0.85
+
+
+def test_base_draws_with_classifier_free_guidance(evaluate, family):
+    """At scale 1 that is the model itself; at another scale it is not. A short batch is filled up and cut again."""
+    out, _ = family
+    base, prompts = flux.load(out / "nano-base", dtype=jnp.float32), ["a red cube", "a blue ball", "a cone"]
+    base.params["out"] = jax.tree.map(lambda x: x + 0.1, base.params["out"])
+    plain = evaluate.generate(base, prompts, 2, batch=2)
+    assert plain.shape == (3, 128, 128, 3)
+    same = evaluate.generate(base, prompts, 2, guidance=1.0, batch=2)
+    assert np.abs(plain.astype(int) - same).max() <= 1
+    assert (evaluate.generate(base, prompts, 2, guidance=4.0, batch=2) != plain).any()
+
+
+def test_evaluate_says_what_it_can_measure(evaluate, tmp_path):
+    with pytest.raises(session.Mistake, match="--models flux: should be some of nano, nano-dev, nano-base"):
+        evaluate.main(models="nano,flux", out=tmp_path)
+    with pytest.raises(session.Mistake, match="--n 2"):
+        evaluate.main(n=2, out=tmp_path)
