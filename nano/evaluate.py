@@ -10,12 +10,13 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":
-    import cpu
-    cpu.fast()                                                   # before jax is imported
-
 NANO = Path(__file__).resolve().parent
 sys.path[:0] = [str(NANO.parent), str(NANO)]
+
+import cpu
+
+if __name__ == "__main__":
+    cpu.fast()                                                   # before jax is imported
 
 import inverse
 import jax.numpy as jnp

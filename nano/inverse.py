@@ -12,26 +12,28 @@ For a render the scene says all this. For a generated image nothing does, so a s
 from what the autoencoder makes of renders. A cell is 4x4 pixels; its truth is that of its centre. Letters: B images,
 H = W = 32 cells, S shapes, C colours. It needs jax, optax, numpy and `scenes.py`.
 """
+import math
 import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":
-    import cpu
-    cpu.fast()                                                   # before jax is imported
-
 NANO = Path(__file__).resolve().parent
 sys.path[:0] = [str(NANO.parent), str(NANO)]
+
+import cpu
+
+if __name__ == "__main__":
+    cpu.fast(os.cpu_count() or 1)                                # before jax is imported
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import scenes
+from jax.sharding import Mesh, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -238,7 +240,7 @@ def train(model=None, count=16_000, passed=2_000, epochs=6, batch=64, seed=0):
     steps, rng = len(images) * epochs // batch, np.random.default_rng(seed)
     optimizer = optax.adamw(optax.cosine_onecycle_schedule(steps, 3e-3, 0.1), weight_decay=1e-2)
     params = init(jax.random.key(seed))
-    state, step = optimizer.init(params), jax.jit(partial(_step, optimizer), donate_argnums=(0, 1))
+    state, step = optimizer.init(params), make_step(optimizer, batch)
     for i in range(steps):
         rows = rng.integers(0, len(images), batch)
         params, state, loss = step(params, state, images[rows], {name: a[rows] for name, a in arrays.items()},
@@ -248,14 +250,36 @@ def train(model=None, count=16_000, passed=2_000, epochs=6, batch=64, seed=0):
     return params
 
 
-def _step(optimizer, params, state, images, seen, key):
+def make_step(optimizer, batch):
+    """Return the program (params, state, images [batch, 128, 128, 3], truth, key) → (params, state, loss). Each device
+    takes its part of the batch; on a CPU one image after the other, see `cpu.mean`."""
+    devices = jax.devices()[:math.gcd(batch, len(jax.devices()))]
+    size = 1 if devices[0].platform == "cpu" else batch // len(devices)
+
+    def gradients(params, images, seen, key):
+        cut = lambda x: x.reshape(-1, size, *x.shape[1:])
+        keys = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index("data")), len(images) // size)
+        one = lambda part: jax.value_and_grad(loss_fn)(params, _augmented(part[0], part[2]), part[1])
+        return jax.lax.pmean(cpu.mean(one, (cut(images), jax.tree.map(cut, seen), keys)), "data")
+
+    every, part = PartitionSpec(), PartitionSpec("data")
+    gradients = jax.shard_map(gradients, mesh=Mesh(np.array(devices), ("data",)), check_vma=False,
+                              in_specs=(every, part, part, every), out_specs=every)
+
+    def step(params, state, images, seen, key):
+        value, grads = gradients(params, images, seen, key)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def _augmented(images, key):
+    """Images in -1…1, a little brighter or darker, and noisy: generated ones are not clean."""
     gain, level, noise = jax.random.split(key, 3)
     some = lambda key, low, high: jax.random.uniform(key, (len(images), 1, 1, 1), minval=low, maxval=high)
     x = images.astype(jnp.float32) / 127.5 * some(gain, 0.94, 1.06) - 1
-    x = x + some(level, 0, 0.05) * jax.random.normal(noise, x.shape)              # generated images are not clean
-    value, grads = jax.value_and_grad(loss_fn)(params, x, seen)
-    updates, state = optimizer.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, value
+    return x + some(level, 0, 0.05) * jax.random.normal(noise, x.shape)
 
 
 def check(network, count=1_000, grid=8):

@@ -37,12 +37,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":
-    import cpu
-    cpu.fast(os.cpu_count() or 1)                                # before jax is imported
-
 NANO = Path(__file__).resolve().parent
 sys.path[:0] = [str(NANO.parent), str(NANO)]
+
+import cpu
+
+if __name__ == "__main__":
+    cpu.fast(os.cpu_count() or 1)                                # before jax is imported
 
 import jax
 import jax.numpy as jnp
@@ -322,21 +323,14 @@ def train(name, stage, work, data, fixed, cfgs, params, *, minutes, batch, rate,
 def make_run(mesh, loss, optimizer, batch, steps):
     """Return the program (state, data, fixed, rate) → (state, mean loss) of `steps` steps, each device on its part.
 
-    On a CPU a device takes CACHED scenes at a time: with 64 at once, activations do not fit its cache, and a step takes
-    1.5 times as long."""
+    On a CPU a device takes CACHED scenes at a time."""
     every, size = PartitionSpec(), batch // mesh.size
     count = size // CACHED if mesh.devices[0].platform == "cpu" and size % CACHED == 0 else 1
-    size //= count
-
-    def parts(function, key):
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, key))
-        add = lambda sums, key: (jax.tree.map(jnp.add, sums, function(key)), None)
-        return jax.tree.map(lambda x: x / count, jax.lax.scan(add, zeros, jax.random.split(key, count))[0])
 
     def gradients(params, data, fixed, key):
-        mine = jax.random.fold_in(key, jax.lax.axis_index("data"))
-        found = parts(lambda key: jax.value_and_grad(loss)(params, fixed, key=key, data=data, size=size), mine)
-        return jax.lax.pmean(found, "data")
+        keys = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index("data")), count)
+        one = lambda key: jax.value_and_grad(loss)(params, fixed, key=key, data=data, size=size // count)
+        return jax.lax.pmean(cpu.mean(one, keys), "data")
 
     gradients = jax.shard_map(gradients, mesh=mesh, in_specs=(every,) * 4, out_specs=every, check_vma=False)
 
