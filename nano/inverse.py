@@ -10,7 +10,8 @@
 
 For a render the scene says all this. For a generated image nothing does, so a small U-net learns it from renders, and
 from what the autoencoder makes of renders. A cell is 4x4 pixels; its truth is that of its centre. Letters: B images,
-H = W = 32 cells, S shapes, C colours. It needs jax, optax, numpy and `scenes.py`.
+H = W = 32 cells, S shapes, C colours. It needs jax, optax, numpy, `scenes.py`, `cpu.py` and `session.py`; `vae.py` only
+to see what the autoencoder makes of renders.
 """
 import math
 import multiprocessing

@@ -27,7 +27,6 @@ a CPU each core is a device with its part of the batch, and oneDNN may round the
 which a core with AMX multiplies five times as fast. Two such cores train base on 98 scenes a second.
 """
 import json
-import math
 import os
 import shutil
 import sys
@@ -65,6 +64,7 @@ import weights
 FIRST_SEED = 1_000_000                                           # scenes below are for evaluation
 TEXT_TOKENS, VARIANTS, CACHED = 32, 4, 8                         # captions of a scene; scenes that fit a core's cache
 SHIFT, GUIDANCE, STEPS = 3.0, 3.0, 10                            # of the noise levels; how dev draws the pairs
+LEVELS = flux.sigmas({"shift": SHIFT}, 4, 64)                    # of sampling in four steps
 ADVERSARIAL, HEADS, HIDDEN = 0.1, (7,), 64                       # its weight; layers that the discriminator reads
 FLUX = flux.Config(in_channels=16, num_layers=4, num_single_layers=8, attention_head_dim=32, num_attention_heads=4,
                    joint_attention_dim=128, pooled_projection_dim=96, axes_dims_rope=(8, 12, 12))
@@ -108,51 +108,28 @@ def captions_of(folder, count):
             {name: rows[0] for name, rows in ids.items()})
 
 
-def pairs_of(work, dev, data, cfgs, count, size=512):
+def pairs_of(work, dev, data, count, size=512, batch=64):
     """What `dev` (a folder) draws from `count` noises, as data for `draw`; kept in files of `size` in `work`."""
-    rows, files, draw_all = np.arange(count), [], None
-    ids = {name: data[name][rows % len(data[name]), rows % VARIANTS] for name in ("t5", "clip")}
+    known, files, model = len(data["latents"]), [], None
     for first in range(0, count, size):
         files.append(work / "pairs" / f"{first}.npy")
         if files[-1].exists():
             continue
         files[-1].parent.mkdir(exist_ok=True)
-        draw_all = draw_all or make_draw(pipeline(dev), cfgs, size)
+        model = model or flux.load(dev, dtype=session.default_dtype())
         noise = np.random.default_rng(first).standard_normal((size, *data["latents"].shape[1:]), np.float32)
-        images = draw_all(noise, {name: np.resize(of[first:first + size], (size, of.shape[1]))
-                                  for name, of in ids.items()})
-        np.save(work / "new.npy", np.stack([noise, images]).astype(np.float16))
+        captions = [scenes.caption(scenes.sample(FIRST_SEED + i % known), i % VARIANTS)
+                    for i in range(first, first + size)]
+        images = [flux.sample(model, flux.prepare(model, captions[i:i + batch], steps=STEPS, size=128,
+                                                  noise=noise[i:i + batch], guidance=GUIDANCE))
+                  for i in range(0, size, batch)]
+        np.save(work / "new.npy", np.stack([noise, np.concatenate(images)]).astype(np.float16))
         os.replace(work / "new.npy", files[-1])
         print(f"pairs: {first + size} of {count}", flush=True)
     noise, images = (np.concatenate(part)[:count] for part in zip(*map(np.load, files)))
-    return {"latents": images, "noise": noise, **{name: of[:, None] for name, of in ids.items()}}
-
-
-def make_draw(params, cfgs, size):
-    """Return (noise [size, 64, C], ids) → latents, each device on its part."""
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    every, part = PartitionSpec(), PartitionSpec("data")
-    each = size // mesh.size
-    each = math.gcd(each, CACHED) if mesh.devices[0].platform == "cpu" else each
-
-    def run(params, noise, ids):
-        cut = jax.tree.map(lambda x: x.reshape(-1, each, *x.shape[1:]), (noise, ids))
-        return jax.lax.map(lambda some: sampled(params, *some, cfgs), cut).reshape(noise.shape)
-
-    run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(every, part, part), out_specs=part, check_vma=False))
-    return partial(run, jax.device_put(params, NamedSharding(mesh, every)))
-
-
-def sampled(params, noise, ids, cfgs):
-    """Latents that dev draws in STEPS steps at the scale GUIDANCE."""
-    said, levels = encode(params, cfgs, ids), jnp.asarray(flux.sigmas({"shift": SHIFT}, STEPS, 64))
-
-    def step(x, level):
-        here, there = level
-        full = lambda value: jnp.full(len(x), value)
-        return x + (there - here) * velocity(params["flux"], x, said, full(here), full(GUIDANCE)), None
-
-    return jax.lax.scan(step, noise, (levels[:-1], levels[1:]))[0]
+    rows = np.arange(count)
+    ids = {name: data[name][rows % known, rows % VARIANTS][:, None] for name in ("t5", "clip")}
+    return {"latents": images, "noise": noise, **ids}
 
 
 def draw(key, data, size):
@@ -170,6 +147,11 @@ def draw(key, data, size):
 def times(u):
     """Times from quantiles: the lower half logit-normal, the upper half uniform in 0.5…1."""
     return jnp.where(u < 0.5, jax.nn.sigmoid(jax.scipy.special.ndtri(jnp.minimum(2 * u, 0.9999))), u)
+
+
+def few_times(u):
+    """Noise levels of sampling in four steps, from quantiles: half of them 1, the others even."""
+    return jnp.asarray(LEVELS)[jnp.maximum(6 * u - 2, 0).astype(int)]
 
 
 # ---------------------------------------------------------------- 2. what each stage minimizes
@@ -207,7 +189,7 @@ def straight_loss(params, fixed, cfgs, key, data, size):
 def straight(params, fixed, cfgs, drawn):
     """(The mean squared error, the images to which the velocity points, the encoded captions)"""
     latents, noise, u, ids = drawn
-    time = jnp.asarray(LEVELS)[jnp.maximum(6 * u - 2, 0).astype(int)]            # half of them 1, the others even
+    time = few_times(u)
     x, said = between(latents, noise, time), encode(fixed, cfgs, ids)
     v = velocity(params["flux"], x, said, time)
     return jnp.mean((v - (noise - latents)) ** 2), x - time[:, None, None] * v, said
@@ -237,7 +219,6 @@ def judged(heads, base, x, said, time):
     return scores
 
 
-LEVELS = flux.sigmas({"shift": SHIFT}, 4, 64)                    # noise levels of sampling in four steps
 STAGES = {
     "base": Stage(None, (180, 8), (128, 512), 2e-3, base_loss),
     "dev": Stage("base", (20, 3), (64, 512), 1e-3, dev_loss),
@@ -487,7 +468,7 @@ def main(work=NANO / "work", out=NANO.parent, stages="base,dev,straight,schnell"
     for name in names:
         stage = STAGES[name]
         params, fixed = beginning(name, where(stage.parent or name), where("base"), cfgs)
-        drawn = {"pairs": pairs_of(work, where("dev"), data, cfgs, pairs)} if stage.pairs else {}
+        drawn = {"pairs": pairs_of(work, where("dev"), data, pairs)} if stage.pairs else {}
         found = train(name, stage, work, data | drawn, fixed | {"empty": empty}, cfgs, params,
                       minutes=minutes or stage.minutes[accelerated], batch=batch or stage.batch[accelerated],
                       rate=rate or stage.rate)
