@@ -29,10 +29,10 @@ class Run:
     """The flags that decide what a run computes. The checkpoint stores them, and a resumed run must match them."""
     model: str = flag("nano, schnell, dev, a folder or a repo id; auto: schnell if JAX sees an accelerator, else nano",
                       "auto")
-    layer: int = flag("number of the block whose output the SAE reads", auto="the last double block")
+    layer: int = flag("number of the block whose output the SAE reads", auto="the last double block; nano: 10")
     site: str = flag("tokens to train on: img, txt or both", "img")
-    features: int = flag("number of SAE features", auto="16 times the width, at most 16384")
-    k: int = flag("active features per token", auto="width / 8, at most 32; 32 for txt")
+    features: int = flag("number of SAE features", auto="16 times the width, at most 16384; nano: 128")
+    k: int = flag("active features per token", auto="width / 8, at most 32; nano: 24; txt: 32")
     steps: int = flag("training steps", auto="10000; 1000 for small models")
     batch: int = flag("tokens per step", 2048)
     prompts: str = flag("prompt file, hf:owner/dataset[/file] or scenes",
@@ -48,13 +48,13 @@ class Run:
     seed: int = flag("seed of the noise, the training order and the SAE", 0)
     dtype: str = flag("dtype of the model: float32, bfloat16 or float16", auto="float32 on a CPU, else bfloat16")
     quant: str = flag("format of the model's weights: nf4, int8 or none", auto="none for nano and on a CPU, else nf4")
-    activation: str = flag("topk, batchtopk or jumprelu", auto="topk; batchtopk for a transcoder")
+    activation: str = flag("topk, batchtopk or jumprelu", auto="topk; batchtopk for nano and transcoders")
     matryoshka: tuple | None = flag("sizes of nested feature prefixes, for example 512,2048")
     transcoder: int | None = flag("train a transcoder that predicts the output of this layer from that of --layer")
     normalization: str = flag("pca (standardize, then rotate to the principal axes), std (no rotation) or scale (one "
                               "factor)", auto="pca; std for txt and transcoders")
     without: str = flag("what to remove from the residuals before training: input (what is linear in the latents that "
-                        "the model reads) or nothing", auto="nothing")
+                        "the model reads) or nothing", "nothing", auto="nothing; nano: input")
     init: str | None = flag("SAE to start from: a folder of fae, SAELens or sparsify, or owner/repo/folder")
     transformer: str | None = flag("file or folder to load the transformer from")
     revision: str | None = flag("revision of a model on the hub")
@@ -67,6 +67,10 @@ class Run:
             if isinstance(getattr(self, name), list):            # JSON has no tuples
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
+
+# Defaults for nano's image tokens ("nano:" in the help), chosen by what can be read; figures are in docs/results.md.
+# Few features suffice for its small world. Late layers know what is drawn. BatchTopK spends more features on solids.
+READABLE = {"layer": 10, "features": 128, "k": 24, "activation": "batchtopk"}
 
 # Older checkpoints do not store these flags; their runs used these values.
 OLD = {"padding": True, "held_out": False, "quant": "none", "activation": "topk", "normalization": "std",
@@ -87,7 +91,8 @@ def defaults(name: str, folder: Path, cfg: flux.Config, given: dict) -> Run:
     transcoder = given.get("transcoder") is not None
     activation = "batchtopk" if transcoder else "topk"           # SAELens has no TopK transcoder
     given = inherited(given, cfg.width) if "init" in given else given
-    source, field = ("scenes", None) if flux.draws_scenes(folder) else (data.DATASET, data.DATASET_FIELD)
+    nano = flux.draws_scenes(folder)
+    source, field = ("scenes", None) if nano else (data.DATASET, data.DATASET_FIELD)
     source = given.get("prompts", source)
     run = Run(**{
         "model": name, "layer": max(cfg.num_layers - 1, 0), "features": min(16 * cfg.width, 16384),
@@ -96,8 +101,11 @@ def defaults(name: str, folder: Path, cfg: flux.Config, given: dict) -> Run:
         "prompt_batch": shard.batch(1, 32) if small else shard.batch(4),
         "seeds_per_prompt": 4 if small else 1, "buffer": 2 ** 17 if small else 2 ** 16, "size": 0, "text_tokens": 0,
         "dtype": session.default_dtype(), "quant": session.default_quant(folder), "activation": activation,
-        "without": "nothing", "held_out": source == "scenes", "revision": session.revision_of(folder)}
-        | recipe(given.get("site"), cfg.width, transcoder) | given)
+        "held_out": source == "scenes", "revision": session.revision_of(folder)}
+        | recipe(given.get("site"), cfg.width, transcoder)
+        | (READABLE if nano and not transcoder and given.get("site", "img") == "img" else {}) | given)
+    if "without" not in given and nano and can_leave_the_input_out(run):
+        run = replace(run, without="input")
     run = replace(run, matryoshka=prefixes(run.matryoshka, run.features))
     flux.residual_names(cfg, run.layer, run.site)
     if run.transcoder is not None:
@@ -184,7 +192,7 @@ def check_numbers(run: Run) -> None:
     session.quantized(run.quant)                                 # raises for an unknown format
     if run.without not in ("input", "nothing"):
         raise Mistake(f"--without {run.without}: it must be input or nothing")
-    if run.without == "input" and (run.site != "img" or run.transcoder is not None or run.normalization == "scale"):
+    if run.without == "input" and not can_leave_the_input_out(run):
         raise Mistake("--without input works for an SAE of --site img (text tokens read no latents) with "
                       f"--normalization pca or std; not for --site {run.site}, --transcoder {run.transcoder}, "
                       f"--normalization {run.normalization}")
@@ -192,6 +200,11 @@ def check_numbers(run: Run) -> None:
         raise Mistake(f"--transformer {run.transformer}: there is no such file or folder")
     if run.k > run.features:
         raise Mistake(f"--k {run.k} is more than --features {run.features}")
+
+
+def can_leave_the_input_out(run: Run) -> bool:
+    """Return whether --without input works: text tokens read no latents, and one factor keeps no mean to subtract."""
+    return run.site == "img" and run.transcoder is None and run.normalization != "scale"
 
 
 def identified(run: Run, given: dict) -> Run:

@@ -2,17 +2,25 @@
 
     python bench/readable.py ckpt/ other/ --n 512          # SAEs of nano, trained on pure noise
     python bench/readable.py ckpt/ --some 30 --out thirty.png         # and 30 random features, to name them by eye
+    python bench/readable.py --untrained u/ && python train.py --model u/ --out v/
+    python bench/readable.py v/ --images nano
 
 The activations come from one step of held-out captions from pure noise, as in training, and the images from the same
 noise. `nano/inverse.py` says what each token of such an image shows. For every alive feature and every attribute:
 AUROC over all tokens, the token's value against whether half of the token or more shows the attribute. The best
 attribute is chosen on the first half of the captions, and its AUROC is that on the second half. A feature that is high
-only where an attribute is missing does not count. The shares of variance are `session.explained`'s.
+only where an attribute is missing does not count. "Noise" is the share of what the SAE reads that the noise draw
+explains, from the closing table; how many features follow prompt or image is `session.explained`'s answer.
+
+--untrained FOLDER writes nano with an untrained transformer (see `truth.untrained`). An SAE of it shows what the
+figures are for directions that mean nothing; with --images nano the truth is that of nano's images all the same.
 
 Letters: N images, I tokens of an image, F features, A attributes.
 """
 import os
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ |= {"TQDM_DISABLE": "1"}
@@ -22,22 +30,29 @@ sys.path[:0] = [str(ROOT), str(ROOT / "nano")]
 import inverse
 import jax.numpy as jnp
 import numpy as np
+import truth
 
+import checkpoint
 import data
 import flux
+import mmdit
 import session
+import weights
 
 LEAST = 50                                                       # tokens with an attribute, else it is left out
 
 
-def measured(model: flux.Model, subject: session.Subject, network: dict, n: int, steps: int, batch: int = 32) -> dict:
-    """Return {"auroc": [F, A] on each half, "values": codes, "images", "names"} of n held-out captions."""
+def measured(model: flux.Model, painter: flux.Model, subject: session.Subject, network: dict, n: int, steps: int,
+             batch: int = 32) -> dict:
+    """Return {"halves": AUROC [F, A] of each half, "names" of the attributes, "images": [(images, values, indices)],
+    "captions"} of n held-out captions. painter: the model that draws the images."""
     captions, _ = data.examples("scenes", None, True, n)
     halves, images = [Ranks(subject.cfg.features), Ranks(subject.cfg.features)], []
     for i in range(0, n, batch):
         start = flux.prepare(model, captions[i:i + batch], steps=steps, size=model.size,
                              numbers=data.DRAWN + np.arange(i, min(i + batch, n)))
-        drawn = flux.decode(model, flux.sample(model, start), start.grid)
+        same = start if painter is model else replace(start, condition=flux.condition(painter, captions[i:i + batch]))
+        drawn = flux.decode(painter, flux.sample(painter, same), start.grid)
         acts = flux.capture(model, flux.Start(start.latents, start.condition, start.sigmas[[0, -1]], start.grid),
                             layer=subject.layer, site="img").astype(jnp.float32)
         values, indices = (code[0] for code in session.encode(subject.params, subject.cfg, acts, "img", 0))
@@ -81,17 +96,19 @@ class Ranks:
         return out
 
 
-def row(name: str, model: flux.Model, subject: session.Subject, found: dict) -> str:
+def row(name: str, model: flux.Model, subject: session.Subject, found: dict, metadata: dict) -> str:
     """Return a line of the table."""
     first, second = found["halves"]
     alive = ~np.isnan(first).all(1) & ~np.isnan(second).all(1)
     best = np.nanargmax(np.where(np.isnan(first), -1, first), 1)
     score = second[np.arange(len(best)), best][alive]
     shares = session.explained(model, subject, found["captions"], batch=32).summary()
-    follow = shares["follow_prompt_or_image"] / max(shares["varying"], 1)
-    return (f"| {name} | {subject.layer} | {subject.cfg.features} | {subject.cfg.k} | {int(alive.sum())} "
-            f"| {np.nanmean(score >= 0.8):.1%} | {np.nanmean(score >= 0.9):.1%} | {shares['noise']:.1%} "
-            f"| {shares['follow_prompt'] / max(shares['varying'], 1):.1%} | {follow:.1%} |")
+    end, run = metadata["evaluation"]["SAE"], metadata["run"]
+    cells = [name, subject.layer, subject.cfg.features, f"{run['activation']} {run['k']}", run["without"],
+             f"{end['fvu_standardized']:.3f}", int(alive.sum()), f"{end['variance_of_input']['noise']:.1%}",
+             f"{shares['follow_prompt_or_image'] / max(shares['varying'], 1):.1%}",
+             *(f"{np.nanmean(score >= least):.1%}" for least in (0.7, 0.8, 0.9))]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def examples(found: dict, features: np.ndarray, file: str, columns: int = 8) -> None:
@@ -112,19 +129,30 @@ def examples(found: dict, features: np.ndarray, file: str, columns: int = 8) -> 
     sheet.save(file)
 
 
-def main(*checkpoints: str, n: int = 512, steps: int = 1, some: int = 0, out: str = "readable.png",
-         seed: int = 0, **unknown) -> None:
+def write_untrained(folder: Path) -> None:
+    """Write the bundled nano with an untrained transformer into a new folder."""
+    shutil.copytree(ROOT / "nano", folder, ignore=shutil.ignore_patterns("work", "__pycache__", "README.md", "*.jpg"))
+    model = truth.untrained(flux.load("nano", dtype=jnp.float32))
+    file, = (folder / "transformer").glob("*.safetensors")
+    weights.save_tensors(mmdit.table(model.cfg), model.params, file)
+
+
+def main(*checkpoints: str, n: int = 512, steps: int = 1, images: str = "", some: int = 0, out: str = "readable.png",
+         seed: int = 0, untrained: str = "", **unknown) -> None:
     """Print a table with a row per checkpoint. --some: how many random features to draw into --out."""
     session.no_unknown_flags(unknown)
-    network, models = inverse.load(), {}
-    print("| SAE | layer | features | k | alive | AUROC ≥ 0.8 | ≥ 0.9 | noise | follow the prompt | prompt or image |\n"
-          "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
-    for checkpoint in checkpoints or ("ckpt",):
-        about = session.opened(checkpoint)
-        model = models.setdefault(about.model, flux.load(about.model, dtype=jnp.float32))
-        subject = session.subject(model, checkpoint)
-        found = measured(model, subject, network, n, steps)
-        print(row(Path(checkpoint).name, model, subject, found), flush=True)
+    if untrained:
+        return write_untrained(Path(untrained))
+    network, opened = inverse.load(), {}
+    load = lambda name: opened.setdefault(name, flux.load(name, dtype=jnp.float32))
+    print("| SAE | layer | features | k | without | FVU | alive | noise | prompt or image | AUROC ≥ 0.7 | ≥ 0.8 "
+          "| ≥ 0.9 |\n|---|--:|--:|---|---|" + "--:|" * 7)
+    for folder in checkpoints or ("ckpt",):
+        metadata = checkpoint.load_metadata(folder)
+        model = load(metadata["model"])
+        subject = session.subject(model, folder)
+        found = measured(model, load(images) if images else model, subject, network, n, steps)
+        print(row(Path(folder).name, model, subject, found, metadata), flush=True)
         if some:
             alive = np.flatnonzero(~np.isnan(found["halves"][0]).all(1))
             drawn = np.random.default_rng(seed).choice(alive, min(some, len(alive)), replace=False)

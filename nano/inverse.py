@@ -88,17 +88,34 @@ def _run(network, images):
 
 
 def tokens(seen: Seen, grid: int = 8) -> dict[str, np.ndarray]:
-    """Return {what: share [B, grid, grid] of each token's cells} for all shapes, colours, surfaces, shadow on the
-    ground, and edges of solids."""
-    solid = seen.surface == 0
+    """Return {what: share [B, grid, grid] of each token's cells}: for shapes, colours, both together ("red cube"),
+    surfaces, shadow on the ground, the edges between surfaces, sides of solids, and how far the ground is away."""
+    solid, ground, wall = (seen.surface == i for i in range(len(SURFACES)))
+    right, away, up = np.moveaxis(seen.normal, -1, 0)            # of the world frame in `scenes`
     maps = {f"shape: {name}": seen.shape == i for i, name in enumerate(SHAPES)}
     maps |= {f"color: {name}": seen.color == i for i, name in enumerate(COLORS)}
-    maps |= {name: seen.surface == i for i, name in enumerate(SURFACES)}
-    maps["shadow"] = (seen.surface == 1) & (seen.lit == 0)
-    edge = np.zeros_like(solid)
-    edge[:, 1:] |= solid[:, 1:] != solid[:, :-1]
-    edge[:, :, 1:] |= solid[:, :, 1:] != solid[:, :, :-1]
-    return {name: _pooled(where, grid) for name, where in (maps | {"edge": edge}).items()}
+    maps |= {f"{color} {shape}": maps[f"color: {color}"] & maps[f"shape: {shape}"]
+             for color in COLORS for shape in SHAPES}
+    maps |= {"solid": solid, "ground": ground, "wall": wall, "shadow": ground & (seen.lit == 0)}
+    maps |= {"edge: solid, ground": _edge(solid, ground), "edge: solid, wall": _edge(solid, wall),
+             "edge: ground, wall": _edge(ground, wall)}
+    maps |= {"side: top": solid & (up > 0.8), "side: front": solid & (away < -0.8),
+             "side: left": solid & (right < -0.5), "side: right": solid & (right > 0.5),
+             "side: dark": solid & (seen.lit == 0)}
+    near, far = seen.depth < 8, seen.depth > 11                  # a third of the ground each, about
+    maps |= {"ground: near": ground & near, "ground: middle": ground & ~near & ~far, "ground: far": ground & far}
+    return {name: _pooled(where, grid) for name, where in maps.items()}
+
+
+def _edge(a, b):
+    """The cells [B, H, W] of two surfaces where they meet."""
+    return (a & _beside(b)) | (b & _beside(a))
+
+
+def _beside(where):
+    """The cells above, below, left and right of cells [B, H, W]."""
+    padded = np.pad(where, ((0, 0), (1, 1), (1, 1)))
+    return padded[:, 2:, 1:-1] | padded[:, :-2, 1:-1] | padded[:, 1:-1, 2:] | padded[:, 1:-1, :-2]
 
 
 def _pooled(where, grid):

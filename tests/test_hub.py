@@ -291,7 +291,7 @@ def test_tokens_that_will_not_do(server, monkeypatch):
 
 
 TINY = {"layer": 2, "features": 256, "k": 8, "steps": 6, "batch": 64, "prompt_batch": 2, "seeds_per_prompt": 2,
-        "buffer": 256, "size": 64, "text_tokens": 16, "save_every": 2}
+        "buffer": 256, "size": 64, "text_tokens": 16, "save_every": 2, "activation": "topk", "without": "nothing"}
 
 
 def test_train_pushes_at_the_end_and_a_finished_run_at_once(nano, server, tmp_path, monkeypatch, capsys):

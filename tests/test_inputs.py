@@ -20,7 +20,7 @@ import train
 
 D, C, Q = 24, 3, 3
 TINY = {"layer": 2, "features": 256, "k": 8, "steps": 4, "batch": 64, "prompt_batch": 2, "seeds_per_prompt": 2,
-        "buffer": 256, "size": 64, "text_tokens": 16, "log_every": 2, "save_every": 2}
+        "buffer": 256, "size": 64, "text_tokens": 16, "log_every": 2, "save_every": 2, "activation": "topk"}
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_score_input_prints_a_table_for_any_model(nano, monkeypatch, tmp_path, c
     found = json.loads(file.read_text())["layers"]["2"]
     printed = capsys.readouterr()
     assert f"{found['standardized']['linear']:.1%}" in printed.out + printed.err
-    assert 0 < found["raw"]["linear"] <= 1 and found["standardized"]["dimension"] <= 64
+    assert 0 < found["raw"]["linear"] <= 1 and found["standardized"]["dimension"] <= 16
     assert len(found["standardized"]["angles"]) == found["standardized"]["dimension"]
     wrong = {"layer 99": ["--input", f"--model={nano}", "--layer=99"], "missing": ["nowhere", "--input"]}
     for said, flags in wrong.items():

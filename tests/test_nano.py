@@ -184,7 +184,22 @@ def test_truth_is_that_of_the_scene(inverse):
     assert sum(shares[f"color: {name}"] for name in inverse.COLORS).max() <= 1
     np.testing.assert_allclose(sum(shares[name] for name in inverse.SURFACES), 1)
     np.testing.assert_allclose(sum(shares[f"shape: {name}"] for name in inverse.SHAPES), shares["solid"])
-    assert (shares["shadow"] <= shares["ground"]).all() and 0 < shares["edge"].mean() < shares["solid"].mean()
+    np.testing.assert_allclose(sum(shares[f"red {name}"] for name in inverse.SHAPES), shares["color: red"])
+    np.testing.assert_allclose(sum(shares[f"ground: {where}"] for where in ("near", "middle", "far")), shares["ground"])
+    for part in ("shadow", "side: top", "side: front", "side: left", "side: right", "side: dark"):
+        whole = shares["ground" if part == "shadow" else "solid"]
+        assert (shares[part] <= whole).all() and 0.02 < shares[part].mean() / whole.mean() < 0.7, part
+
+
+def test_edges_are_the_cells_on_both_sides(inverse):
+    """A solid of 2 x 2 cells on the ground, under a wall that begins in the row above it."""
+    surface = np.ones((1, 8, 8), int)
+    surface[:, :3], surface[:, 3:5, 2:4] = 2, 0
+    edges = {pair: inverse._edge(surface == a, surface == b)[0] for pair, a, b in
+             (("solid, ground", 0, 1), ("solid, wall", 0, 2), ("ground, wall", 1, 2))}
+    assert edges["solid, wall"].sum() == 4 and edges["solid, wall"][2:4, 2:4].all()
+    assert edges["ground, wall"].sum() == 12 and not edges["ground, wall"][2:4, 2:4].any()
+    assert edges["solid, ground"].sum() == 4 + 4 + 2
 
 
 def test_the_network_learns_to_read(inverse, monkeypatch):

@@ -170,7 +170,7 @@ def test_the_whole_is_the_mean_of_its_noise_levels(scored):
 
 def test_statistics_are_those_of_evaluate_on_activations_from_noise(model, scored):
     who, _, found = scored
-    noise = flux.draw_noise(0, data.SCORED + np.arange(6), (64, 64))     # 513 tokens are three batches of two images
+    noise = flux.draw_noise(0, data.SCORED + np.arange(6), (64, model.cfg.in_channels))  # 513 tokens: 3 batches of 2
     acts = flux.residuals(model, 2 * PROMPTS, layer=5, site="img", steps=2, noise=noise)
     assert found["sae"]["tokens"] == 6 * 64 * 2
     each = [apply.evaluate(p, who.cfg, x) for p, x in zip(who.params, acts)]
@@ -185,7 +185,7 @@ def test_statistics_are_those_of_evaluate_on_activations_from_noise(model, score
 
 def test_image_distances_are_those_of_generate(model, scored):
     who, _, found = scored
-    noise = flux.draw_noise(0, data.SCORED + np.arange(3), (64, 64))
+    noise = flux.draw_noise(0, data.SCORED + np.arange(3), (64, model.cfg.in_channels))
     run = lambda **more: flux.generate(model, PROMPTS, steps=2, size=128, noise=noise, **more).astype(np.float32)
     sigmas = flux.sigmas(model.scheduler, 2, 64)
     zeros = run(edits=lambda i: [flux.Edit(5, ("single.img",), lambda name, x, each, shared: 0 * x)])

@@ -30,7 +30,8 @@ import train
 ROOT = Path(train.__file__).parent
 PROMPTS = [f"{color} {shape}" for shape in ("cube", "cone", "sphere") for color in ("red", "blue", "green", "grey")]
 TINY = {"layer": 2, "features": 256, "k": 8, "steps": 6, "batch": 64, "prompt_batch": 2, "seeds_per_prompt": 2,
-        "buffer": 256, "size": 64, "text_tokens": 16}            # chunks of 4 forward passes: 8 prompts, 4 batches
+        "buffer": 256, "size": 64, "text_tokens": 16,            # chunks of 4 forward passes: 8 prompts, 4 batches
+        "activation": "topk", "without": "nothing"}
 LOGGED = {"log_every": 2, "save_every": 2}
 FLAGS = [f"--{name}={value}" for name, value in (TINY | LOGGED).items()]
 
@@ -141,10 +142,9 @@ def test_metadata_says_how_to_make_it_again(trained, nano):
     assert metadata["versions"].keys() >= {"jax", "numpy"} and "normalization" in metadata and "revision" in metadata
     assert metadata["run"] == TINY | {"model": str(nano), "site": "img", "prompts": "scenes", "prompt_field": None,
                                       "timesteps": 1, "lr": 9 * sae.default_lr(256), "seed": 0, "dtype": "float32",
-                                      "quant": "none", "activation": "topk", "matryoshka": None,
+                                      "quant": "none", "matryoshka": None,
                                       "transcoder": None, "normalization": "pca", "init": None, "transformer": None,
-                                      "revision": None, "padding": False, "held_out": True, "prompts_sha256": None,
-                                      "without": "nothing"}
+                                      "revision": None, "padding": False, "held_out": True, "prompts_sha256": None}
     rows = metadata["evaluation"]
     assert list(rows) == ["SAE", "PCA, 8 components", "random features"]
     assert 0 < rows["PCA, 8 components"]["fvu_standardized"] < rows["random features"]["fvu_standardized"]
@@ -1025,13 +1025,23 @@ def test_height_and_width(start, model, tmp_path, monkeypatch, capsys):
 def test_defaults_fit_nano(nano):
     cfg = flux.read_config(nano)[1]
     run = train.defaults("nano", Path(nano), cfg, {})
-    assert (run.layer, run.site, run.features, run.prompts) == (cfg.num_layers - 1, "img", 16 * cfg.width, "scenes")
-    assert run.dtype == "float32" and run.steps == 1000 and run.buffer >= run.batch
-    assert run.k == cfg.width // 8 and run.normalization == "pca"
-    assert train.defaults("nano", Path(nano), cfg, {"transcoder": 7}).normalization == "std"
-    text = train.defaults("nano", Path(nano), cfg, {"site": "txt"})
-    assert (text.k, text.normalization, text.lr) == (32, "std", 2 * sae.default_lr(text.features))
+    assert (run.layer, run.site, run.features, run.k, run.activation) == (10, "img", 128, 24, "batchtopk")
+    assert (run.prompts, run.without, run.normalization, run.dtype, run.steps) == (
+        "scenes", "input", "pca", "float32", 1000) and run.buffer >= run.batch
     assert train.defaults("nano", Path(nano), cfg, {"prompts": "x.txt"}).prompts == "x.txt"
+    scaled = train.defaults("nano", Path(nano), cfg, {"normalization": "scale"})
+    assert (scaled.layer, scaled.without) == (10, "nothing")
+
+
+@pytest.mark.parametrize("given, k, normalization, activation", [
+    ({"site": "both"}, 16, "pca", "topk"), ({"site": "txt"}, 32, "std", "topk"),
+    ({"transcoder": 7}, 16, "std", "batchtopk")])
+def test_defaults_for_other_tokens_of_nano(nano, given, k, normalization, activation):
+    cfg = flux.read_config(nano)[1]
+    run = train.defaults("nano", Path(nano), cfg, given)
+    assert (run.layer, run.features, run.without) == (cfg.num_layers - 1, 16 * cfg.width, "nothing")
+    assert (run.k, run.normalization, run.activation) == (k, normalization, activation)
+    assert run.lr == (2 if given.get("site") == "txt" else 9) * sae.default_lr(run.features)
 
 
 @pytest.mark.parametrize("platform, dtype", [("cpu", "float32"), ("tpu", "bfloat16")])
@@ -1055,7 +1065,7 @@ def test_defaults_fit_schnell(tmp_path, monkeypatch, platform, dtype):
     ("--prompts={tmp}", "no prompt file"), ("--prompts=5", "no prompt file '5'"), ("--features=0", "--features 0"),
     ("--size=65", "size is 65"),
     ("--features=many", "--features many"), ("--steps=1.5", "--steps 1.5"), ("--k=-3", "--k -3"),
-    ("--k=5000", "--k 5000 is more than --features 2048"), ("--batch=0", "--batch 0"),
+    ("--k=5000", "--k 5000 is more than --features 128"), ("--batch=0", "--batch 0"),
     ("--timesteps=0", "--timesteps 0"), ("--seeds_per_prompt=0", "--seeds_per_prompt 0"), ("--lr=0", "--lr 0"),
     ("--lr=fast", "--lr fast"),
     ("--lr=1e999", "--lr"), ("--seed=-1", "--seed -1"), ("--seed=3000000000", "--seed 3000000000"),
