@@ -114,7 +114,7 @@ def draw(file: str) -> None:
     rows = []
     for options in ({}, session.quantized("nf4")):
         model = flux.load(ROOT / "nano", **options)
-        rows.append(np.concatenate(flux.generate(model, CAPTIONS, steps=8, size=model.size), 1))
+        rows.append(np.concatenate(flux.generate(model, CAPTIONS, steps=4, size=model.size), 1))
     Image.fromarray(np.concatenate(rows)).save(file, quality=90)
 
 

@@ -122,7 +122,7 @@ def examples(found: dict, features: np.ndarray, file: str, columns: int = 8) -> 
         dense = (values * (indices == f)).sum(-1)                # [N, I]
         ImageDraw.Draw(sheet).text((4, y * (size + 4) + 4), str(f), "black")
         for x, i in enumerate(np.argsort(-dense.max(1), kind="stable")[:columns]):
-            shade = 0.3 + 0.7 * dense[i].reshape(side, side) / max(dense.max(), 1e-9)
+            shade = 0.4 + 0.6 * dense[i].reshape(side, side) / max(dense.max(), 1e-9)
             shade = np.repeat(np.repeat(shade, size // side, 0), size // side, 1)[..., None]
             picture = Image.fromarray((images[i] * shade).astype(np.uint8))
             sheet.paste(picture, (60 + x * (size + 4), y * (size + 4)))

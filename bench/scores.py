@@ -30,7 +30,7 @@ import sae
 import score
 import session
 
-PAIRS = ((0, 1), (0, 3), (3, 4), (3, 8), (5, 8), (8, 11))
+PAIRS = ((3, 6), (3, 8), (6, 8), (8, 10), (3, 10), (10, 11))
 
 
 def train(folder: Path, layers: Sequence[int], steps: int) -> None:

@@ -45,6 +45,7 @@ import score
 import session
 import stats
 from harvest import reap
+from recipe import READABLE
 
 BATCH, GRID, FIRST = 2048, (8, 8), 20_000                        # tokens per step; number of the first training scene
 RIVALS = ("SAE of renders", "train.py's SAE", "neurons", "PCA", "random directions", "SAE, untrained model",
@@ -130,10 +131,10 @@ def untrained(model: flux.Model, seed: int = 0) -> flux.Model:
     return replace(model, params=jax.tree_util.tree_map_with_path(redraw, model.params))
 
 
-def trained_sae(tokens: np.ndarray, steps: int, features: int = 2048, k: int = 16,
-                seed: int = 0) -> tuple[sae.Params, sae.Config]:
-    """Train an SAE on raw tokens [N, D] with train.py's recipe."""
-    cfg = sweep.config(tokens.shape[1], steps, features, k)
+def trained_sae(tokens: np.ndarray, steps: int, seed: int = 0) -> tuple[sae.Params, sae.Config]:
+    """Train an SAE on raw tokens [N, D] with train.py's defaults for nano, but with everything that they hold."""
+    options = {name: READABLE[name] for name in ("features", "k", "activation")}
+    cfg = sweep.config(tokens.shape[1], steps, **options)
     order = np.random.default_rng(seed).permutation(len(tokens))
     state = sae.init(jax.random.key(seed), cfg, np.asarray(tokens[order[:32768]], np.float32))
     for i in range(steps):
@@ -252,8 +253,8 @@ def others(fit: np.ndarray, ckpts: str, layer: int) -> dict[str, Callable]:
     """Return the rivals on residuals: PCA, random directions, and train.py's SAE if there is one."""
     x = np.asarray(fit[:65536], np.float64)
     mean, axes = x.mean(0), np.linalg.eigh(np.cov(x, rowvar=False))[1]
-    rng = np.random.default_rng(0)
-    rivals = {"PCA": along(axes, mean), "random directions": along(rng.standard_normal((len(mean), 2048)), mean)}
+    drawn = np.random.default_rng(0).standard_normal((len(mean), READABLE["features"]))
+    rivals = {"PCA": along(axes, mean), "random directions": along(drawn, mean)}
     if ckpts and (Path(ckpts) / f"layer{layer}").is_dir():
         rivals["train.py's SAE"] = codes(*checkpoint.load(Path(ckpts) / f"layer{layer}"))
     return rivals
@@ -320,7 +321,7 @@ def truth_plot(layers: dict) -> str:
 
 
 def main(results: str, plot: str = "", layers: Sequence[int] = range(12), n: int = 600, images: int = 2000,
-         steps: int = 400, level: float = 0.5, ckpts: str = "", shown: int = 5, **unknown) -> None:
+         steps: int = 400, level: float = 0.5, ckpts: str = "", shown: int = 10, **unknown) -> None:
     """Print the table of layer `shown`, and save the plot. Measure first if the file `results` does not exist."""
     session.no_unknown_flags(unknown)
     file = Path(results)

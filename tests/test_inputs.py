@@ -196,8 +196,8 @@ def test_training_without_the_input(start, model, tmp_path, flags):
             assert name == checkpoint.STATE or whole.read_bytes() == halves.read_bytes()
 
 
-@pytest.mark.parametrize("flags", [{"site": "both"}, {"site": "txt"}, {"transcoder": 4}, {"normalization": "scale"},
-                                   {"without": "noise"}])
+@pytest.mark.parametrize("flags", [{"site": "both"}, {"site": "txt"}, {"transcoder": 4, "activation": "batchtopk"},
+                                   {"normalization": "scale"}, {"without": "noise"}])
 def test_runs_that_cannot_leave_the_input_out(start, flags, tmp_path):
     with pytest.raises(session.Mistake, match="--without"):
         start(**flags)

@@ -588,7 +588,8 @@ LONGER = {"steps": 40, "save_every": 10}                         # what takes mo
     ({"activation": "batchtopk", "normalization": "std"} | LONGER, "jumprelu"),
     ({"activation": "jumprelu"}, "jumprelu"),
     ({"matryoshka": (16, 100)}, "topk"), ({"matryoshka": 64, "activation": "batchtopk"}, "jumprelu"),
-    ({"transcoder": 4} | LONGER, "jumprelu_transcoder"), ({"site": "both", "timesteps": 2} | LONGER, "topk")])
+    ({"transcoder": 4, "activation": "batchtopk"} | LONGER, "jumprelu_transcoder"),
+    ({"site": "both", "timesteps": 2} | LONGER, "topk")])
 def test_other_saes_train_load_in_sae_lens_and_resume(start, monkeypatch, tmp_path, model, flags, architecture):
     from sae_lens import SAE
     start(**flags, out="straight")
@@ -615,7 +616,8 @@ def test_each_group_of_tokens_has_its_normalization(start, model):
     start(site="both", timesteps=2, buffer=2048)
     state, cfg, _ = checkpoint.load_state("ckpt")
     assert cfg.groups == ("txt-t0", "img-t0", "txt-t1", "img-t1") and state.mean.shape == (4, 128)
-    x = flux.residuals(model, PROMPTS * 4, layer=2, site="both", steps=2, size=64, text_tokens=16, seed=3)
+    captions, _ = data.examples("scenes", None, True, 48)
+    x = flux.residuals(model, captions, layer=2, site="both", steps=2, size=64, text_tokens=16, seed=3)
     for g, (name, t, part) in enumerate(flux.token_groups("both", 2, 16)):
         assert name == cfg.groups[g]
         tokens = x[t, :, part].reshape(-1, 128)
@@ -725,7 +727,7 @@ def test_chunks_do_not_depend_on_the_prompts_of_a_forward_pass(nano, model, monk
 def test_harvesting_between_steps_gives_the_batches_of_whole_chunks(nano, model, monkeypatch, batch):
     """Also where a chunk has tokens left over, and from whatever step a run is resumed."""
     def capture(model, start, **_):                              # needs no compiling
-        return np.tile(np.asarray(start.latents), (1, 1, 2))[None, :, :, :model.cfg.width]
+        return np.tile(np.asarray(start.latents), (1, 1, model.cfg.width // model.cfg.in_channels))[None]
 
     monkeypatch.setattr(flux, "capture", capture)
     make = lambda: harvest(nano, model, batch=batch, steps=11)
