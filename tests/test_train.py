@@ -613,7 +613,7 @@ def test_other_saes_train_load_in_sae_lens_and_resume(start, monkeypatch, tmp_pa
 
 def test_each_group_of_tokens_has_its_normalization(start, model):
     """Text and image tokens of two timesteps: each group's SAE holds the mean of its own residuals, and only that."""
-    start(site="both", timesteps=2, buffer=2048)
+    start(site="both", timesteps=2, buffer=2048, padding=True)
     state, cfg, _ = checkpoint.load_state("ckpt")
     assert cfg.groups == ("txt-t0", "img-t0", "txt-t1", "img-t1") and state.mean.shape == (4, 128)
     captions, _ = data.examples("scenes", None, True, 48)
@@ -622,7 +622,7 @@ def test_each_group_of_tokens_has_its_normalization(start, model):
         assert name == cfg.groups[g]
         tokens = x[t, :, part].reshape(-1, 128)
         distances = [np.linalg.norm((tokens.mean(0) - mean) / std) for mean, std in zip(state.mean, state.std)]
-        assert int(np.argmin(distances)) == g
+        assert int(np.argmin(distances)) == g, distances
         assert checkpoint.load(Path("ckpt") / (name if g else ""))[1] == cfg
     start(site="both", timesteps=2, buffer=2048, overwrite=True)
     (Path("ckpt") / "sae.safetensors").touch()                   # --init may read such a file, but no run writes it
