@@ -38,8 +38,8 @@ def fit(sample: np.ndarray, groups: np.ndarray, names: Sequence[str], kind: str,
     fewer than two tokens.
 
     The axes are those of all groups together. They change no distance, so they do not change FVU either. But Adam
-    scales each coordinate separately and gains from them: in nano's layers 0 and 5 FVU falls by 1 % at k = 16 and by 1
-    to 5 % at k = 32, and fewer features die.
+    scales each coordinate separately and gains from them: in two layers of a nano with 64 latent channels FVU fell by
+    1 % at k = 16 and by 1 to 5 % at k = 32, and fewer features died.
     """
     parts = [sample[groups == g] for g in range(len(names))]
     if few := [name for name, part in zip(names, parts) if len(part) < 2]:

@@ -116,11 +116,11 @@ def defaults(name: str, folder: Path, cfg: flux.Config, given: dict) -> Run:
 
 
 def recipe(site: str | None, width: int, transcoder: bool = False) -> dict:
-    """Return the default k and normalization, as flags.
+    """Return the default k and normalization, as flags. Figures are for an earlier nano, with 64 latent channels.
 
-    k is at most width / 8: at k = 32, a quarter of nano's width, about 200 features (pairs of opposite directions) do
-    all the work. Text tokens alone are few and similar: at k = 16, 40 % of layer 0's features die, and with rotation to
-    the principal axes 8 %. Transcoders are not rotated: their input and their output have different axes.
+    k is at most width / 8: of 2,048 features with k = 32, a quarter of the width, about 200 (pairs of opposite
+    directions) did all the work. Text tokens alone are few and similar: at k = 16, 40 % of layer 0's features died, and
+    with rotation to the principal axes 8 %. Transcoders are not rotated: their input and their output have different axes.
     """
     text = site == "txt"
     return {"k": 32 if text else max(1, min(32, width // 8)), "normalization": "std" if transcoder or text else "pca"}
@@ -129,9 +129,9 @@ def recipe(site: str | None, width: int, transcoder: bool = False) -> dict:
 def rate(features: int, k: int, width: int, site: str, small: bool) -> float:
     """Return the default learning rate: the SAE's own, times a factor for short runs on a small model.
 
-    The factor is 9 (at k = 16, nano's layers 0 and 5 have a higher FVU at 14) and rises to 36 where k is a quarter of
-    the width. It falls again for larger k: at k = 64 and a factor of 28, half of layer 0's features die, at equal FVU.
-    Text tokens are similar to each other: 34 % of layer 0's features die at a factor of 9, and 4 % at 2.
+    The factor is 9 (at k = 16, layers 0 and 5 of an earlier nano had a higher FVU at 14) and rises to 36 where k is a
+    quarter of the width. It falls again for larger k: at k = 64 and a factor of 28, half of layer 0's features died, at
+    equal FVU. Text tokens are similar to each other: 34 % of layer 0's features died at a factor of 9, and 4 % at 2.
     """
     quarters = 4 * k / width
     times = 2 if site == "txt" else min(max(36 * quarters ** 2, 9), 36 / quarters ** 3)
@@ -147,8 +147,8 @@ def config(run: Run, cfg: flux.Config, groups: tuple[str, ...]) -> sae.Config:
 
 
 def schedule(steps: int) -> dict:
-    """Return the learning rate schedule for `sae.Config`: a warmup, then a decay to zero. On nano's layer 5, 200 steps
-    of warmup leave 9 % of the features dead, and 300 steps leave 3 %."""
+    """Return the learning rate schedule for `sae.Config`: a warmup, then a decay to zero. On an earlier nano's layer 5,
+    200 steps of warmup left 9 % of the features dead, and 300 steps left 3 %."""
     warmup = min(300, steps * 3 // 10)
     return {"warmup": warmup, "decay": (warmup, steps + 1)}
 

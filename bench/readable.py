@@ -99,15 +99,16 @@ class Ranks:
 def row(name: str, model: flux.Model, subject: session.Subject, found: dict, metadata: dict) -> str:
     """Return a line of the table."""
     first, second = found["halves"]
-    alive = ~np.isnan(first).all(1) & ~np.isnan(second).all(1)
-    best = np.nanargmax(np.where(np.isnan(first), -1, first), 1)
+    known = ~np.isnan(first) & ~np.isnan(second)                 # features that fire, attributes that are there
+    alive = known.any(1)
+    best = np.where(known, first, -1).argmax(1)
     score = second[np.arange(len(best)), best][alive]
     shares = session.explained(model, subject, found["captions"], batch=32).summary()
     end, run = metadata["evaluation"]["SAE"], metadata["run"]
     cells = [name, subject.layer, subject.cfg.features, f"{run['activation']} {run['k']}", run["without"],
              f"{end['fvu_standardized']:.3f}", int(alive.sum()), f"{end['variance_of_input']['noise']:.1%}",
              f"{shares['follow_prompt_or_image'] / max(shares['varying'], 1):.1%}",
-             *(f"{np.nanmean(score >= least):.1%}" for least in (0.7, 0.8, 0.9))]
+             *(f"{np.mean(score >= least):.1%}" for least in (0.7, 0.8, 0.9))]
     return f"| {' | '.join(map(str, cells))} |"
 
 

@@ -246,7 +246,7 @@ def test_pages_hold_what_raw_activations_say(built, model):
     found = dash.load(folder / "collect")
     with safe_open(ckpt / "sae_weights.safetensors", "np") as file:
         W_enc, b_enc = file.get_tensor("W_enc"), file.get_tensor("b_enc")
-    noise = flux.draw_noise(0, data.DRAWN + np.arange(40), (16, 64))
+    noise = flux.draw_noise(0, data.DRAWN + np.arange(40), (16, model.cfg.in_channels))
     acts = np.asarray(flux.residuals(model, found.info["prompts"], layer=2, site="img", size=64, text_tokens=12,
                                      noise=noise))
     dense = np.maximum(acts @ W_enc + b_enc, 0)
@@ -275,7 +275,7 @@ def test_thresholds_and_groups_of_tokens(model, tmp_path):
     checkpoint.save_state(tmp_path / "ckpt", state, cfg)
     params, cfg = checkpoint.load_groups(tmp_path / "ckpt")
     found = dash.collect(model, params, cfg, HOSTILE, tmp_path / "dash", timesteps=2, steps=1, **where)
-    noise = flux.draw_noise(0, data.DRAWN + np.arange(len(HOSTILE)), (16, 64))
+    noise = flux.draw_noise(0, data.DRAWN + np.arange(len(HOSTILE)), (16, model.cfg.in_channels))
     acts = np.asarray(flux.residuals(model, HOSTILE, steps=2, noise=noise, **where))
     fired = np.zeros(96)
     for p, (_, t, part) in zip(params, groups):
@@ -289,7 +289,7 @@ def test_images_are_those_of_generate(built, model):
     from PIL import Image
     folder, _ = built
     prompts = dash.load(folder / "collect").info["prompts"]
-    noise = flux.draw_noise(0, data.DRAWN + np.arange(40), (16, 64))
+    noise = flux.draw_noise(0, data.DRAWN + np.arange(40), (16, model.cfg.in_channels))
     drawn = flux.generate(model, prompts, steps=1, size=64, noise=noise, text_tokens=12)
     for i in (0, 17, 39):
         stored = np.asarray(Image.open(folder / "images" / f"{i}.webp").convert("RGB"), float)
@@ -512,7 +512,7 @@ def test_strips_are_drawn_once_and_stay(built, model, visit, tmp_path, monkeypat
     edit = flux.Edit(2, ("double.img",), scaled)
     image = int(found.top_image[f, 0])
     expected = flux.generate(model, [found.info["prompts"][image]], steps=1, size=64, text_tokens=12, edits=lambda i: [
-        edit], noise=flux.draw_noise(0, data.DRAWN + np.array([image]), (16, 64)))[0]
+        edit], noise=flux.draw_noise(0, data.DRAWN + np.array([image]), (16, model.cfg.in_channels)))[0]
     stored = np.asarray(Image.open(out / "steer" / f"{f}-4.webp").convert("RGB"), float)
     assert np.abs(stored - expected).mean() < 6
     page = (out / "feature" / f"{f}.html").read_text()
