@@ -120,7 +120,7 @@ def recipe(site: str | None, width: int, transcoder: bool = False) -> dict:
 
     k is at most width / 8: of 2,048 features with k = 32, a quarter of the width, about 200 (pairs of opposite
     directions) did all the work. Text tokens alone are few and similar: at k = 16, 40 % of layer 0's features died, and
-    with rotation to the principal axes 8 %. Transcoders are not rotated: their input and their output have different axes.
+    with rotation to the principal axes 8 %. Transcoders are not rotated: their input and output have different axes.
     """
     text = site == "txt"
     return {"k": 32 if text else max(1, min(32, width // 8)), "normalization": "std" if transcoder or text else "pca"}

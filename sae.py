@@ -321,8 +321,8 @@ def _restrained(cfg, since_fired):
     It is 1 / (1 + (p / cfg.restraint)^4), where p is the fraction of features that are falling silent: they did fire
     once, but not for a quarter of dead_after. Dead features keep the full rate: only AuxK moves them.
 
-    A feature that dies makes room for others to become dense, which kills more. Without restraint, an earlier nano's layer 5
-    kept 99 % of its features for 1,000 steps and lost 76 % in 3,000.
+    A feature that dies makes room for others to become dense, which kills more. Without restraint, layer 5 of an
+    earlier nano kept 99 % of its features for 1,000 steps and lost 76 % in 3,000.
     """
     falling = jnp.mean((since_fired >= cfg.dead_after // 4) & (since_fired < NEVER))
     rate = 1 / (1 + (falling / cfg.restraint) ** 4)
