@@ -61,7 +61,7 @@ def main(*names: str) -> None:
 def nano(rounds: int = 5) -> None:
     """Print the medians of `rounds` chunks."""
     folder, cfg = flux.read_config("nano")
-    run = train.defaults("nano", folder, cfg, {"layer": 3, "steps": 10 ** 6})
+    run = train.defaults("nano", folder, cfg, {"steps": 10 ** 6, "without": "nothing"})
     model = flux.load("nano", dtype=jnp.float32, last=run.layer)
     run = replace(run, size=min(256, model.size), text_tokens=model.text_tokens)
     make = lambda: activations.Activations(run, model, data.stream("scenes"))
@@ -71,7 +71,7 @@ def nano(rounds: int = 5) -> None:
         rows.append((*apart.waiting(), overlapped.chunk()))
     harvest, steps, both = (statistics.median(column) for column in zip(*rows[1:]))
     h = overlapped.harvest
-    print(f"nano, layer 3, {run.features:,} features: a chunk of {h.tokens:,} tokens, {h.forwards} forward passes, "
+    print(f"nano, layer {run.layer}, {run.features:,} features: a chunk of {h.tokens:,} tokens, {h.forwards} passes, "
           f"{h.batches} steps of {run.batch:,} tokens\n\n"
           "| harvest | steps | one after the other | overlapped | hidden |\n|--:|--:|--:|--:|--:|\n"
           f"| {harvest:.2f} s | {steps:.2f} s | {harvest + steps:.2f} s | {both:.2f} s | "

@@ -222,8 +222,10 @@ surface normal, and whether the light reaches it:
     python nano/evaluate.py --n {n}               # this page
 
 Seeds from 1,000,000 on are for training, and seeds from 2,000,000 on for `inverse.py`; all seeds below 1,000,000 are
-held out. No stage sees more than captions and images. {training}
-The docstring of `train.py` describes the stages. The weights are moving averages, in bfloat16.
+held out. No stage sees more than captions and images. The docstring of `train.py` describes the stages. The weights are
+moving averages, in bfloat16.
+
+{training}
 
 License: MIT, for weights and scripts. All images and captions come from `scenes.py`; no other data was used.
 """
