@@ -83,7 +83,7 @@ def velocity_error(exact: flux.Model, quantized: flux.Model) -> float:
     rng = np.random.default_rng(0)
     words, pooled = flux.encode_text(exact, CAPTIONS * 2)
     times = np.linspace(1, 0.2, 8, dtype=np.float32)
-    inputs = rng.standard_normal((8, 64, 64), dtype=np.float32), words, pooled, times
+    inputs = rng.standard_normal((8, 64, exact.cfg.in_channels), dtype=np.float32), words, pooled, times
     run = jax.jit(lambda params: flux.velocity(params, exact.cfg, *inputs, grid=(8, 8)))
     a, b = run(exact.params), run(quantized.params)
     return float(jnp.linalg.norm(b - a) / jnp.linalg.norm(a))

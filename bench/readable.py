@@ -67,19 +67,22 @@ class Ranks:
     """Collect sparse values and labels, for areas under the ROC curve of every feature and attribute."""
 
     def __init__(self, features):
-        self.features, self.parts = features, []
+        self.features, self.fired, self.labels, self.n = features, [], [], 0
 
     def add(self, values, indices, labels):
-        """Add tokens: values, indices [..., k], labels [..., A]."""
+        """Add tokens: values, indices [..., k], labels [..., A]. k may differ between calls."""
         k, A = values.shape[-1], labels.shape[-1]
-        self.parts.append((values.reshape(-1, k), indices.reshape(-1, k), labels.reshape(-1, A)))
+        values, indices = np.asarray(values).reshape(-1, k), np.asarray(indices).reshape(-1, k)
+        token, slot = np.nonzero(values > 0)
+        self.fired.append((self.n + token, indices[token, slot], values[token, slot]))
+        self.labels.append(labels.reshape(-1, A))
+        self.n += len(values)
 
     def auroc(self):
         """Return [F, A]; NaN for features that never fire, and for attributes that are too rare."""
-        values, indices, labels = (np.concatenate(part) for part in zip(*self.parts))
-        n, total = len(labels), labels.sum(0)
-        token, slot = np.nonzero(values > 0)
-        feature, value = indices[token, slot], values[token, slot]
+        token, feature, value = (np.concatenate(part) for part in zip(*self.fired))
+        labels = np.concatenate(self.labels)
+        n, total = self.n, labels.sum(0)
         order = np.lexsort((value, feature))
         token, feature, value = token[order], feature[order], value[order]
         out = np.full((self.features, labels.shape[1]), np.nan)
@@ -115,12 +118,11 @@ def row(name: str, model: flux.Model, subject: session.Subject, found: dict, met
 def examples(found: dict, features: np.ndarray, file: str, columns: int = 8) -> None:
     """Save a sheet: a row per feature, its top images with the active tokens outlined by brightness."""
     from PIL import Image, ImageDraw
-    images = np.concatenate([part[0] for part in found["images"]])
-    values, indices = (np.concatenate([part[j] for part in found["images"]]) for j in (1, 2))
-    size, side = images.shape[1], int(values.shape[1] ** 0.5)
+    images = np.concatenate([drawn for drawn, *_ in found["images"]])
+    size, side = images.shape[1], int(found["images"][0][1].shape[1] ** 0.5)
     sheet = Image.new("RGB", (60 + columns * (size + 4), len(features) * (size + 4)), "white")
     for y, f in enumerate(features):
-        dense = (values * (indices == f)).sum(-1)                # [N, I]
+        dense = np.concatenate([(values * (indices == f)).sum(-1) for _, values, indices in found["images"]])  # [N, I]
         ImageDraw.Draw(sheet).text((4, y * (size + 4) + 4), str(f), "black")
         for x, i in enumerate(np.argsort(-dense.max(1), kind="stable")[:columns]):
             shade = 0.4 + 0.6 * dense[i].reshape(side, side) / max(dense.max(), 1e-9)
