@@ -306,7 +306,8 @@ def test_velocity_of_random_models(case, tmp_path):
 def test_velocity_of_nano(nano):
     model = flux.load(nano, dtype=jnp.float32)
     rng = np.random.default_rng(0)
-    inputs = {"latents": rng.standard_normal((8, 64, 64), dtype=np.float32), "timestep": np.linspace(1, 0.2, 8)}
+    inputs = {"latents": rng.standard_normal((8, 64, model.cfg.in_channels), dtype=np.float32),
+              "timestep": np.linspace(1, 0.2, 8)}
     inputs["text"], inputs["pooled"] = flux.encode_text(model, ["a red cube", "two cones"] * 4)
     exact = run(model.params, model.cfg, **inputs, grid=(8, 8))
     errors = {}
