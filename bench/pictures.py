@@ -1,7 +1,7 @@
 """Make the README's pictures, and docs/dash, from the default run. This needs playwright and Chromium.
 
     python train.py && python dash.py ckpt/
-    python steer.py ckpt/ "a red cube" --set "67+8, 93*0" --box 2,3,6,7 --grid 0.5,1 && python bench/pictures.py
+    python steer.py ckpt/ "a red cube" --set "67+8, 93*0" --box 1,3,6,7 --grid 0.5,1 && python bench/pictures.py
 
 docs/index.webp and docs/feature.webp are screenshots of the index and of the feature that predicts an attribute of the
 scene best. docs/dash has the pages of a few features, and the images on them. docs/steered.webp is steer/steer.png.

@@ -36,6 +36,7 @@ import checkpoint
 import data
 import flux
 import mmdit
+import sae
 import session
 import weights
 
@@ -55,7 +56,7 @@ def measured(model: flux.Model, painter: flux.Model, subject: session.Subject, n
         drawn = flux.decode(painter, flux.sample(painter, same), start.grid)
         acts = flux.capture(model, flux.Start(start.latents, start.condition, start.sigmas[[0, -1]], start.grid),
                             layer=subject.layer, site="img").astype(jnp.float32)
-        values, indices = (code[0] for code in session.encode(subject.params, subject.cfg, acts, "img", 0))
+        values, indices = map(np.asarray, sae.encode(subject.params[0], subject.cfg, acts[0]))   # pure noise is first
         shown = inverse.tokens(inverse.read(network, drawn), start.grid[0])
         labels = np.stack([share.reshape(len(drawn), -1) >= 0.5 for share in shown.values()], -1)
         halves[i >= n // 2].add(values, indices, labels)
@@ -72,7 +73,7 @@ class Ranks:
     def add(self, values, indices, labels):
         """Add tokens: values, indices [..., k], labels [..., A]. k may differ between calls."""
         k, A = values.shape[-1], labels.shape[-1]
-        values, indices = np.asarray(values).reshape(-1, k), np.asarray(indices).reshape(-1, k)
+        values, indices = values.reshape(-1, k), indices.reshape(-1, k)
         token, slot = np.nonzero(values > 0)
         self.fired.append((self.n + token, indices[token, slot], values[token, slot]))
         self.labels.append(labels.reshape(-1, A))
