@@ -34,7 +34,8 @@ def main(checkpoint: str = "ckpt", rounds: int = 60, batch: int = 8) -> None:
     where = {"grid": start.grid, "layer": ours.layer, "site": ours.site}
     x = flux.residual(model.params, model.cfg, start.latents, *flux.at(start, 0), **where)
     product = jax.jit(lambda p, x: kernels.preactivations(x.reshape(-1, x.shape[-1]), p["W_enc"].T, p["b_enc"]))
-    both = jax.jit(lambda p, x: sae.decode(p, ours.cfg, *sae.encode(p, ours.cfg, x)))
+    width = sae.encode(params, ours.cfg, x)[0].shape[-1]         # the most features that fire on a token
+    both = jax.jit(lambda p, x: sae.decode(p, ours.cfg, *sae.encode(p, ours.cfg, x, width)))
     args = model.params, model.cfg, start.latents, *flux.at(start, 0)
     names = ours.names
 
