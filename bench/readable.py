@@ -9,8 +9,8 @@ The activations come from one step of held-out captions from pure noise, as in t
 noise. `nano/inverse.py` says what each token of such an image shows. For every alive feature and every attribute:
 AUROC over all tokens, the token's value against whether half of the token or more shows the attribute. The best
 attribute is chosen on the first half of the captions, and its AUROC is that on the second half. A feature that is high
-only where an attribute is missing does not count. "Noise" is the share of what the SAE reads that the noise draw
-explains, from the closing table; how many features follow prompt or image is `session.explained`'s answer.
+only where an attribute is missing does not count. The closing table gives the share of what the SAE reads that the
+noise draw explains, and how many features follow the prompt or the image.
 
 --untrained FOLDER writes nano with an untrained transformer (see `truth.untrained`). An SAE of it shows what the
 figures are for directions that mean nothing; with --images nano the truth is that of nano's images all the same.
@@ -45,8 +45,8 @@ LEAST = 50                                                       # tokens with a
 
 def measured(model: flux.Model, painter: flux.Model, subject: session.Subject, network: dict, n: int, steps: int,
              batch: int = 32) -> dict:
-    """Return {"halves": AUROC [F, A] of each half, "names" of the attributes, "images": [(images, values, indices)],
-    "captions"} of n held-out captions. painter: the model that draws the images."""
+    """Return {"halves": AUROC [F, A] of each half, "names" of the attributes, "images": [(images, values, indices)]}
+    of n held-out captions. painter: the model that draws the images."""
     captions, _ = data.examples("scenes", None, True, n)
     halves, images = [Ranks(subject.cfg.features), Ranks(subject.cfg.features)], []
     for i in range(0, n, batch):
@@ -61,7 +61,7 @@ def measured(model: flux.Model, painter: flux.Model, subject: session.Subject, n
         labels = np.stack([share.reshape(len(drawn), -1) >= 0.5 for share in shown.values()], -1)
         halves[i >= n // 2].add(values, indices, labels)
         images.append((drawn, values, indices))
-    return {"halves": [half.auroc() for half in halves], "names": list(shown), "images": images, "captions": captions}
+    return {"halves": [half.auroc() for half in halves], "names": list(shown), "images": images}
 
 
 class Ranks:
@@ -100,18 +100,17 @@ class Ranks:
         return out
 
 
-def row(name: str, model: flux.Model, subject: session.Subject, found: dict, metadata: dict) -> str:
+def row(name: str, subject: session.Subject, found: dict, metadata: dict) -> str:
     """Return a line of the table."""
     first, second = found["halves"]
     known = ~np.isnan(first) & ~np.isnan(second)                 # features that fire, attributes that are there
     alive = known.any(1)
     best = np.where(known, first, -1).argmax(1)
     score = second[np.arange(len(best)), best][alive]
-    shares = session.explained(model, subject, found["captions"], batch=32).summary()
-    end, run = metadata["evaluation"]["SAE"], metadata["run"]
+    end, run = metadata["evaluation"]["SAE"], metadata["run"]    # the closing table
     cells = [name, subject.layer, subject.cfg.features, f"{run['activation']} {run['k']}", run["without"],
              f"{end['fvu_standardized']:.3f}", int(alive.sum()), f"{end['variance_of_input']['noise']:.1%}",
-             f"{shares['follow_prompt_or_image'] / max(shares['varying'], 1):.1%}",
+             f"{end['variance']['follow_prompt_or_image'] / max(end['variance']['varying'], 1):.1%}",
              *(f"{np.mean(score >= least):.1%}" for least in (0.7, 0.8, 0.9))]
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -156,7 +155,7 @@ def main(*checkpoints: str, n: int = 512, steps: int = 1, images: str = "", some
         model = load(metadata["model"])
         subject = session.subject(model, folder)
         found = measured(model, load(images) if images else model, subject, network, n, steps)
-        print(row(Path(folder).name, model, subject, found, metadata), flush=True)
+        print(row(Path(folder).name, subject, found, metadata), flush=True)
         if some:
             alive = np.flatnonzero(~np.isnan(found["halves"][0]).all(1))
             drawn = np.random.default_rng(seed).choice(alive, min(some, len(alive)), replace=False)
