@@ -122,14 +122,13 @@ def attributed(model):
 
 
 def train_sae(model, mesh, work):
-    """The weights of an SAE after 8 steps of train.py."""
+    """The weights of an SAE after 20 steps of train.py."""
     run = train.defaults("nano", model.source, model.cfg, {
-        "layer": 5, "features": 256, "k": 8, "steps": 8, "batch": 256, "buffer": 2048, "prompt_batch": 8,
-        "quant": "nf4", "size": 128, "text_tokens": 32, "activation": "topk", "without": "nothing",
-        "normalization": "std"})
+        "layer": 3, "features": 256, "k": 8, "steps": 20, "batch": 256, "buffer": 2048, "prompt_batch": 8,
+        "quant": "nf4", "size": 128, "text_tokens": 32, "activation": "topk", "without": "nothing"})
     out = Path(work) / f"sae{len(os.listdir(work))}"
     train.train(run, model, sources.stream(run.prompts, run.prompt_field, False), out, mesh=mesh, resume=False,
-                log_every=8, save_every=8)
+                log_every=20, save_every=20)
     return {name: np.asarray(value) for name, value in checkpoint.load(out)[0].items()}
 
 

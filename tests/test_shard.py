@@ -61,9 +61,8 @@ def test_codes_and_scales_live_in_parts(answers, mesh):
     assert answers[f"{mesh}: parts"] == [n, n, 1]                # codes, scales, bias
 
 
-def test_same_sae_after_8_steps(answers):
-    """Adam magnifies the rounding of small gradients: without that, all would agree to 1e-5."""
-    assert max(answers["fsdp 8: SAE"].values()) <= 1e-3 and answers["fsdp 8: SAE"]["W_dec"] <= 1e-4
+def test_same_sae_after_20_steps(answers):
+    assert max(answers["fsdp 8: SAE"].values()) <= 1e-4
 
 
 def test_a_batch_that_does_not_divide(answers):
