@@ -1,6 +1,6 @@
 """Compute exact top-k and the sparse encoder and decoder of a TopK SAE, forward and backward, in plain XLA.
 
-Copy this file alone; for a TPU also copy `kernels_tpu.py`, which does the same in Pallas.
+Copy this file alone; for a TPU also copy `kernels_tpu.py`, for a GPU `kernels_gpu.py`, which do the same in Pallas.
 
 B batch, D model width, F features, k active features.
 
@@ -16,13 +16,13 @@ Each scans over the k columns with temporaries [B, D]. On two CPU cores (k = 32;
 3072, 16384) this is 2 to 9 times as fast as gathering [B, k, D] at once, and 3 to 7 times as fast as a scatter sorted
 by feature. On a CPU, `outer` scans over the batch rows instead (1.2 to 2.4 times as fast) or, for large F x D, over the
 entries sorted by feature (a whole step gains 7 %), and `sddmm` scans over the rows (up to 1.8 times as fast). The whole
-gradient takes half the time of the dense one. On TPUs, `plan` chooses between Pallas kernels and dense products. For
-this it needs the mesh: one device, or the devices over which F is split.
+gradient takes half the time of the dense one. On TPUs and GPUs, `plan` chooses between Pallas kernels and dense
+products. For this it needs the mesh: one device, or the devices over which F is split.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +55,19 @@ def topk(x: Array, k: int, mesh: Mesh | None = None) -> tuple[Array, Array]:
 
 def _topk(x, k, mesh):
     """Compute `topk` on one device. Without a mesh use `lax.top_k` on a TPU: its compiler can split only that one."""
+    if kernel := _gpu_kernel(mesh):
+        return kernel.topk(x, k)
     of_blocks = lambda size: lambda x: _topk_of_blocks(x, k, size)
     whole = lambda x: list(lax.top_k(x, k))
-    return lax.platform_dependent(x, cpu=of_blocks(16), tpu=of_blocks(128) if mesh else whole, default=whole)
+    return lax.platform_dependent(x, cpu=of_blocks(16), tpu=of_blocks(128) if mesh else whole, default=of_blocks(32))
+
+
+def _gpu_kernel(mesh):
+    """Return the module `kernels_gpu` if the mesh is of GPUs for which it compiles, else None."""
+    if mesh is None or mesh.devices.flat[0].platform != "gpu":
+        return None
+    import kernels_gpu
+    return kernels_gpu if kernels_gpu.supported(mesh.devices.flat[0]) else None
 
 
 def _topk_of_blocks(x: Array, k: int, size: int) -> list[Array]:
@@ -242,10 +252,8 @@ def _attach_forward(values, indices, x, W_enc, b_enc, mesh):
 
 def _attach_backward(mesh, residuals, g):
     active, indices, x, W_enc, b_enc = residuals
-    g = jnp.where(active, g, 0)
-    d_x, d_W = _encode_gradients(g, indices, x, W_enc, mesh)
-    d_b = _total(g, indices, len(b_enc)).astype(b_enc.dtype)
-    return jnp.zeros_like(g), None, d_x.astype(x.dtype), d_W.astype(W_enc.dtype), d_b
+    d_x, d_W, d_b = _encode_gradients(jnp.where(active, g, 0), indices, x, W_enc, mesh)
+    return jnp.zeros_like(g), None, d_x.astype(x.dtype), d_W.astype(W_enc.dtype), d_b.astype(b_enc.dtype)
 
 
 _attach.defvjp(_attach_forward, _attach_backward)
@@ -275,24 +283,45 @@ def _total(values: Array, indices: Array, features: int) -> Array:
 
 
 def plan(mesh: Mesh | None, values: Array, rows: Array) -> Any:
-    """Return the method for products of values [B, k] and one device's rows [F, D]: "scan", or, on a TPU with a mesh,
-    "dense" or a `kernels_tpu.Kernels` (see `kernels_tpu.plan`)."""
-    if mesh is None or mesh.devices.flat[0].platform != "tpu":
+    """Return the method for products of values [B, k] and one device's rows [F, D]: "scan", or, on a TPU or GPU with a
+    mesh, "dense" or the `Kernels` of `kernels_tpu` or `kernels_gpu` (see their `plan`)."""
+    platform = mesh.devices.flat[0].platform if mesh else None
+    if platform == "tpu":
+        import kernels_tpu as module
+    elif platform == "gpu":
+        import kernels_gpu as module
+    else:
         return "scan"
-    import kernels_tpu
-    return kernels_tpu.plan(mesh.devices.flat[0], values, rows, mesh.size)
+    return module.plan(mesh.devices.flat[0], values, rows, mesh.size)
+
+
+class Plain(NamedTuple):
+    """The three operations in plain XLA, and what is made of them. `Kernels` have the same three methods."""
+
+    spmm: Callable
+    sddmm: Callable
+    outer: Callable
+
+    def decode(self, values: Array, indices: Array, rows: Array) -> tuple[Array, Any]:
+        """Return the output [B, D] and what `decode_gradients` wants to have of it."""
+        return self.spmm(values, indices, rows), None
+
+    def decode_gradients(self, values, indices, rows, entries, g) -> tuple[Array, Array]:
+        """Return the gradients of values [B, k] and rows [F, D]."""
+        return self.sddmm(g, rows, indices), self.outer(values, indices, g, len(rows))
+
+    def encode_gradients(self, g, indices, x, rows) -> tuple[Array, Array, Array]:
+        """g, indices [B, k], x [B, D], rows [F, D] -> the gradients of x, rows and the bias [F]."""
+        F = len(rows)
+        return self.spmm(g, indices, rows), self.outer(g, indices, x, F), _total(g, indices, F)
 
 
 def _decode(values, indices, rows, mesh):
     """Return the output [B, D] and, if kernels compute it, the sorted entries, which the gradients need too."""
     def here(values, indices, rows):
         how, values, indices, _ = _prepared(mesh, values, indices, rows)
-        if how in PLAIN:
-            spmm, _, _ = PLAIN[how]
-            return _summed(mesh, spmm(values, indices, rows)), None
-        import kernels_tpu
-        entries = kernels_tpu.sorted_entries(values, indices, len(rows))
-        return _summed(mesh, kernels_tpu.spmm(entries, rows, values.shape, how)), entries
+        out, entries = how.decode(values, indices, rows)
+        return _summed(mesh, out), entries
 
     return _on_each(mesh, here, (WHOLE, WHOLE, SPLIT), (WHOLE, SPLIT))(values, indices, rows)
 
@@ -301,32 +330,21 @@ def _decode_gradients(values, indices, rows, entries, g, mesh):
     """Return the gradients of values [B, k] and rows [F, D]."""
     def here(values, indices, rows, entries, g):
         how, values, indices, mine = _prepared(mesh, values, indices, rows)
-        if how in PLAIN:
-            _, sddmm, outer = PLAIN[how]
-            d_values = sddmm(g, rows, indices)
-            d_values = d_values if mine is None else jnp.where(mine, d_values, 0)
-            return _summed(mesh, d_values), outer(values, indices, g, len(rows))
-        import kernels_tpu
-        d_rows, dots = kernels_tpu.outer(entries, g, rows, len(rows), values.shape[1], how)
-        return _summed(mesh, kernels_tpu.in_place(entries, dots, values.shape)), d_rows
+        d_values, d_rows = how.decode_gradients(values, indices, rows, entries, g)
+        return _summed(mesh, d_values if mine is None else jnp.where(mine, d_values, 0)), d_rows
 
     specs = (WHOLE, WHOLE, SPLIT, SPLIT, WHOLE), (WHOLE, SPLIT)
     return _on_each(mesh, here, *specs)(values, indices, rows, entries, g)
 
 
 def _encode_gradients(g, indices, x, rows, mesh):
-    """g, indices [B, k], x [B, D], rows [F, D] -> the gradients of x and rows."""
+    """g, indices [B, k], x [B, D], rows [F, D] -> the gradients of x, rows and the bias [F]."""
     def here(g, indices, x, rows):
         how, g, indices, _ = _prepared(mesh, g, indices, rows)
-        if how in PLAIN:
-            spmm, _, outer = PLAIN[how]
-            return _summed(mesh, spmm(g, indices, rows)), outer(g, indices, x, len(rows))
-        import kernels_tpu
-        entries = kernels_tpu.sorted_entries(g, indices, len(rows))
-        d_x = kernels_tpu.spmm(entries, rows, g.shape, how)
-        return _summed(mesh, d_x), kernels_tpu.outer(entries, x, None, len(rows), g.shape[1], how)
+        d_x, d_rows, d_bias = how.encode_gradients(g, indices, x, rows)
+        return _summed(mesh, d_x), d_rows, d_bias
 
-    specs = (WHOLE, WHOLE, WHOLE, SPLIT), (WHOLE, SPLIT)
+    specs = (WHOLE, WHOLE, WHOLE, SPLIT), (WHOLE, SPLIT, SPLIT)
     return _on_each(mesh, here, *specs)(g, indices, x, rows)
 
 
@@ -359,11 +377,12 @@ def _prepared(mesh, values, indices, rows):
     """Return (method, values, indices into this device's rows, mask of its own entries or None for all). Entries of
     other devices get the value 0, and the index F for kernels, else 0."""
     how, axis = plan(mesh, values, rows), _axis(mesh)
+    how = PLAIN.get(how, how)
     if axis is None:
         return how, values, indices, None
     index = indices - lax.axis_index(axis) * len(rows)
     mine = (index >= 0) & (index < len(rows))
-    nowhere = 0 if how in PLAIN else len(rows)
+    nowhere = 0 if isinstance(how, Plain) else len(rows)
     return how, jnp.where(mine, values, 0), jnp.where(mine, index, nowhere), mine
 
 
@@ -384,4 +403,4 @@ def _outer_dense(values, indices, x, F):
     return jnp.matmul(_scattered(values, indices, F).T, x, precision=lax.Precision.HIGH)
 
 
-PLAIN = {"scan": (_spmm, _sddmm, _outer), "dense": (_spmm_dense, _sddmm_dense, _outer_dense)}
+PLAIN = {"scan": Plain(_spmm, _sddmm, _outer), "dense": Plain(_spmm_dense, _sddmm_dense, _outer_dense)}

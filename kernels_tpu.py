@@ -51,6 +51,22 @@ class Kernels(NamedTuple):
     vmem: int
     interpret: bool = False
 
+    def decode(self, values: Array, indices: Array, rows: Array) -> tuple[Array, "Entries"]:
+        """Do what `kernels.Plain.decode` does. The gradients need the sorted entries too."""
+        entries = sorted_entries(values, indices, len(rows))
+        return spmm(entries, rows, values.shape, self), entries
+
+    def decode_gradients(self, values, indices, rows, entries, g) -> tuple[Array, Array]:
+        """Do what `kernels.Plain.decode_gradients` does."""
+        d_rows, dots = outer(entries, g, rows, len(rows), values.shape[1], self)
+        return in_place(entries, dots, values.shape), d_rows
+
+    def encode_gradients(self, g, indices, x, rows) -> tuple[Array, Array, Array]:
+        """Do what `kernels.Plain.encode_gradients` does."""
+        entries = sorted_entries(g, indices, len(rows))
+        d_bias = jnp.zeros(len(rows), g.dtype).at[indices.reshape(-1)].add(g.reshape(-1))
+        return spmm(entries, rows, g.shape, self), outer(entries, x, None, len(rows), g.shape[1], self), d_bias
+
 
 def plan(device: jax.Device, values: Array, rows: Array, devices: int = 1) -> Kernels | str:
     """Return the method for products of values [B, k] and rows [F, D] (the share of one of `devices` devices):
