@@ -173,3 +173,12 @@ def check_arrays(source: Any, arrays: Mapping[str, np.ndarray], shapes: Mapping[
             raise Mistake(f"{source}: {name} has shape {list(array.shape)}; its config says {list(shapes[name])}")
         if not np.isfinite(array).all():
             raise Mistake(f"{source}: {name} holds {int((~np.isfinite(array)).sum())} values that are not finite")
+
+
+def geometric_median(u: np.ndarray, iterations: int = 20) -> np.ndarray:
+    """Return the point [D] with the least summed distance to u [N, D], by Weiszfeld's iteration."""
+    center = u.mean(0)
+    for _ in range(iterations):
+        weight = 1 / np.maximum(np.linalg.norm(u - center, axis=1), 1e-6)
+        center = (weight @ u) / weight.sum()
+    return center.astype(np.float32)

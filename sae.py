@@ -199,7 +199,7 @@ def init(
     with jax.ensure_compile_time_eval():  # so that `jax.eval_shape` can ask for the state's shapes
         of = None if groups is None else groups[some]
         u = np.asarray(standardize(sample[some].astype(np.float32), mean, std, basis, of))
-    params, threshold = _tied(key, cfg, u[:1024], _geometric_median(u), None if removed is None else basis.T @ basis)
+    params, threshold = _tied(key, cfg, u[:1024], normalize.geometric_median(u), None if removed is None else basis.T @ basis)
     since_fired, count = jnp.full(cfg.features, NEVER, jnp.int32), jnp.zeros((), jnp.int32)
     return State(params, *(None if a is None else jnp.asarray(a) for a in (mean, std, basis, removed)),
                  _optimizer(cfg).init(params), since_fired, threshold, count)
@@ -236,15 +236,6 @@ def _tied(key: Array, cfg: Config, u: Array, center: Array, kept: Array | None) 
     if cfg.activation == "batchtopk":
         return params, level
     return params | {"log_threshold": jnp.full(cfg.features, jnp.log(level))}, None
-
-
-def _geometric_median(u, iterations=20):
-    """Return the point [D] with the least summed distance to u [N, D], by Weiszfeld's iteration."""
-    center = u.mean(0)
-    for _ in range(iterations):
-        weight = 1 / np.maximum(np.linalg.norm(u - center, axis=1), 1e-6)
-        center = (weight @ u) / weight.sum()
-    return center.astype(np.float32)
 
 
 def step(
@@ -303,8 +294,8 @@ def _updated(state, cfg, grads, since_fired):
     """
     params = state.params
     along = _along(grads["dec"], params["dec"])
-    # If nothing else is left, rounding may take away more than there is
-    norm = jnp.sqrt(jnp.maximum(sum(jnp.sum(g * g) for g in grads.values()) - jnp.sum(along**2), 0))
+    left = jnp.maximum(jnp.sum(grads["dec"] ** 2, axis=1, keepdims=True) - along**2, 0)  # rounding may leave less
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for name, g in grads.items() if name != "dec") + jnp.sum(left))
     scale = cfg.clip / jnp.maximum(norm, cfg.clip)
     grads = grads | {"dec": remove_parallel(grads["dec"], params["dec"])}
     grads = {name: scale * g for name, g in grads.items()}
@@ -454,29 +445,38 @@ _jump.defvjp(_jump_forward, _jump_backward)
 def _with_aux(grads, params, cfg, u, dead, error, mesh):
     """Return AuxK's loss, and grads with its gradient added.
 
-    It costs nothing while no feature is dead, and little while few are. The gradients of few features leave the
-    conditional as a few rows, because XLA would copy all of grads there.
+    It costs nothing while no feature is dead, and little while few are: the gradients of few features leave the
+    conditional as a few rows. If more than k_aux are dead, some tokens of the batch have to do. The many features that
+    never fired in the first steps would else make these steps up to eight times as long.
     """
-    count = jnp.sum(dead)
-    (places,) = jnp.nonzero(dead, size=cfg.k_aux, fill_value=0)
-    rows = {name: params[name][places] for name in ("enc", "b_enc", "dec")}
+    count, size = jnp.sum(dead), aux_tokens(cfg, len(u))
+    # The fill lies outside, so that reading takes some row, which does not count, and writing drops it
+    (places,) = jnp.nonzero(dead, size=cfg.k_aux, fill_value=cfg.features)
+    rows = {name: params[name].at[places].get(mode="clip") for name in ("enc", "b_enc", "dec")}
 
     def few(size, rows):
         first, there = {name: row[:size] for name, row in rows.items()}, jnp.arange(size) < count
         loss, aux = jax.value_and_grad(_aux_loss_of_few)(first, there, _seen(params, cfg, u), error)
         return loss, {name: jnp.zeros_like(rows[name]).at[:size].set(a) for name, a in aux.items()}
 
-    def many(grads):
-        loss, aux = jax.value_and_grad(_aux_loss)(params, cfg, u, dead, error, mesh)
-        return loss, jax.tree.map(lambda g, a: g + cfg.aux_coefficient * a, grads, aux)
+    def many(_, carry):
+        loss, aux = jax.value_and_grad(_aux_loss)(params, cfg, u[:size], dead, error[:size], mesh)
+        return loss, jax.tree.map(lambda g, a: g + cfg.aux_coefficient * a, carry[1], aux)
 
-    of_many, grads = lax.cond(count > cfg.k_aux, many, lambda grads: (jnp.zeros(()), grads), grads)
+    # A loop of one step or none adds in place. A conditional would copy all of grads, also where it adds nothing
+    of_many, grads = lax.fori_loop(0, (count > cfg.k_aux).astype(int), many, (jnp.zeros(()), grads))
     half = max(1, cfg.k_aux // 2)
     which = jnp.where(count > cfg.k_aux, 0, (count > 0).astype(int) + (count > half))
     of_few, aux = lax.switch(which, [lambda rows: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, rows)),
                                      partial(few, half), partial(few, cfg.k_aux)], rows)
-    added = {name: grads[name].at[places].add(cfg.aux_coefficient * a) for name, a in aux.items()}
-    return of_many + of_few, grads | added
+    add = lambda g, a: g.at[places].add(cfg.aux_coefficient * a, mode="drop", unique_indices=True)
+    return of_many + of_few, grads | {name: add(grads[name], a) for name, a in aux.items()}
+
+
+def aux_tokens(cfg: Config, tokens: int) -> int:
+    """Return how many of a batch's tokens AuxK sees while more than k_aux features are dead: with k_aux features each,
+    they have a quarter of the active features of the whole batch, but no fewer than 64."""
+    return min(tokens, max(64, tokens * cfg.k // (4 * cfg.k_aux)))
 
 
 def _aux_loss(params, cfg, u, dead, error, mesh=None):

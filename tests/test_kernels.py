@@ -19,6 +19,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import kernels
+import kernels_gpu
 import kernels_tpu
 
 # B, F, D, k: one row, one active feature, one feature, k = F, and nothing that is a power of two
@@ -168,8 +169,79 @@ def compare_encoders(f, mesh):
     assert_close(run(partial(kernels.sparse_encode, mesh=mesh)), run(encode_dense))
 
 
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """A mesh on which everything is done by the GPU kernels, in Pallas' interpreter."""
+    monkeypatch.setattr(kernels, "plan", interpreted_on_a_gpu)
+    return jax.sharding.Mesh(np.array(jax.devices()[:1]), "tensor")
+
+
+def interpreted_on_a_gpu(mesh, values, rows):
+    """Blocks of 16 columns or more, so that small rows need several."""
+    return kernels_gpu.cut(*values.shape[:1], *rows.shape)._replace(columns=16, together=4, interpret=True)
+
+
+# B, F, D, k: SIZES and rows of several blocks of columns; more entries of one feature than a piece has
+@pytest.mark.parametrize("size", [*SIZES, (13, 40, 70, 6), (300, 3, 33, 2)])
+def test_gpu_kernels_equal_dense(one_gpu, size):
+    b, f, d, k = size
+    compare_decoders(normal(0, b, k), some(1, b, f, k), normal(2, f, d), one_gpu)
+
+
+@pytest.mark.parametrize("features", [3, 257])
+def test_gpu_kernels_add_repeated_indices(one_gpu, monkeypatch, features):
+    """Within a row and across rows; with 3 features each has many pieces, with 257 most have no entry."""
+    monkeypatch.setattr(kernels_gpu, "PIECE", 8)
+    indices = np.random.default_rng(1).integers(0, 3, (61, 12)) * (features // 3)
+    compare_decoders(normal(0, 61, 12), indices, normal(1, features, 37), one_gpu)
+
+
+@pytest.mark.parametrize("features", [9, 77])
+def test_gpu_kernels_give_the_encoders_gradient(one_gpu, features):
+    compare_encoders(features, one_gpu)
+
+
+def test_gpu_kernels_sort_once_for_both_gradients(one_gpu):
+    """The compiler finds that both sort the same numbers."""
+    x, W = normal(0, 8, 6), normal(1, 40, 6)
+
+    def loss(W_enc, W_dec):
+        values, indices = kernels.sparse_encode(x, W_enc, jnp.zeros(40), 3, one_gpu)
+        return jnp.sum((kernels.sparse_decode(values, indices, W_dec, one_gpu) - x) ** 2)
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(W, W).compile().as_text()
+    assert len([line for line in compiled.splitlines() if " sort(" in line and "s32[24]" in line]) == 1
+
+
+def test_entries_are_cut_into_pieces(monkeypatch):
+    """Each entry lies in one piece of its feature, in the order of tokens; those of other devices lie in none."""
+    monkeypatch.setattr(kernels_gpu, "PIECE", 4)
+    indices = np.random.default_rng(0).integers(-2, 9, (23, 5))
+    indices[:, 0] = 3
+    entries = jax.tree.map(np.asarray, kernels_gpu.sorted_entries(jnp.asarray(indices), 7))
+    found = [[] for _ in range(7)]
+    for number, (feature, first, last) in enumerate(zip(*entries[1:])):
+        assert (last - first <= 4 and feature == number) if number < 7 else (last > first) == (feature < 7)
+        if last > first:
+            found[feature] += entries.places[first:last].tolist()
+    assert found == [np.flatnonzero(indices == feature).tolist() for feature in range(7)]
+
+
+def test_gpu_topk():
+    """Equal values, masked ones, rising ones, and all large ones in few groups: then a row has too many candidates."""
+    check_topk(lambda x, k: kernels_gpu.topk(x, k, interpret=True))
+    x = normal(0, 5, 1500)
+    places = np.arange(1500)
+    for row in (np.where(places < 3, x, -np.inf), np.sort(x), np.where(places % 256 == 3, x + 9, x), -np.abs(x),
+                np.where(places % 256 == 3, 9, x)):
+        values, indices = kernels_gpu.topk(jnp.asarray(row, jnp.float32).reshape(5, 1, 1500), 32, interpret=True)
+        order = np.argsort(-row, axis=1, kind="stable")[:, :32]
+        np.testing.assert_array_equal(indices[:, 0], order)
+        np.testing.assert_array_equal(values[:, 0], np.take_along_axis(row.astype(np.float32), order, 1))
+
+
 def test_features_split_over_devices():
-    """By all three ways, on four devices, which need a process of their own."""
+    """By all four ways, on four devices, which need a process of their own."""
     environment = conftest.devices(4)
     path = os.pathsep.join([str(Path(kernels.__file__).parent), *sys.path])
     subprocess.run([sys.executable, __file__], env=environment | {"PYTHONPATH": path}, check=True, timeout=600)
@@ -182,7 +254,7 @@ def on_four_devices():
     x = jax.ShapeDtypeStruct((61, 772), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, split))
     sent = jax.jit(lambda x: kernels.topk(x, 5, mesh)).lower(x).compile().as_text()
     assert set(re.findall(r"\[([0-9,]+)\][^ ]* all-gather\(", sent)) <= {"61,20"}  # four times five, not all of x
-    for plan in (kernels.plan, lambda *_: "dense", lambda mesh, values, rows: kernels_tpu.cut(
+    for plan in (kernels.plan, lambda *_: "dense", interpreted_on_a_gpu, lambda mesh, values, rows: kernels_tpu.cut(
             kernels_tpu.CHIPS["v5e"], values.shape[0], rows.shape[1])._replace(interpret=True)):
         kernels.plan = plan
         compare_decoders(normal(0, 61, 5), some(1, 61, 772, 5), normal(2, 772, 128), mesh)
@@ -202,6 +274,19 @@ def test_plan():
     assert ask("TPU v5 lite", 2048, F=4096) == "dense"
     assert ask("TPU v5 lite", 32, D=3000) == "dense" and ask("TPU v5 lite", 32, dtype=jnp.bfloat16) == "dense"
     assert ask("TPU v4", 64) == 8
+
+
+def test_plan_for_a_gpu():
+    """Few active features of many are the kernels', many of few dense. Without Triton, all in plain XLA."""
+    def ask(k, F, kind="9.0", D=3072, dtype=jnp.float32):
+        device = SimpleNamespace(platform="gpu", compute_capability=kind)
+        mesh = SimpleNamespace(devices=np.array([device]), size=1)
+        how = kernels.plan(mesh, jax.ShapeDtypeStruct((8192, k), dtype), jax.ShapeDtypeStruct((F, D), dtype))
+        return how if isinstance(how, str) else how.columns
+
+    assert ask(32, 16384) == 512 and ask(64, 65536) == 128 and ask(32, 16384, D=130) == 256
+    assert ask(32, 2048) == "dense" and ask(512, 16384) == "dense"
+    assert ask(32, 16384, "7.5") == ask(32, 16384, "gfx90a") == ask(32, 16384, dtype=jnp.bfloat16) == "scan"
 
 
 @pytest.mark.parametrize("size", SIZES)

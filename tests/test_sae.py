@@ -192,17 +192,26 @@ def test_aux_makes_dead_features_point_at_the_error():
 
 @pytest.mark.parametrize("dead", [(), (7,), (4, 40), (0, 3, 9, 20, 31, 49), (1, 2, 3, 5, 8, 13, 21)])
 def test_aux_of_few_dead_features_is_that_of_many(dead):
-    """Where k_aux are dead, or fewer, each token has them all, and dense products do: the same loss and gradient."""
+    """Where k_aux are dead, or fewer, each token has them all, and dense products do: the same loss and gradient. If
+    more are dead, 64 of the 256 tokens count."""
     cfg = dataclasses.replace(CFG, k_aux=6)
     state, x = trained(cfg=cfg), residuals(256, seed=8)
     u, dead = (x - state.mean) / state.std, jnp.isin(jnp.arange(50), jnp.array(dead, int))
     (_, (_, _, _, out)), grads = jax.value_and_grad(sae._reconstruct, has_aux=True)(state.params, cfg, u)
     loss, total = jax.jit(sae._with_aux, static_argnums=(2, 6))(grads, state.params, cfg, u, dead, u - out, None)
-    expected, added = jax.value_and_grad(sae._aux_loss)(state.params, cfg, u, dead, u - out, None)
+    tokens = 64 if dead.sum() > 6 else 256
+    expected, added = jax.value_and_grad(sae._aux_loss)(state.params, cfg, u[:tokens], dead, (u - out)[:tokens], None)
     np.testing.assert_allclose(loss, expected if dead.any() else 0, rtol=1e-5)
     for name, gradient in grads.items():
         wanted = np.asarray(added[name]) * (cfg.aux_coefficient if dead.any() else 0)
         np.testing.assert_allclose(total[name] - gradient, wanted, atol=1e-5 * np.abs(gradient).max(), rtol=1e-3)
+
+
+def test_aux_of_many_dead_features_has_a_quarter_of_the_entries():
+    """However many features are dead; but a variance needs some tokens."""
+    large = sae.Config(d_in=3072, features=65536, k=64)
+    assert large.k_aux == 512 and sae.aux_tokens(large, 4096) == 128 and 4 * 128 * 512 == 4096 * 64
+    assert sae.aux_tokens(large, 1024) == 64 and sae.aux_tokens(large, 40) == 40
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 1 / 32])
@@ -229,7 +238,7 @@ def test_init_in_the_space_of_another_state():
     for name in ("mean", "std", "basis"):
         np.testing.assert_array_equal(getattr(fresh, name), getattr(other, name))
     u = np.asarray(normalize.standardize(x, other.mean, other.std, other.basis, None))
-    np.testing.assert_allclose(fresh.params["b_dec"], sae._geometric_median(u), atol=1e-5)
+    np.testing.assert_allclose(fresh.params["b_dec"], normalize.geometric_median(u), atol=1e-5)
 
 
 def test_idle_counts_tokens_since_a_feature_fired():
