@@ -236,7 +236,7 @@ def topk(x: Array, k: int, interpret: bool = False) -> tuple[Array, Array]:
     lower bound of the k-th largest of all, and few values reach it. They are written out in order, and `lax.top_k`
     orders them. Where more reach it than there is room for, the program finds the k-th largest value bit by bit."""
     F, group, room = x.shape[-1], max(256, 4 * pl.next_power_of_2(k)), max(64, 2 * pl.next_power_of_2(k))
-    if x.dtype != jnp.float32 or F < 2 * group:
+    if x.dtype != jnp.float32 or 2 * group > F:
         return tuple(lax.top_k(x, k))
     flat = x.reshape(-1, F)
     shapes = [jax.ShapeDtypeStruct((len(flat), room), dtype) for dtype in (jnp.float32, jnp.int32)]

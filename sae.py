@@ -199,10 +199,11 @@ def init(
     with jax.ensure_compile_time_eval():  # so that `jax.eval_shape` can ask for the state's shapes
         of = None if groups is None else groups[some]
         u = np.asarray(standardize(sample[some].astype(np.float32), mean, std, basis, of))
-    params, threshold = _tied(key, cfg, u[:1024], normalize.geometric_median(u), None if removed is None else basis.T @ basis)
-    since_fired, count = jnp.full(cfg.features, NEVER, jnp.int32), jnp.zeros((), jnp.int32)
-    return State(params, *(None if a is None else jnp.asarray(a) for a in (mean, std, basis, removed)),
-                 _optimizer(cfg).init(params), since_fired, threshold, count)
+    kept = None if removed is None else basis.T @ basis
+    params, threshold = _tied(key, cfg, u[:1024], normalize.geometric_median(u), kept)
+    since_fired, arrays = jnp.full(cfg.features, NEVER, jnp.int32), (mean, std, basis, removed)
+    return State(params, *(None if a is None else jnp.asarray(a) for a in arrays), _optimizer(cfg).init(params),
+                 since_fired, threshold, jnp.zeros((), jnp.int32))
 
 
 def _check_groups(cfg, group):
@@ -445,12 +446,11 @@ _jump.defvjp(_jump_forward, _jump_backward)
 def _with_aux(grads, params, cfg, u, dead, error, mesh):
     """Return AuxK's loss, and grads with its gradient added.
 
-    It costs nothing while no feature is dead, and little while few are: the gradients of few features leave the
-    conditional as a few rows. If more than k_aux are dead, some tokens of the batch have to do. The many features that
-    never fired in the first steps would else make these steps up to eight times as long.
+    It costs nothing while no feature is dead, and little while few are: their gradients leave the conditional as a few
+    rows. If more than k_aux are dead, it sees some of the tokens only: else a run's first steps would be slow.
     """
     count, size = jnp.sum(dead), aux_tokens(cfg, len(u))
-    # The fill lies outside, so that reading takes some row, which does not count, and writing drops it
+    # The fill lies outside: reading takes some row, which does not count, and writing drops it
     (places,) = jnp.nonzero(dead, size=cfg.k_aux, fill_value=cfg.features)
     rows = {name: params[name].at[places].get(mode="clip") for name in ("enc", "b_enc", "dec")}
 
