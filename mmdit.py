@@ -47,9 +47,8 @@ class Config:
     patch_size: int = 1
 
     def __post_init__(self):
-        if sum(self.axes_dims_rope) != self.attention_head_dim:
-            raise Mistake(f"axes_dims_rope {self.axes_dims_rope} must add up to attention_head_dim, "
-                          f"{self.attention_head_dim}")
+        if sum(axes := self.axes_dims_rope) != self.attention_head_dim:
+            raise Mistake(f"axes_dims_rope {axes} must add up to attention_head_dim, {self.attention_head_dim}")
 
     @property
     def width(self) -> int:
@@ -152,8 +151,7 @@ def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=(), edits
 
 @partial(jax.jit, static_argnames=("cfg", "grid"))
 def _begin(params, cfg, latents, text, pooled, timestep, guidance, *, grid):
-    """Return the blocks' inputs: the streams (img, txt), the conditioning vector [B, D], its SiLU and the RoPE tables.
-    All blocks share the last two."""
+    """Return the streams (img, txt), the conditioning vector [B, D], and what all blocks share: its SiLU and RoPE."""
     dtype = params["img_in"]["b"].dtype                          # a bias tells the dtype: biases are never quantized
     vec = _embed(params, cfg, pooled.astype(dtype), timestep, guidance)
     img, txt = _linear(params["img_in"], latents.astype(dtype)), _linear(params["txt_in"], text.astype(dtype))
@@ -193,18 +191,15 @@ def _block(kind, cfg, T, names, edits):
 def _double_block(p, cfg, img, txt, mod, rope):
     """Run one MMDiT block: two streams, each with its own weights, share one attention (SD3, arXiv 2403.03206)."""
     streams = {"txt": txt, "img": img}
-    shift, scale, gate, shift2, scale2, gate2 = {}, {}, {}, {}, {}, {}
-    qkv = []
-    for s, x in streams.items():
-        parts = jnp.split(_linear(p[s]["mod"], mod)[:, None], 6, axis=-1)
-        shift[s], scale[s], gate[s], shift2[s], scale2[s], gate2[s] = parts
-        qkv.append(_qkv(p[s], cfg, _linear(p[s]["qkv"], _modulate(x, shift[s], scale[s]))))
+    mods = {s: jnp.split(_linear(p[s]["mod"], mod)[:, None], 6, axis=-1) for s in streams}
+    qkv = [_qkv(p[s], cfg, _linear(p[s]["qkv"], _modulate(x, *mods[s][:2]))) for s, x in streams.items()]
     attn = _attention(*(jnp.concatenate(pair, 1) for pair in zip(*qkv)), rope)
     attn = dict(zip(streams, jnp.split(attn, [txt.shape[1]], axis=1)))
     for s, x in streams.items():
-        x = x + gate[s] * _linear(p[s]["o"], attn[s])
-        neurons = jax.nn.gelu(_linear(p[s]["fc1"], _modulate(x, shift2[s], scale2[s])), approximate=True)
-        x = x + gate2[s] * _linear(p[s]["fc2"], sow(neurons, name=f"double.{s}.neurons"))
+        gate, shift2, scale2, gate2 = mods[s][2:]
+        x = x + gate * _linear(p[s]["o"], attn[s])
+        neurons = jax.nn.gelu(_linear(p[s]["fc1"], _modulate(x, shift2, scale2)), approximate=True)
+        x = x + gate2 * _linear(p[s]["fc2"], sow(neurons, name=f"double.{s}.neurons"))
         streams[s] = sow(x, name=f"double.{s}")
     return streams["img"], streams["txt"]
 
@@ -262,13 +257,14 @@ def _qkv(p, cfg, qkv):
 
 def _attention(q, k, v, rope):
     """Attend from all S tokens to all S tokens: [B, S, H, K] → [B, S, D]. This never builds [S, S] for all heads: a TPU
-    runs JAX's flash attention if its tiles fit; otherwise long sequences run block by block."""
-    q, k = _rotate(q, rope), _rotate(k, rope)
+    runs JAX's flash attention and a GPU runs cuDNN's if they fit; otherwise long sequences run block by block."""
+    q, k, forms = _rotate(q, rope), _rotate(k, rope), {}
     tile = next((n for n in (512, 384, 256, 128) if q.shape[1] % n == 0), None)
     if tile and q.shape[-1] % 128 == 0:
-        out = jax.lax.platform_dependent(q, k, v, tpu=partial(_flash, tile=tile), default=_softmax_attention)
-    else:
-        out = _softmax_attention(q, k, v)
+        forms["tpu"] = partial(_flash, tile=tile)
+    if _fits(cudnn := partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, v):
+        forms["cuda"] = cudnn
+    out = jax.lax.platform_dependent(q, k, v, **forms, default=_softmax_attention)
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -279,11 +275,20 @@ def _softmax_attention(q, k, v, block=512):
         weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
         return jnp.einsum("bhqs,bshk->bqhk", weights, v)
 
-    B, S, H, K = q.shape
-    if 2 * block >= S:
+    if 2 * block >= q.shape[1]:
         return attend(q)
-    blocks = jnp.pad(q, ((0, 0), (0, -S % block), (0, 0), (0, 0))).reshape(B, -1, block, H, K).swapaxes(0, 1)
-    return jax.lax.map(attend, blocks).swapaxes(0, 1).reshape(B, -1, H, K)[:, :S]
+    return jax.lax.map(lambda q: attend(q[:, None])[:, 0], q.swapaxes(0, 1), batch_size=block).swapaxes(0, 1)
+
+
+def _fits(cudnn, q, *others):
+    """Return whether cuDNN's attention fits: in half precision, S even, K small and a multiple of 8. JAX traces it on
+    every platform, and raises if it does not fit or no cuDNN is known. (text.py has a copy of this function.)"""
+    try:
+        jax.eval_shape(cudnn, q, *others)
+    except (RuntimeError, NotImplementedError):
+        return False
+    new = [float(gpu.compute_capability) >= 8 for gpu in jax.local_devices() if gpu.platform == "gpu"]
+    return q.shape[1] % 2 == 0 and all(new)                      # a GPU before Ampere would fail while it compiles
 
 
 def _flash(q, k, v, tile):
@@ -355,14 +360,12 @@ DIFFUSERS = {
            for ours, theirs in {"time": "timestep", "guidance": "guidance", "pooled": "text"}.items()}}),
     "double.": ("transformer_blocks.{}.", {
         "img.mod": "norm1.linear", "img.qkv": "attn.to_q attn.to_k attn.to_v", "img.q_norm": "attn.norm_q.weight",
-        "img.k_norm": "attn.norm_k.weight", "img.o": "attn.to_out.0", "img.fc1": "ff.net.0.proj",
-        "img.fc2": "ff.net.2", "txt.mod": "norm1_context.linear",
-        "txt.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "txt.q_norm": "attn.norm_added_q.weight",
-        "txt.k_norm": "attn.norm_added_k.weight", "txt.o": "attn.to_add_out", "txt.fc1": "ff_context.net.0.proj",
-        "txt.fc2": "ff_context.net.2"}),
-    "single.": ("single_transformer_blocks.{}.", {
-        "mod": "norm.linear", "in": "attn.to_q attn.to_k attn.to_v proj_mlp", "q_norm": "attn.norm_q.weight",
-        "k_norm": "attn.norm_k.weight", "out": "proj_out"}),
+        "img.k_norm": "attn.norm_k.weight", "img.o": "attn.to_out.0", "img.fc1": "ff.net.0.proj", "img.fc2": "ff.net.2",
+        "txt.mod": "norm1_context.linear", "txt.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+        "txt.q_norm": "attn.norm_added_q.weight", "txt.k_norm": "attn.norm_added_k.weight", "txt.o": "attn.to_add_out",
+        "txt.fc1": "ff_context.net.0.proj", "txt.fc2": "ff_context.net.2"}),
+    "single.": ("single_transformer_blocks.{}.", {"mod": "norm.linear", "q_norm": "attn.norm_q.weight",
+        "k_norm": "attn.norm_k.weight", "in": "attn.to_q attn.to_k attn.to_v proj_mlp", "out": "proj_out"}),
 }
 BFL = {
     "": ("", {
@@ -373,9 +376,8 @@ BFL = {
     "double.": ("double_blocks.{}.", {f"{s}.{ours}": f"{s}_{theirs}" for s in ("img", "txt") for ours, theirs in {
         "mod": "mod.lin", "qkv": "attn.qkv", "q_norm": "attn.norm.query_norm.scale",
         "k_norm": "attn.norm.key_norm.scale", "o": "attn.proj", "fc1": "mlp.0", "fc2": "mlp.2"}.items()}),
-    "single.": ("single_blocks.{}.", {
-        "mod": "modulation.lin", "in": "linear1", "q_norm": "norm.query_norm.scale", "k_norm": "norm.key_norm.scale",
-        "out": "linear2"}),
+    "single.": ("single_blocks.{}.", {"mod": "modulation.lin", "in": "linear1", "out": "linear2",
+        "q_norm": "norm.query_norm.scale", "k_norm": "norm.key_norm.scale"}),
 }
 
 
@@ -471,9 +473,7 @@ def read_config(file: str | Path) -> Config:
 class _Swapped:
     """Swap the halves of a lazy slice: BFL's last modulation is (shift, scale), diffusers' is (scale, shift)."""
     piece: object
-
-    def get_shape(self) -> list[int]:
-        return self.piece.get_shape()
+    get_shape = property(lambda self: self.piece.get_shape)
 
     def __getitem__(self, item):
         return np.roll(self.piece[:], self.get_shape()[0] // 2, axis=0)[item]

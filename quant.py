@@ -3,7 +3,7 @@
 This file works alone: copy it. It needs jax and numpy.
 
     q = quant.nf4(w)                       # w [..., in, out] → 4.5 bits per weight, bitsandbytes' NormalFloat4
-    q = quant.int8(w)                      # one scale per output column; each row of activations gets its own scale
+    q = quant.int8(w)                      # one scale per column; each row of activations gets its own (see DECODED)
     y = x @ q                              # a pytree: jit, scan over stacked layers, q[i], device_put, grad to x
     w = quant.dequantize(q)
 
@@ -145,7 +145,7 @@ def put(name: str, *, dtype: Any = None, chip: str | None = None) -> Callable:
         if packed and not (name == "nf4" and wanted):
             array = np.asarray(dequantize(array))
         if not wanted or name == "none":
-            return jax.tree.map(jnp.asarray, array)
+            return array
         if name == "int8":
             return int8(array, dtype=dtype, chip=chip)
         return replace(array, chip=chip) if packed else nf4(array, dtype=dtype, chip=chip)
@@ -154,6 +154,7 @@ def put(name: str, *, dtype: Any = None, chip: str | None = None) -> Callable:
 
 
 FORMATS = ("nf4", "int8", "none")
+DECODED = ("v4", "gpu")                                          # chips that multiply Int8 weights in x's type
 QUANTIZED = ("transformer.double.", "transformer.single.", "t5.block.")        # prefixes of names that `put` quantizes
 
 
@@ -232,12 +233,14 @@ def dequantize(q: Quantized) -> Array:
     *stack, n, out = q.codes.shape
     half = q.span // 2
     nibbles = q.codes.reshape(*stack, -1, 1, half, out) >> np.array([0, 4], np.uint8)[:, None, None] & 15
-    blocks = _values(nibbles).reshape(*stack, -1, q.block, out) * q.scales[..., None, :]
+    values = jnp.asarray(TABLE)[nibbles] if q.chip == "gpu" else _values(nibbles)
+    blocks = values.reshape(*stack, -1, q.block, out) * q.scales[..., None, :]
     return blocks.reshape(*stack, 2 * n, out)[..., :q.rows, :].astype(q.dtype)
 
 
 def _values(codes):
-    """Return TABLE[codes] in float32 by selects: TPUs gather slowly, and CPUs do eight selects at a time."""
+    """Return TABLE[codes] in float32 by selects: TPUs gather slowly, and CPUs do eight selects at a time. For GPUs they
+    are twice the instructions of reading the table, which stays in the cache."""
     values = list(TABLE)
     for bit in range(4):
         values = [jnp.where(codes >> bit & 1 == 1, b, a) for a, b in zip(values[::2], values[1::2])]
@@ -251,7 +254,7 @@ def _values(codes):
 def matmul(x: Array, q: Quantized) -> Array:
     """Return x [..., in] @ q [in, out], [..., out] in x's type, accumulated in float32. Gradients flow only to x.
 
-    With Int8, each row of x is rounded to 8 bits too. Raise TypeError if the shapes do not fit.
+    With Int8, each row of x is rounded to 8 bits too, but not on DECODED. Raise TypeError if the shapes do not fit.
     """
     if q.ndim != 2 or x.shape[-1:] != q.shape[:1]:
         raise TypeError(f"cannot multiply {list(x.shape)} by a quantized weight of shape {list(q.shape)}")
@@ -281,8 +284,12 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def int8_plain(x: Array, q: Int8) -> Array:
-    """Multiply x by Int8 in plain XLA: exact in int32, then scaled by row and column."""
-    if q.chip == "v4":                                           # v4 has no int8 product
+    """Multiply x by Int8 in plain XLA: exact in int32, then scaled by row and column.
+
+    Chips of DECODED decode the weights instead and multiply in x's type. TPU v4 has no int8 product. A GPU gains
+    nothing by it: XLA writes the int32 sums to memory before it scales them, keeps a transposed copy of the weights of
+    all layers, and tries many int8 kernels while it compiles."""
+    if q.chip in DECODED:
         return x @ dequantize(q.astype(x.dtype))
     values, scales = round_rows(x)
     product = jax.lax.dot(values, q.values, preferred_element_type=jnp.int32)

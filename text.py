@@ -115,7 +115,7 @@ def _t5_block(cfg):
     def block(x, p, bias):
         h = _rms_norm(x, p["norm1"], cfg.layer_norm_epsilon)
         q, k, v = (_heads(y, cfg.num_heads) for y in (h @ p["q"], *jnp.split(h @ p["kv"], 2, axis=-1)))
-        x = x + _attend(q, k, v, bias) @ p["o"]                  # T5 does not scale the scores by 1/sqrt(K)
+        x = x + _joined(_attend(q, k, v, bias)) @ p["o"]         # T5 does not scale the scores by 1/sqrt(K)
         h = _rms_norm(x, p["norm2"], cfg.layer_norm_epsilon)
         gate, up = jnp.split(h @ p["wi"], 2, axis=-1)
         return x + (jax.nn.gelu(gate, approximate=True) * up) @ p["wo"], {}
@@ -218,7 +218,7 @@ def clip(params: dict, cfg: CLIPConfig, ids: Array) -> Array:
     def block(x, p):
         h = _layer_norm(x, p["norm1"], cfg.layer_norm_eps)
         q, k, v = (_heads(y, cfg.num_attention_heads) for y in jnp.split(h @ p["qkv"]["w"] + p["qkv"]["b"], 3, axis=-1))
-        x = x + _attend(q * K ** -0.5, k, v, causal) @ p["o"]["w"] + p["o"]["b"]
+        x = x + _joined(_softmax_attention(q * K ** -0.5, k, v, causal)) @ p["o"]["w"] + p["o"]["b"]
         h = _layer_norm(x, p["norm2"], cfg.layer_norm_eps)
         h = ACTIVATIONS[cfg.hidden_act](h @ p["fc1"]["w"] + p["fc1"]["b"])
         return x + h @ p["fc2"]["w"] + p["fc2"]["b"], None
@@ -236,11 +236,34 @@ def _heads(x, heads):
     return x.reshape(*x.shape[:-1], heads, -1)                                   # [B, T, H, K]
 
 
+def _joined(heads):
+    return heads.reshape(*heads.shape[:2], -1)                                   # [B, T, H K]
+
+
 def _attend(q, k, v, bias):
-    """Return softmax(q kᵀ + bias) v: [B, T, H, K] → [B, T, H K]. The softmax needs float32's precision."""
+    """Return softmax(q kᵀ + bias) v, [B, T, H, K], for a bias [H, T, T]. A GPU runs cuDNN's attention if it fits."""
+    def cudnn(q, k, v, bias):
+        # cuDNN wants the bias in q's type. That rounds nothing: the bias consists of parameters of this type.
+        return jax.nn.dot_product_attention(q, k, v, bias[None].astype(q.dtype), scale=1.0, implementation="cudnn")
+
+    forms = {"cuda": cudnn} if _fits(cudnn, q, k, v, bias) else {}
+    return jax.lax.platform_dependent(q, k, v, bias, **forms, default=_softmax_attention)
+
+
+def _fits(cudnn, q, *others):
+    """Return whether cuDNN's attention fits: in half precision, T even, K small and a multiple of 8. JAX traces it on
+    every platform, and raises if it does not fit or no cuDNN is known. (mmdit.py has a copy of this function.)"""
+    try:
+        jax.eval_shape(cudnn, q, *others)
+    except (RuntimeError, NotImplementedError):
+        return False
+    new = [float(gpu.compute_capability) >= 8 for gpu in jax.local_devices() if gpu.platform == "gpu"]
+    return q.shape[1] % 2 == 0 and all(new)                      # a GPU before Ampere would fail while it compiles
+
+
+def _softmax_attention(q, k, v, bias):
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) + bias
-    out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-    return out.reshape(*out.shape[:2], -1)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)    # softmax in float32
 
 
 def _rms_norm(x, weight, eps):

@@ -1,5 +1,6 @@
 """The transformer against diffusers' FluxTransformer2DModel, in float32, on random models of awkward shapes."""
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -626,6 +627,94 @@ def test_flash_attention_is_attention():
     with tpu.force_tpu_interpret_mode():
         ours = mmdit._flash(q, k, v, tile=128)
     np.testing.assert_allclose(ours, mmdit._softmax_attention(q, k, v), atol=1e-5)
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """A JAX that finds cuDNN, also on a machine without a GPU."""
+    with_cudnn(monkeypatch, lambda: 91000)
+    yield
+    jax.clear_caches()                                           # of what was traced with it
+
+
+def with_cudnn(monkeypatch, version):
+    from jax._src.cudnn import fused_attention_stablehlo as module
+    monkeypatch.setattr(module, "check_cudnn_version", version)
+    jax.clear_caches()
+
+
+def calls(function, *args, platform="cuda"):
+    """The calls of cuDNN in a program for a platform, which need not be here."""
+    text = jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    return set(re.findall(r"__cudnn\$(\w+)", text))
+
+
+@pytest.mark.parametrize("dtype, S, H, K, fits", [
+    ("bfloat16", 512, 24, 128, True), ("float16", 6, 1, 8, True), ("bfloat16", 16, 3, 24, True),
+    ("float32", 512, 24, 128, False), ("bfloat16", 511, 24, 128, False), ("bfloat16", 16, 3, 12, False),
+    ("bfloat16", 16, 3, 264, False)])
+def test_when_cudnn_runs_the_attention(cudnn, monkeypatch, dtype, S, H, K, fits):
+    q = jax.ShapeDtypeStruct((2, S, H, K), dtype)
+    rope = (jax.ShapeDtypeStruct((S, 1, K // 2), jnp.float32),) * 2
+    assert calls(mmdit._attention, q, q, q, rope) == ({"fmhaSoftmax"} if fits else set())
+    for platform in ("cpu", "rocm", "tpu"):
+        assert not calls(mmdit._attention, q, q, q, rope, platform=platform)
+    for capability in ("7.5", "8.0", "12.0"):
+        monkeypatch.setattr(jax, "local_devices", lambda one=capability: [
+            SimpleNamespace(platform="gpu", compute_capability=one)])
+        jax.clear_caches()
+        assert bool(calls(mmdit._attention, q, q, q, rope)) == (fits and capability != "7.5")
+
+
+def test_without_cudnn_no_program_calls_it(monkeypatch):
+    def absent():
+        raise RuntimeError("cuDNN is not detected.")
+
+    with_cudnn(monkeypatch, absent)
+    q, rope = jnp.ones((2, 16, 3, 24), jnp.bfloat16), (jnp.ones((16, 1, 12)),) * 2
+    assert not calls(mmdit._attention, q, q, q, rope)
+
+
+def test_cudnn_is_asked_for_our_attention(cudnn, monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 70, 3, 8)), jnp.bfloat16) for _ in range(3))
+    angles = rng.standard_normal((70, 1, 4))
+    attend = partial(mmdit._attention, q, k, v, (jnp.cos(angles), jnp.sin(angles)))
+    expected = np.asarray(attend(), np.float32)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, **_: cuda(*args))
+    plainly, asked = jax.nn.dot_product_attention, []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **options:
+                        asked.append(implementation) or plainly(*args, implementation="xla", **options))
+    monkeypatch.setattr(mmdit, "_fits", lambda *_: True)
+    assert error(attend(), expected) <= 0.02 and asked == ["cudnn"]
+
+
+def test_transformations_of_cudnn_attention(cudnn, monkeypatch):
+    """For a CPU they give what they give without cuDNN; for a GPU they call it, forward and backward."""
+    case = CASES[1]
+    cfg, params = random_params(case)
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    inputs = {name: jnp.asarray(x) for name, x in random_inputs(case).items()}
+    mesh, edits = shard.mesh(jax.devices()[:1]), some_edits(cfg, [1], case[8])
+
+    def velocity(x, **options):
+        return flux.velocity(params, cfg, **inputs | {"latents": x}, grid=case[6], **options).astype(jnp.float32)
+
+    gradient = lambda function: jax.grad(lambda x: jnp.sum(jnp.sin(function(x))))
+    programs = {
+        "grad of vmap": gradient(lambda x: jax.vmap(velocity)(jnp.stack([x, 2 * x]))),
+        "grad of remat": gradient(jax.checkpoint(velocity)), "reap": lambda x: reap(velocity)(x)[1]["single.img"],
+        "grad of edits": gradient(partial(velocity, edits=edits)),
+        "grad of shard_map": gradient(partial(velocity, walk=shard.scan(mesh)))}
+    x, ours = inputs["latents"], {}
+    for name, program in programs.items():
+        backward = {"fmhaSoftmaxBackward"} if "grad" in name else set()
+        assert calls(program, x) == {"fmhaSoftmax"} | backward, name
+        ours[name] = quick(program)(x)
+    monkeypatch.setattr(mmdit, "_fits", lambda *_: False)
+    jax.clear_caches()
+    for name, program in programs.items():
+        assert error(ours[name], np.asarray(quick(program)(x), np.float32)) <= 0.02, name
 
 
 # ---------------------------------------------------------------- errors

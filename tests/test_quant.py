@@ -1,6 +1,7 @@
 """Quantized weights against the real bitsandbytes, as arrays under JAX, and kernels against their plain forms."""
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -106,6 +107,16 @@ def test_int8_product_is_the_integers_product():
     whole = np.rint(x / rows).astype(np.int64) @ np.asarray(q.values, np.int64)
     np.testing.assert_allclose(x @ q, whole * rows * np.asarray(q.scales), rtol=1e-5, atol=1e-6)
     assert np.linalg.norm(x @ q - x @ w) < 0.02 * np.linalg.norm(x @ w)
+
+
+@pytest.mark.parametrize("chip", quant.DECODED)
+def test_int8_of_some_chips_is_decoded_before_the_product(chip):
+    rng = np.random.default_rng(1)
+    x, w = rng.standard_normal((5, 96)).astype(np.float32), rng.standard_normal((96, 8)).astype(np.float32)
+    q = quant.int8(w, chip=chip)
+    np.testing.assert_allclose(x @ q, x @ np.asarray(quant.dequantize(q)), rtol=1e-5, atol=1e-5)
+    assert "xi32>" not in jax.jit(quant.matmul).lower(x, q).as_text()        # no product of whole numbers
+    assert "xi32>" in jax.jit(quant.matmul).lower(x, replace(q, chip="cpu")).as_text()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -277,6 +288,13 @@ def test_plan_is_a_rule_of_chip_and_sizes():
 def test_select_tree_is_the_table():
     codes = np.arange(16, dtype=np.uint8)
     np.testing.assert_array_equal(quant._values(codes), quant.TABLE)
+
+
+def test_the_table_that_gpus_look_up_gives_the_same_weights():
+    w = np.random.default_rng(0).standard_normal((2, 130, 3)).astype(np.float32)
+    for dtype in ("float32", "bfloat16"):
+        one, two = (np.asarray(quant.dequantize(quant.nf4(w, dtype=dtype, chip=chip))) for chip in ("cpu", "gpu"))
+        np.testing.assert_array_equal(one, two)
 
 
 # ---------------------------------------------------------------- FLUX

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import shutil
 
 import jax
@@ -93,6 +94,39 @@ def test_gradients_reach_every_weight():
         grads = jax.grad(lambda p: (factors * forward(p, cfg, ids)).sum())(params)
         for path, g in jax.tree_util.tree_leaves_with_path(grads):
             assert np.isfinite(g).all() and np.abs(g).max() > 0, path
+
+
+def cudnn_calls(function, *args):
+    """The calls of cuDNN in a program for an NVIDIA GPU, which need not be here."""
+    text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return set(re.findall(r"__cudnn\$(\w+)", text))
+
+
+def test_cudnn_attention_with_the_position_bias(monkeypatch):
+    """Of T5 in half precision, for an even number of tokens; its gradient and a mapped one call cuDNN too."""
+    from jax._src.cudnn import fused_attention_stablehlo as module
+    monkeypatch.setattr(module, "check_cudnn_version", lambda: 91000)
+    jax.clear_caches()
+    cfg = text.T5Config(50, 24, 8, 40, 2, 3)
+    params = weights.init_tensors(text.t5_table(cfg), jax.random.key(0))
+    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    ids = np.random.default_rng(0).integers(0, 50, (2, 3, 8), dtype=np.int32)
+    encode = lambda p, ids: text.t5(p, cfg, ids)
+    grad = jax.grad(lambda p, ids: encode(p, ids).astype(jnp.float32).sum())
+    forward = {"fmhaScaleBiasSoftmax"}
+    assert cudnn_calls(encode, half, ids[0]) == cudnn_calls(jax.vmap(encode, (None, 0)), half, ids) == forward
+    assert cudnn_calls(grad, half, ids[0]) == {*forward, "fmhaScaleBiasSoftmaxBackward"}
+    assert not cudnn_calls(encode, half, ids[0, :, :7]) and not cudnn_calls(encode, params, ids[0])
+    expected = [np.asarray(x, np.float32) for x in (encode(half, ids[0]), grad(half, ids[0])["bias"])]
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, **_: cuda(*args))
+    plainly = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **options:
+                        plainly(*args, implementation="xla", **options))
+    monkeypatch.setattr(text, "_fits", lambda *_: True)
+    jax.clear_caches()
+    assert error(encode(half, ids[0]), expected[0]) <= 0.05      # the same scale and bias
+    assert error(grad(half, ids[0])["bias"], expected[1]) <= 0.05
+    jax.clear_caches()
 
 
 # ---------------------------------------------------------------- tokenizers
