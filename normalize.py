@@ -16,6 +16,7 @@ B batch, N sample tokens, C columns of the residuals, D model width, F features,
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -175,10 +176,11 @@ def check_arrays(source: Any, arrays: Mapping[str, np.ndarray], shapes: Mapping[
             raise Mistake(f"{source}: {name} holds {int((~np.isfinite(array)).sum())} values that are not finite")
 
 
-def geometric_median(u: np.ndarray, iterations: int = 20) -> np.ndarray:
+@jax.jit
+def geometric_median(u: Array, iterations: int = 20) -> Array:
     """Return the point [D] with the least summed distance to u [N, D], by Weiszfeld's iteration."""
-    center = u.mean(0)
-    for _ in range(iterations):
-        weight = 1 / np.maximum(np.linalg.norm(u - center, axis=1), 1e-6)
-        center = (weight @ u) / weight.sum()
-    return center.astype(np.float32)
+    def nearer(_, center):
+        weight = 1 / jnp.maximum(jnp.linalg.norm(u - center, axis=1), 1e-6)
+        return jnp.matmul(weight, u, precision=lax.Precision.HIGHEST) / weight.sum()
+
+    return lax.fori_loop(0, iterations, nearer, u.mean(0))

@@ -256,8 +256,8 @@ def step(
     params = state.params
     u = standardize(x, state.mean, state.std, state.basis, group)
     (loss, (fvu, values, indices, out)), grads = _gradients(params, cfg, u, mesh)
-    fired = jnp.zeros(cfg.features, bool).at[indices].max(values > 0)
-    since_fired = jnp.where(fired, 0, jnp.minimum(state.since_fired, NEVER) + len(x))
+    fired = jnp.zeros(cfg.features, int).at[indices].max((values > 0).astype(int))  # GPUs have no atomic for bool
+    since_fired = jnp.where(fired > 0, 0, jnp.minimum(state.since_fired, NEVER) + len(x))
     dead = since_fired >= cfg.dead_after
     y = cfg.split(u)[1]
     aux, grads = _with_aux(grads, params, cfg, u, dead, y - out, mesh)

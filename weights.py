@@ -202,22 +202,27 @@ def load_tensors(table: Any, weights: Mapping[str, Any], *, put: Callable | None
                  ignore: Collection[str] = ()) -> Any:
     """Read `weights` (from `open_weights`) into the structure of `table`, one tensor at a time.
 
-    put: (name, array [in, out] of one layer) → the leaf to keep; the leaves of a stack are then stacked on axis 0.
+    put: (name, array [in, out] of one layer) → the leaf to keep; the leaves of a stack are then stacked on axis 0. NumPy
+    arrays are stacked before they go to the device, which needs no compiled program for each shape.
     Raise ValueError, before reading any data, for a missing, unexpected (unless in `ignore`) or misshapen tensor.
     """
     check_tensors(table, weights, ignore)
-    put = put or (lambda name, array: jax.tree.map(jnp.asarray, array))
+    put = put or (lambda name, array: array)
     arrays = _ahead(lambda job: _read(job[0], weights, job[1], dtype),
                     [(tensor, i) for tensor in jax.tree.leaves(table) for i in tensor.numbers])
 
     def leaf(path, tensor):
         name = path_name(path)
         if tensor.layers is None:
-            return put(name, next(arrays))
+            return jax.device_put(put(name, next(arrays)))
         layers = [put(name, next(arrays)) for _ in tensor.numbers]
-        return jax.tree.map(lambda *xs: jnp.stack(xs), *layers) if layers else jnp.zeros((0, *tensor.shape), dtype)
+        return jax.tree.map(_stacked, *layers) if layers else jnp.zeros((0, *tensor.shape), dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, table)
+
+
+def _stacked(*leaves):
+    return jax.device_put(np.stack(leaves)) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
 
 
 def _ahead(function, jobs):
