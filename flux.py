@@ -1,7 +1,7 @@
 """Run FLUX.1 in raw JAX: load a whole pipeline, draw images, and capture one layer's activations.
 
-Copy `mmdit.py`, `harvest.py`, `text.py`, `vae.py` and `weights.py` with this file, and `session.py` for the command
-line.
+Copy `mmdit.py`, `blocks.py`, `harvest.py`, `text.py`, `vae.py` and `weights.py` with this file, and `session.py` for
+the command line.
 
     model = flux.load("nano")                                             # or "schnell", "dev", a folder, a repo id
     images = flux.generate(model, ["a red cube"], steps=8, size=128)      # uint8 [1, 128, 128, 3]
@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+import blocks
 import mmdit
 import text as text_encoders
 import vae
 import weights as tensor_files
-from mmdit import SITES, Config, Edit, residual, residual_names, scan_blocks, velocity, velocity_and_values  # noqa: F401
+from mmdit import SITES, Config, Edit, residual, residual_names, velocity, velocity_and_values  # noqa: F401
 from weights import Mistake, download
 
 REPOS = {"schnell": "black-forest-labs/FLUX.1-schnell", "dev": "black-forest-labs/FLUX.1-dev"}
@@ -44,7 +45,7 @@ class Model:
     source: Path
     text_tokens: int                                             # default number of T5 tokens
     size: int                                                    # default image size in pixels per side
-    walk: Callable | None = None                                 # runs the blocks (see `scan_blocks`)
+    walk: Callable | None = None                                 # runs the blocks (see `blocks.scan`)
 
     def __repr__(self):
         return f"<FLUX.1 model from {self.source}: {self.cfg.layers} layers of width {self.cfg.width}>"
@@ -133,9 +134,13 @@ def load(model: str | Path, *, put: Callable | None = None, dtype=jnp.bfloat16, 
     tokens = text_encoders.tokenizer_config(folder / "tokenizer_2").get("model_max_length", 512)
     tokens = min(tokens, 512 if cfg.guidance_embeds else 256)
     _tokenizers(folder, tokens, t5, clip)                        # raises before the long work
+    params = mmdit.load_transformer(place, unpack=unpack, last=last, **part("transformer"))[1]
+    t5, encoder = text_encoders.load_t5(folder / "text_encoder_2", unpack=unpack, **part("t5"))
+    if walk is None and jax.devices()[0].platform == "gpu":
+        params |= {kind: blocks.apart(params[kind]) for kind in ("double", "single")}
+        encoder["block"] = blocks.apart(encoder["block"])
     return Model(
-        cfg, mmdit.load_transformer(place, unpack=unpack, last=last, **part("transformer"))[1],
-        t5=text_encoders.load_t5(folder / "text_encoder_2", unpack=unpack, **part("t5")),
+        cfg, params, t5=(t5, encoder),
         clip=text_encoders.load_clip(folder / "text_encoder", unpack=unpack, **part("clip")),
         vae=vae.load(folder / "vae", **part("vae")) if last is None else (image, None),
         scheduler=scheduler, source=folder, text_tokens=tokens, size=default_size(folder), walk=walk)
@@ -346,7 +351,7 @@ def _grid(cfg, size):
 def encode_text(model: Model, prompts: Sequence[str], text_tokens: int | None = None) -> tuple[Array, Array]:
     """Return T5 states [B, T, joint_attention_dim] and CLIP's pooled vector [B, pooled_projection_dim]."""
     t5_ids, clip_ids = model.tokenize(prompts, text_tokens)
-    text = text_encoders.t5(model.t5[1], model.t5[0], t5_ids, walk=model.walk or scan_blocks)
+    text = text_encoders.t5(model.t5[1], model.t5[0], t5_ids, walk=model.walk)
     return text, _clip(model.clip[1], model.clip[0], clip_ids)
 
 

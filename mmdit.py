@@ -1,6 +1,6 @@
 """Run FLUX.1's transformer, the MMDiT, and load it from files of either layout.
 
-Copy `harvest.py` and `weights.py` with this file. `flux.py` adds the rest of the pipeline.
+Copy `blocks.py`, `harvest.py` and `weights.py` with this file. `flux.py` adds the rest of the pipeline.
 
     cfg, params = mmdit.load_transformer("flux1-schnell.safetensors")          # or a diffusers folder
     v = mmdit.velocity(params, cfg, latents, text, pooled, timestep, grid=(16, 16))
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+import blocks
 import weights as tensor_files
 from harvest import plant, reap, sow
 from weights import Mistake
@@ -82,7 +83,7 @@ def velocity(params: dict, cfg: Config, latents: Array, text: Array, pooled: Arr
 
     text [B, T, joint_attention_dim]: T5 states. pooled [B, pooled_projection_dim]: CLIP's vector. timestep [B] in 0…1
     (1 is pure noise). guidance [B]: the scale itself (3.5), only for models with `guidance_embeds`.
-    grid: (rows, columns) of packed tokens, rows * columns = I. walk: runs the blocks (see `scan_blocks`).
+    grid: (rows, columns) of packed tokens, rows * columns = I. walk: runs the blocks (see `blocks.scan`).
     edits: change what blocks sow (see `Edit`). Raise ValueError if an argument does not fit the model.
     """
     return _run(params, cfg, (latents, text, pooled, timestep, guidance), grid, walk, edits=edits)[0]
@@ -119,7 +120,7 @@ def residual_names(cfg: Config, layer: int, site: str) -> tuple[str, ...]:
 def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=(), edits=()):
     """Run all blocks and return (velocity, values `names` of block `layer`), or the first `stop`: (None, values)."""
     _check_inputs(cfg, *inputs, grid)
-    loaded = sum(jax.tree.leaves(params[kind])[0].shape[0] for kind in ("double", "single"))
+    loaded = sum(blocks.depth(params[kind]) for kind in ("double", "single"))
     if loaded < (stop or cfg.layers) or (stop is None and "out" not in params):
         raise Mistake(f"the model was loaded only up to layer {loaded - 1}; load it without `last` to run all layers")
     for edit in edits:
@@ -127,9 +128,9 @@ def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=(), edits
     whole, stop = stop is None, stop or cfg.layers
     ends = {name: p for name, p in params.items() if name not in ("double", "single")}
     (img, txt), vec, mod, rope = _begin(ends, cfg, *inputs, grid=grid)
-    T, walk, captured = txt.shape[1], walk or scan_blocks, {}
+    T, walk, captured = txt.shape[1], walk or blocks.scan, {}
 
-    def blocks(kind, x, first, last):
+    def run(kind, x, first, last):
         n = min(stop, last) - first
         alone = {edit.layer for edit in edits} | ({layer} if names else set())
         cuts = {0, n, *(cut - first for one in alone for cut in (one, one + 1))}
@@ -142,9 +143,9 @@ def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=(), edits
             captured.update({name: found[name][0] for name in wanted})
         return x
 
-    img, txt, _ = blocks("double", (img, txt, mod), 0, cfg.num_layers)
+    img, txt, _ = run("double", (img, txt, mod), 0, cfg.num_layers)
     if stop > cfg.num_layers:
-        x, _ = blocks("single", (jnp.concatenate([txt, img], 1), mod), cfg.num_layers, cfg.layers)
+        x, _ = run("single", (jnp.concatenate([txt, img], 1), mod), cfg.num_layers, cfg.layers)
         img = x[:, T:]
     return (_end(params["out"], img, vec) if whole else None), captured
 
@@ -262,9 +263,7 @@ def _attention(q, k, v, rope):
     tile = next((n for n in (512, 384, 256, 128) if q.shape[1] % n == 0), None)
     if tile and q.shape[-1] % 128 == 0:
         forms["tpu"] = partial(_flash, tile=tile)
-    if _fits(cudnn := partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, v):
-        forms["cuda"] = cudnn
-    out = jax.lax.platform_dependent(q, k, v, **forms, default=_softmax_attention)
+    out = jax.lax.platform_dependent(q, k, v, **forms, **blocks.cudnn(q, k, v), default=_softmax_attention)
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -278,17 +277,6 @@ def _softmax_attention(q, k, v, block=512):
     if 2 * block >= q.shape[1]:
         return attend(q)
     return jax.lax.map(lambda q: attend(q[:, None])[:, 0], q.swapaxes(0, 1), batch_size=block).swapaxes(0, 1)
-
-
-def _fits(cudnn, q, *others):
-    """Return whether cuDNN's attention fits: in half precision, S even, K small and a multiple of 8. JAX traces it on
-    every platform, and raises if it does not fit or no cuDNN is known. (text.py has a copy of this function.)"""
-    try:
-        jax.eval_shape(cudnn, q, *others)
-    except (RuntimeError, NotImplementedError):
-        return False
-    new = [float(gpu.compute_capability) >= 8 for gpu in jax.local_devices() if gpu.platform == "gpu"]
-    return q.shape[1] % 2 == 0 and all(new)                      # a GPU before Ampere would fail while it compiles
 
 
 def _flash(q, k, v, tile):
@@ -313,24 +301,6 @@ def _rope_tables(cfg, text_tokens, grid):
     angles = [p[:, None] * 1e4 ** (-np.arange(0, n, 2) / n) for p, n in zip(axes, cfg.axes_dims_rope)]
     angles = np.concatenate(angles, -1)[:, None]
     return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
-
-
-def scan_blocks(block: Callable, x: Any, stack: dict, layers: range, *context) -> tuple[Any, dict[str, Array]]:
-    """Run `layers` of the stacked blocks as one `lax.scan`, so that compile time does not grow with depth.
-
-    This is the default of every `walk` argument. block: (x, parameters of one layer, *context) → (x, {name: value}).
-    x: a pytree of arrays [B, ...]. stack: parameters [L, ...]. Return x and the values [len(layers), ...].
-    """
-    return _scan(block, x, stack, layers, context)
-
-
-@partial(jax.jit, static_argnums=(0, 3))
-def _scan(block, x, stack, layers, context):
-    if layers == range(jax.tree.leaves(stack)[0].shape[0]):
-        return jax.lax.scan(lambda x, p: block(x, p, *context), x, stack)
-    # A shorter walk indexes the whole stack: a slice of the stack would copy its weights.
-    return jax.lax.scan(lambda x, i: block(x, jax.tree.map(lambda w: w[i], stack), *context), x,
-                        jnp.arange(layers.start, layers.stop))
 
 
 def _check_inputs(cfg, latents, text, pooled, timestep, guidance, grid):
@@ -473,7 +443,9 @@ def read_config(file: str | Path) -> Config:
 class _Swapped:
     """Swap the halves of a lazy slice: BFL's last modulation is (shift, scale), diffusers' is (scale, shift)."""
     piece: object
-    get_shape = property(lambda self: self.piece.get_shape)
+
+    def get_shape(self) -> list[int]:
+        return self.piece.get_shape()
 
     def __getitem__(self, item):
         return np.roll(self.piece[:], self.get_shape()[0] // 2, axis=0)[item]

@@ -1,6 +1,6 @@
 """Run FLUX.1's text encoders, T5 (one vector per token) and CLIP (one pooled vector), and their tokenizers.
 
-Copy `weights.py` with this file.
+Copy `blocks.py` and `weights.py` with this file.
 
     cfg, params = text.load_t5("FLUX.1-schnell/text_encoder_2")
     ids = text.t5_tokenizer("FLUX.1-schnell/tokenizer_2", 256)(["a red cube"])      # [B, T] int32
@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+import blocks
 from weights import Mistake, Tensor, linear, load_tensors, open_weights, read_config, read_json
 
 # ---------------------------------------------------------------- T5
@@ -90,11 +91,10 @@ def t5_config(folder: Path | str) -> T5Config:
 def t5(params: dict, cfg: T5Config, ids: Array, *, walk: Callable | None = None) -> Array:
     """Return the encoder states [B, T, D] of token ids [B, T]. There is no attention mask: FLUX attends to padding.
 
-    walk: (block, x, stack, layers, bias) → (x, {}) runs the stacked blocks; the default is one `lax.scan`.
+    walk: runs the stacked blocks (see `blocks.scan`).
     """
     x, bias = _t5_begin(params["embed"], params["bias"], cfg, ids)
-    walk = walk or (lambda block, x, stack, layers, bias: jax.lax.scan(lambda x, p: block(x, p, bias), x, stack))
-    x, _ = walk(_t5_block(cfg), x, params["block"], range(cfg.num_layers), bias)
+    x, _ = (walk or blocks.scan)(_t5_block(cfg), x, params["block"], range(cfg.num_layers), bias)
     return _t5_end(params["norm"], cfg, x)
 
 
@@ -242,23 +242,8 @@ def _joined(heads):
 
 def _attend(q, k, v, bias):
     """Return softmax(q kᵀ + bias) v, [B, T, H, K], for a bias [H, T, T]. A GPU runs cuDNN's attention if it fits."""
-    def cudnn(q, k, v, bias):
-        # cuDNN wants the bias in q's type. That rounds nothing: the bias consists of parameters of this type.
-        return jax.nn.dot_product_attention(q, k, v, bias[None].astype(q.dtype), scale=1.0, implementation="cudnn")
-
-    forms = {"cuda": cudnn} if _fits(cudnn, q, k, v, bias) else {}
+    forms = blocks.cudnn(q, k, v, bias, scale=1.0)
     return jax.lax.platform_dependent(q, k, v, bias, **forms, default=_softmax_attention)
-
-
-def _fits(cudnn, q, *others):
-    """Return whether cuDNN's attention fits: in half precision, T even, K small and a multiple of 8. JAX traces it on
-    every platform, and raises if it does not fit or no cuDNN is known. (mmdit.py has a copy of this function.)"""
-    try:
-        jax.eval_shape(cudnn, q, *others)
-    except (RuntimeError, NotImplementedError):
-        return False
-    new = [float(gpu.compute_capability) >= 8 for gpu in jax.local_devices() if gpu.platform == "gpu"]
-    return q.shape[1] % 2 == 0 and all(new)                      # a GPU before Ampere would fail while it compiles
 
 
 def _softmax_attention(q, k, v, bias):

@@ -150,7 +150,7 @@ def host_work(folder: Path, rounds: int = 20) -> tuple[float, dict[str, float]]:
     opening = time.perf_counter() - begun
     rows, places = np.zeros((2 ** 16, D), jnp.bfloat16), np.random.default_rng(0).permutation(2 ** 16)[:TOKENS]
     new, ids = np.zeros((TOKENS, D), jnp.bfloat16), model.tokenize(captions, 4)
-    encode = lambda: (text.t5(model.t5[1], model.t5[0], ids[0], walk=flux.scan_blocks),
+    encode = lambda: (text.t5(model.t5[1], model.t5[0], ids[0]),
                       flux._clip(model.clip[1], model.clip[0], ids[1]))
     noise = lambda: flux.draw_noise(0, np.arange(B), (4, 64))
     start = flux.Start(noise(), (*encode(), None), flux.sigmas(model.scheduler, 1, 4), (2, 2))

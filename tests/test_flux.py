@@ -13,8 +13,10 @@ import pytest
 from conftest import optional
 from safetensors.numpy import load_file, save_file
 
+import blocks
 import flux
 import mmdit
+import quant
 import shard
 import weights
 from harvest import reap
@@ -540,7 +542,7 @@ def test_edits_replace_what_blocks_put_out(case, layers):
     assert error(run(params, cfg, **inputs, grid=case[6]), np.asarray(pairs[0][1])) > 1e-2     # they do change it
 
 
-@pytest.mark.parametrize("walk", [flux.scan_blocks, shard.sliced(), shard.scan()], ids=["flux", "sliced", "scan"])
+@pytest.mark.parametrize("walk", [blocks.scan, shard.sliced(), shard.scan()], ids=["flux", "sliced", "scan"])
 def test_edits_with_every_walk_compile_nothing_when_only_arrays_change(walk):
     case = CASES[0]
     cfg, params = random_params(case)
@@ -551,8 +553,46 @@ def test_edits_with_every_walk_compile_nothing_when_only_arrays_change(walk):
         ours = flux.velocity(params, cfg, **inputs, grid=case[6], walk=walk, edits=edits)
         expected = quick(lambda p: plainly(p, cfg, inputs, case[6], by_hand(edits)))(params)
         assert error(ours, np.asarray(expected)) <= 1e-5
-        sizes.append((mmdit._scan._cache_size(), shard.sliced().run._cache_size(), mmdit._block.cache_info().misses))
+        sizes.append((blocks._scan._cache_size(), shard.sliced().run._cache_size(), mmdit._block.cache_info().misses))
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[4]])
+@pytest.mark.parametrize("quantize", [None, partial(quant.nf4, block=16), quant.int8])
+def test_layers_apart_give_what_a_stack_gives(case, quantize):
+    """Called one by one, and in a traced program, where they are joined again; no layer compiles a program of its own."""
+    cfg, params = random_params(case)
+    inputs, edits = random_inputs(case), some_edits(cfg, [1], case[8])
+    if quantize:
+        params |= {kind: jax.tree.map(lambda w: quantize(w) if w.ndim == 3 and len(w) else w, params[kind])
+                   for kind in ("double", "single")}
+    copy = jax.tree.map(jnp.array, params)
+    layers = copy | {kind: blocks.apart(copy[kind]) for kind in ("double", "single")}
+    assert [blocks.depth(layers[kind]) for kind in ("double", "single")] == list(case[:2])
+    assert copy["double"]["img"]["o"]["b"].is_deleted() or not case[0]
+    run = partial(flux.velocity, cfg=cfg, grid=case[6], edits=edits, **inputs)
+    before = blocks._one._cache_size()
+    np.testing.assert_allclose(run(layers), run(params), rtol=1e-5, atol=1e-6)
+    assert blocks._one._cache_size() - before <= 4             # of each kind with the edit, and without
+    np.testing.assert_allclose(quick(lambda p: run(p))(layers), quick(lambda p: run(p))(params), rtol=1e-5, atol=1e-6)
+    for layer in range(cfg.layers):
+        ours, theirs = (flux.residual(p, cfg, **inputs, grid=case[6], layer=layer, site="both") for p in (layers, params))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="loaded only up to layer"):
+        run(layers | {kind: jax.tree.map(lambda parts: parts[:1], layers[kind], is_leaf=blocks._is_leaf)
+                      for kind in ("double", "single")})
+
+
+def test_a_gpu_gets_layers_apart(monkeypatch, nano):
+    """Also those of T5; without a walk of the user's own, which wants stacks."""
+    expected = flux.residuals(flux.load(nano, last=5), ["a red cube"], layer=5, site="img")
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: [SimpleNamespace(platform="gpu")])
+        model, stacked = flux.load(nano, last=5), flux.load(nano, last=5, walk=blocks.scan)
+    assert all(type(parts) is tuple for stack in (model.params["double"], model.params["single"], model.t5[1]["block"])
+               for parts in jax.tree.leaves(stack, is_leaf=blocks._is_leaf))
+    assert not any(type(leaf) is tuple for leaf in jax.tree.leaves(stacked.params["double"], is_leaf=blocks._is_leaf))
+    np.testing.assert_allclose(flux.residuals(model, ["a red cube"], layer=5, site="img"), expected, atol=1e-4)
 
 
 def test_edits_in_half_precision_keep_the_dtype():
@@ -685,7 +725,7 @@ def test_cudnn_is_asked_for_our_attention(cudnn, monkeypatch):
     plainly, asked = jax.nn.dot_product_attention, []
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **options:
                         asked.append(implementation) or plainly(*args, implementation="xla", **options))
-    monkeypatch.setattr(mmdit, "_fits", lambda *_: True)
+    monkeypatch.setattr(blocks, "_fits", lambda *_: True)
     assert error(attend(), expected) <= 0.02 and asked == ["cudnn"]
 
 
@@ -711,7 +751,7 @@ def test_transformations_of_cudnn_attention(cudnn, monkeypatch):
         backward = {"fmhaSoftmaxBackward"} if "grad" in name else set()
         assert calls(program, x) == {"fmhaSoftmax"} | backward, name
         ours[name] = quick(program)(x)
-    monkeypatch.setattr(mmdit, "_fits", lambda *_: False)
+    monkeypatch.setattr(blocks, "_fits", lambda *_: False)
     jax.clear_caches()
     for name, program in programs.items():
         assert error(ours[name], np.asarray(quick(program)(x), np.float32)) <= 0.02, name

@@ -11,6 +11,7 @@ import pytest
 
 import apply
 import attribution
+import blocks
 import checkpoint
 import dash
 import data
@@ -207,10 +208,10 @@ def test_what_cannot_harm_has_nothing_to_recover(model):
 
 def test_other_prompts_compile_nothing(model, scored):
     who = scored[0]
-    before = mmdit._scan._cache_size()
+    before = blocks._scan._cache_size()
     score.score(model, who, score.dataset(model, ["a cone", "a ball", "an image of a white box"], None, steps=1),
                 levels=4, steps=2, tokens=1, batch=2)
-    assert mmdit._scan._cache_size() == before
+    assert blocks._scan._cache_size() == before
 
 
 # ---- attribution
@@ -271,9 +272,9 @@ def test_attribution_of_a_linear_model_is_exact(model):
 def test_attribution_compiles_nothing_for_another_feature_or_prompt(model):
     source, target = subject(model, 2, "img"), subject(model, 4, "img")
     attribution.attribute(model, target, liveliest(model, target), PROMPTS[0], source)
-    before = attribution._read._cache_size(), attribution._gradient._cache_size(), mmdit._scan._cache_size()
+    before = attribution._read._cache_size(), attribution._gradient._cache_size(), blocks._scan._cache_size()
     attribution.attribute(model, target, liveliest(model, target, "a big cone"), "a big cone", source)
-    assert before == (attribution._read._cache_size(), attribution._gradient._cache_size(), mmdit._scan._cache_size())
+    assert before == (attribution._read._cache_size(), attribution._gradient._cache_size(), blocks._scan._cache_size())
 
 
 def test_a_feature_that_does_not_fire_says_so(model):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import apply
+import blocks
 import checkpoint
 import data
 import flux
@@ -152,7 +153,7 @@ def test_another_feature_strength_or_prompt_compiles_nothing(model, loaded):
         changes = [steer.Change(loaded["img"], f + i, scale, i) for i in range((3, 4, 3)[n])]
         changes += [steer.Change(loaded["late"], f + i, add=1.0) for i in range(n + 1)]
         steer.draw(model, prompt, changes, **RUN, during=(0, 1 + n % 2), boxes=boxes)
-        sizes.append((mmdit._scan._cache_size(), mmdit._block.cache_info().misses, apply._candidates._cache_size()))
+        sizes.append((blocks._scan._cache_size(), mmdit._block.cache_info().misses, apply._candidates._cache_size()))
     assert sizes[0] == sizes[1] == sizes[2]
 
 

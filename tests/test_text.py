@@ -12,6 +12,7 @@ import pytest
 from conftest import optional
 from safetensors.numpy import load_file, save_file
 
+import blocks
 import text
 import weights
 
@@ -122,7 +123,7 @@ def test_cudnn_attention_with_the_position_bias(monkeypatch):
     plainly = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **options:
                         plainly(*args, implementation="xla", **options))
-    monkeypatch.setattr(text, "_fits", lambda *_: True)
+    monkeypatch.setattr(blocks, "_fits", lambda *_: True)
     jax.clear_caches()
     assert error(encode(half, ids[0]), expected[0]) <= 0.05      # the same scale and bias
     assert error(grad(half, ids[0])["bias"], expected[1]) <= 0.05
