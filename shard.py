@@ -7,8 +7,9 @@ This file works alone: copy it. It needs jax and numpy.
     model = flux.load("schnell", put=shard.put(mesh, quant.put("nf4")), walk=shard.sliced(mesh))
     state = shard.split(mesh, sae.init(...), features)      # an SAE and its optimizer: 1/n of the features per chip
 
-Weights are split on the output axis, the last one (FSDP, "fully sharded data parallel", arXiv 2304.11277). Each chip
-keeps 1/n of every weight, of its codes and its scales. Each layer is gathered while the previous layer computes.
+Weights are split on the input axis (FSDP, "fully sharded data parallel", arXiv 2304.11277). Each chip keeps 1/n of the
+rows of every weight, of its codes and its scales: then a gathered layer is these parts one after the other, and GPUs
+copy nothing to join them. Each layer is gathered while the previous layer computes.
 Activations are split by batch over all chips. A block runs inside `shard_map`, so the block and its Pallas kernels see
 whole weights and their own part of the batch.
 
@@ -61,7 +62,7 @@ def put(mesh: Mesh, quantize: Callable | None = None) -> Callable:
     """Return a function (name, array) → leaf on the mesh for `flux.load`; `quantize(name, array)` runs first.
 
     Weights of stacked blocks are split; all other arrays, and small ones, are on every chip. The function raises
-    ValueError for a weight whose outputs the mesh does not divide, before it places any part.
+    ValueError for a weight that the mesh does not divide, before it places any part.
     """
     def leaf(name, array):
         parts = quantize(name, array) if quantize else array
@@ -71,17 +72,19 @@ def put(mesh: Mesh, quantize: Callable | None = None) -> Callable:
 
 
 def spec(mesh: Mesh, array: Any, name: str | None = None) -> PartitionSpec:
-    """Return the PartitionSpec on the mesh of an array [..., out] of one layer. `name`: for the error message."""
+    """Return the PartitionSpec on the mesh of an array [..., in, out] of one layer: split on the axis of inputs, or of
+    outputs if only that one divides. `name`: for the error message."""
     n = mesh.shape["fsdp"]
     if array.ndim < 2 or (name and not {"block", "double", "single"} & set(name.split("."))):
         return PartitionSpec()
-    if array.shape[-1] % n == 0:
-        return PartitionSpec(*[None] * (array.ndim - 1), "fsdp")
+    for axis in (array.ndim - 2, array.ndim - 1):
+        if array.shape[axis] % n == 0:
+            return PartitionSpec(*[None] * axis, "fsdp")
     if array.size * array.dtype.itemsize <= SMALL:
         return PartitionSpec()
-    divisors = [k for k in range(1, 65) if array.shape[-1] % k == 0]
-    raise Mistake(f"{name or 'a weight'} of shape {list(array.shape)} cannot be split over {n} chips; its last axis "
-                  f"divides by {', '.join(map(str, divisors))}: choose one of them as fsdp (devices / data)")
+    divisors = [k for k in range(1, 65) if 0 in (array.shape[-2] % k, array.shape[-1] % k)]
+    raise Mistake(f"{name or 'a weight'} of shape {list(array.shape)} cannot be split over {n} chips; one of its last "
+                  f"two axes divides by {', '.join(map(str, divisors))}: choose one of them as fsdp (devices / data)")
 
 
 def check(mesh: Mesh, features: int) -> None:

@@ -202,8 +202,8 @@ def load_tensors(table: Any, weights: Mapping[str, Any], *, put: Callable | None
                  ignore: Collection[str] = ()) -> Any:
     """Read `weights` (from `open_weights`) into the structure of `table`, one tensor at a time.
 
-    put: (name, array [in, out] of one layer) → the leaf to keep; the leaves of a stack are then stacked on axis 0. NumPy
-    arrays are stacked before they go to the device, which needs no compiled program for each shape.
+    put: (name, array [in, out] of one layer) → the leaf to keep; the leaves of a stack are then stacked on axis 0.
+    NumPy arrays are stacked before they go to the device, which needs no compiled program for each shape.
     Raise ValueError, before reading any data, for a missing, unexpected (unless in `ignore`) or misshapen tensor.
     """
     check_tensors(table, weights, ignore)
@@ -214,7 +214,7 @@ def load_tensors(table: Any, weights: Mapping[str, Any], *, put: Callable | None
     def leaf(path, tensor):
         name = path_name(path)
         if tensor.layers is None:
-            return jax.device_put(put(name, next(arrays)))
+            return jax.tree.map(_placed, put(name, next(arrays)))
         layers = [put(name, next(arrays)) for _ in tensor.numbers]
         return jax.tree.map(_stacked, *layers) if layers else jnp.zeros((0, *tensor.shape), dtype)
 
@@ -223,6 +223,10 @@ def load_tensors(table: Any, weights: Mapping[str, Any], *, put: Callable | None
 
 def _stacked(*leaves):
     return jax.device_put(np.stack(leaves)) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
+
+
+def _placed(leaf):
+    return jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf       # `put` may have placed it elsewhere
 
 
 def _ahead(function, jobs):

@@ -83,7 +83,7 @@ pytest_runtest_call = pytest.hookimpl(wrapper=True)(skipping)
 
 def pytest_collection_modifyitems(items):
     """The longest files first: two processes then end at about the same time."""
-    first = ["test_tpu", "test_shard", "test_train", "test_dash", "test_score"]
+    first = ["test_tpu", "test_gpu", "test_shard", "test_train", "test_dash", "test_score"]
     items.sort(key=lambda item: (first.index(item.path.stem) if item.path.stem in first else len(first)))
 
 

@@ -37,7 +37,7 @@ def main(folder, work):
 
     plain = load("nf4")
     expected_edited = edited(plain)
-    expected, expected_sae = answers(plain), train_sae(plain, None, work)
+    expected = answers(plain)
     for name, mesh in meshes.items():
         model = load("nf4", shard.sliced(mesh), mesh)
         ours = answers(model)
@@ -50,8 +50,8 @@ def main(folder, work):
             w, bias = (model.params["single"]["in"][name] for name in "wb")
             tell(f"{name}: parts", [part(w.codes), part(w.scales), part(bias)])
         if name == "fsdp 8":
-            trained = train_sae(model, mesh, work)
-            tell(f"{name}: SAE", {key: error(trained[key], value) for key, value in expected_sae.items()})
+            trained, alone = train_sae(model, mesh, work), train_sae(model, None, work)
+            tell(f"{name}: SAE", {key: error(trained[key], value) for key, value in alone.items()})
     tell("three prompts on eight devices", error(*[
         np.asarray(flux.residuals(m, PROMPTS[:3], layer=5, site="img")) for m in (model, plain)]))
     tell("examples a device", [examples(shard.sliced(shard.mesh()), B) for B in (1, 3, 8, 12)])
@@ -133,8 +133,8 @@ def train_sae(model, mesh, work):
 
 
 def part(leaf):
-    """On how many chips a leaf's last axis lies."""
-    return leaf.shape[-1] // leaf.addressable_shards[0].data.shape[-1]
+    """On how many chips a leaf lies in parts."""
+    return leaf.size // leaf.addressable_shards[0].data.size
 
 
 def error(a, b):

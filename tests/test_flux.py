@@ -560,7 +560,7 @@ def test_edits_with_every_walk_compile_nothing_when_only_arrays_change(walk):
 @pytest.mark.parametrize("case", [CASES[0], CASES[4]])
 @pytest.mark.parametrize("quantize", [None, partial(quant.nf4, block=16), quant.int8])
 def test_layers_apart_give_what_a_stack_gives(case, quantize):
-    """Called one by one, and in a traced program, where they are joined again; no layer compiles a program of its own."""
+    """Called one by one, and in a traced program, where they are joined again. Layers of a kind share a program."""
     cfg, params = random_params(case)
     inputs, edits = random_inputs(case), some_edits(cfg, [1], case[8])
     if quantize:
@@ -576,7 +576,8 @@ def test_layers_apart_give_what_a_stack_gives(case, quantize):
     assert blocks._one._cache_size() - before <= 4             # of each kind with the edit, and without
     np.testing.assert_allclose(quick(lambda p: run(p))(layers), quick(lambda p: run(p))(params), rtol=1e-5, atol=1e-6)
     for layer in range(cfg.layers):
-        ours, theirs = (flux.residual(p, cfg, **inputs, grid=case[6], layer=layer, site="both") for p in (layers, params))
+        ours, theirs = (flux.residual(p, cfg, **inputs, grid=case[6], layer=layer, site="both")
+                        for p in (layers, params))
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="loaded only up to layer"):
         run(layers | {kind: jax.tree.map(lambda parts: parts[:1], layers[kind], is_leaf=blocks._is_leaf)

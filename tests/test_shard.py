@@ -62,6 +62,8 @@ def test_codes_and_scales_live_in_parts(answers, mesh):
 
 
 def test_same_sae_after_20_steps(answers):
+    """With its features on eight devices and on one, from the same activations. Those of another model's split differ
+    by 5e-7, and this alone may decide a choice among features differently."""
     assert max(answers["fsdp 8: SAE"].values()) <= 1e-4
 
 
@@ -95,12 +97,14 @@ class Four:
 
 def test_what_is_split():
     big = jax.ShapeDtypeStruct((3072, 1024), jnp.bfloat16)
-    assert shard.spec(Four, big, "transformer.double.img.qkv.w") == PartitionSpec(None, "fsdp")
+    assert shard.spec(Four, big, "transformer.double.img.qkv.w") == PartitionSpec("fsdp")
+    scales = jax.ShapeDtypeStruct((6, 1024), jnp.float32)
+    assert shard.spec(Four, scales, "transformer.double.img.qkv.w") == PartitionSpec(None, "fsdp")
     assert shard.spec(Four, big, "transformer.txt_in.w") == PartitionSpec()          # no stacked block
     assert shard.spec(Four, jax.ShapeDtypeStruct((1024,), jnp.bfloat16), "transformer.single.in.b") == PartitionSpec()
-    assert shard.spec(Four, jax.ShapeDtypeStruct((64, 130), jnp.bfloat16), "t5.block.q") == PartitionSpec()    # small
-    odd = jax.ShapeDtypeStruct((8192, 130), jnp.bfloat16)
-    with pytest.raises(ValueError, match=r"t5.block.q of shape \[8192, 130\] cannot be split over 4.*1, 2, 5, 10"):
+    assert shard.spec(Four, jax.ShapeDtypeStruct((66, 130), jnp.bfloat16), "t5.block.q") == PartitionSpec()    # small
+    odd = jax.ShapeDtypeStruct((8190, 130), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"t5.block.q of shape \[8190, 130\] cannot be split over 4.*1, 2, 3, 5, 6"):
         shard.spec(Four, odd, "t5.block.q")
     with pytest.raises(ValueError, match="130 features cannot be split over 4 devices: take a multiple of 4"):
         shard.check(Four, 130)
