@@ -36,6 +36,7 @@ import stages
 from jax import lax
 from stages import Job, cell, tell
 
+import blocks
 import flux
 import kernels
 import mmdit
@@ -394,7 +395,9 @@ def random_params(table: dict, prefix: str, kind: str = "none") -> dict:
         return noise((*depth, *tensor.shape), jnp.bfloat16, seed, tensor.mean, tensor.std or 0.02)
 
     with ThreadPoolExecutor(8) as pool:
-        return structure.unflatten(list(pool.map(leaf, range(len(leaves)), leaves)))
+        params = structure.unflatten(list(pool.map(leaf, range(len(leaves)), leaves)))
+    stacks = {"double", "single", "block"} & set(params) if jax.devices()[0].platform == "gpu" else ()
+    return params | {name: blocks.apart(params[name]) for name in stacks}        # as flux.load does it
 
 
 def block_flops(cfg: mmdit.Config, batch: int, text_tokens: int, image_tokens: int, double: int, single: int) -> float:
