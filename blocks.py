@@ -49,6 +49,11 @@ def apart(stack: dict) -> dict:
     return jax.tree.map(parts, stack, is_leaf=_is_leaf)
 
 
+def stacks_apart(params: dict) -> dict:
+    """Return a model's parameters with all its stacks of blocks `apart`."""
+    return params | {name: apart(params[name]) for name in ("double", "single", "block") if name in params}
+
+
 def depth(stack: dict) -> int:
     """Return the number of layers of a stack."""
     leaf = _leaves(stack)[0]

@@ -137,8 +137,7 @@ def load(model: str | Path, *, put: Callable | None = None, dtype=jnp.bfloat16, 
     params = mmdit.load_transformer(place, unpack=unpack, last=last, **part("transformer"))[1]
     t5, encoder = text_encoders.load_t5(folder / "text_encoder_2", unpack=unpack, **part("t5"))
     if walk is None and jax.devices()[0].platform == "gpu":
-        params |= {kind: blocks.apart(params[kind]) for kind in ("double", "single")}
-        encoder["block"] = blocks.apart(encoder["block"])
+        params, encoder = blocks.stacks_apart(params), blocks.stacks_apart(encoder)
     return Model(
         cfg, params, t5=(t5, encoder),
         clip=text_encoders.load_clip(folder / "text_encoder", unpack=unpack, **part("clip")),

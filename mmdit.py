@@ -48,8 +48,9 @@ class Config:
     patch_size: int = 1
 
     def __post_init__(self):
-        if sum(axes := self.axes_dims_rope) != self.attention_head_dim:
-            raise Mistake(f"axes_dims_rope {axes} must add up to attention_head_dim, {self.attention_head_dim}")
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise Mistake(f"axes_dims_rope {self.axes_dims_rope} must add up to attention_head_dim, "
+                          f"{self.attention_head_dim}")
 
     @property
     def width(self) -> int:
@@ -152,7 +153,8 @@ def _run(params, cfg, inputs, grid, walk, stop=None, layer=None, names=(), edits
 
 @partial(jax.jit, static_argnames=("cfg", "grid"))
 def _begin(params, cfg, latents, text, pooled, timestep, guidance, *, grid):
-    """Return the streams (img, txt), the conditioning vector [B, D], and what all blocks share: its SiLU and RoPE."""
+    """Return the blocks' inputs: the streams (img, txt), the conditioning vector [B, D], its SiLU and the RoPE tables.
+    All blocks share the last two."""
     dtype = params["img_in"]["b"].dtype                          # a bias tells the dtype: biases are never quantized
     vec = _embed(params, cfg, pooled.astype(dtype), timestep, guidance)
     img, txt = _linear(params["img_in"], latents.astype(dtype)), _linear(params["txt_in"], text.astype(dtype))
@@ -330,12 +332,14 @@ DIFFUSERS = {
            for ours, theirs in {"time": "timestep", "guidance": "guidance", "pooled": "text"}.items()}}),
     "double.": ("transformer_blocks.{}.", {
         "img.mod": "norm1.linear", "img.qkv": "attn.to_q attn.to_k attn.to_v", "img.q_norm": "attn.norm_q.weight",
-        "img.k_norm": "attn.norm_k.weight", "img.o": "attn.to_out.0", "img.fc1": "ff.net.0.proj", "img.fc2": "ff.net.2",
-        "txt.mod": "norm1_context.linear", "txt.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
-        "txt.q_norm": "attn.norm_added_q.weight", "txt.k_norm": "attn.norm_added_k.weight", "txt.o": "attn.to_add_out",
-        "txt.fc1": "ff_context.net.0.proj", "txt.fc2": "ff_context.net.2"}),
-    "single.": ("single_transformer_blocks.{}.", {"mod": "norm.linear", "q_norm": "attn.norm_q.weight",
-        "k_norm": "attn.norm_k.weight", "in": "attn.to_q attn.to_k attn.to_v proj_mlp", "out": "proj_out"}),
+        "img.k_norm": "attn.norm_k.weight", "img.o": "attn.to_out.0", "img.fc1": "ff.net.0.proj",
+        "img.fc2": "ff.net.2", "txt.mod": "norm1_context.linear",
+        "txt.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "txt.q_norm": "attn.norm_added_q.weight",
+        "txt.k_norm": "attn.norm_added_k.weight", "txt.o": "attn.to_add_out", "txt.fc1": "ff_context.net.0.proj",
+        "txt.fc2": "ff_context.net.2"}),
+    "single.": ("single_transformer_blocks.{}.", {
+        "mod": "norm.linear", "in": "attn.to_q attn.to_k attn.to_v proj_mlp", "q_norm": "attn.norm_q.weight",
+        "k_norm": "attn.norm_k.weight", "out": "proj_out"}),
 }
 BFL = {
     "": ("", {
@@ -346,8 +350,9 @@ BFL = {
     "double.": ("double_blocks.{}.", {f"{s}.{ours}": f"{s}_{theirs}" for s in ("img", "txt") for ours, theirs in {
         "mod": "mod.lin", "qkv": "attn.qkv", "q_norm": "attn.norm.query_norm.scale",
         "k_norm": "attn.norm.key_norm.scale", "o": "attn.proj", "fc1": "mlp.0", "fc2": "mlp.2"}.items()}),
-    "single.": ("single_blocks.{}.", {"mod": "modulation.lin", "in": "linear1", "out": "linear2",
-        "q_norm": "norm.query_norm.scale", "k_norm": "norm.key_norm.scale"}),
+    "single.": ("single_blocks.{}.", {
+        "mod": "modulation.lin", "in": "linear1", "q_norm": "norm.query_norm.scale", "k_norm": "norm.key_norm.scale",
+        "out": "linear2"}),
 }
 
 

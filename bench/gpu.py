@@ -396,8 +396,7 @@ def random_params(table: dict, prefix: str, kind: str = "none") -> dict:
 
     with ThreadPoolExecutor(8) as pool:
         params = structure.unflatten(list(pool.map(leaf, range(len(leaves)), leaves)))
-    stacks = {"double", "single", "block"} & set(params) if jax.devices()[0].platform == "gpu" else ()
-    return params | {name: blocks.apart(params[name]) for name in stacks}        # as flux.load does it
+    return blocks.stacks_apart(params) if jax.devices()[0].platform == "gpu" else params     # as flux.load does it
 
 
 def block_flops(cfg: mmdit.Config, batch: int, text_tokens: int, image_tokens: int, double: int, single: int) -> float:
@@ -454,8 +453,7 @@ def t5(sizes: Sizes) -> None:
     for batch in sizes.batches:
         ids = jax.random.randint(jax.random.key(4), (batch, sizes.text_tokens), 0, cfg.vocab_size)
         jobs.append(Job("FLUX.1 and T5", f"T5-XXL, batch {batch}", "ours",
-                        partial(text.t5, params, cfg, ids),
-                        t5_flops(cfg, batch, sizes.text_tokens)))
+                        partial(text.t5, params, cfg, ids), t5_flops(cfg, batch, sizes.text_tokens)))
     measure(jobs, sizes)
 
 
